@@ -1,0 +1,6 @@
+"""`python -m lit_distill` is the command `lit-distill`."""
+
+from lit_distill.cli import main
+
+if __name__ == "__main__":
+    main()

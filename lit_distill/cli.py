@@ -1,0 +1,162 @@
+"""The command `lit-distill`: LightningCLI with two subcommands more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+from lit_distill.adapters import ExportFormat, export_student
+from lit_distill.callbacks import Comparison, ImageWriter
+from lit_distill.data import DistillDataModule
+from lit_distill.generate import Teacher, generate_pairs, plan_pairs, read_prompts
+from lit_distill.module import DirectDistill
+
+
+class DistillTrainer(pl.Trainer):
+    """Lightning's Trainer, which can also generate pairs and export students."""
+
+    def generate(
+        self,
+        model: DirectDistill,
+        datamodule: DistillDataModule | None = None,
+        *,
+        prompts: str,
+        out: str,
+        seeds_per_prompt: int = 1,
+        num_inference_steps: int = 50,
+        cfg_scale: float = 4.0,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+        first_seed: int = 0,
+        limit: int | None = None,
+        rand_device: str = "cpu",
+        student_num_inference_steps: int = 4,
+        student_cfg_scale: float = 1.0,
+    ) -> None:
+        """Draw the teacher's images, exact latents and metadata.csv from a file of prompts.
+
+        Started again after an interruption it goes on where it was.
+
+        Args:
+            model: Which pipeline to draw with; only its name, revision, torch_dtype and
+                call_kwargs matter.
+            datamodule: Not used.
+            prompts: Text file with a prompt a line, or .csv or .jsonl with a field prompt.
+            out: Folder to write to.
+            seeds_per_prompt: How often every prompt is drawn, each time with a seed of its own.
+            num_inference_steps: The teacher's steps.
+            cfg_scale: The teacher's classifier-free guidance, 1 = off.
+            height: Height in pixels; default: the pipeline's own.
+            width: Width in pixels; default: the pipeline's own.
+            batch_size: Prompts a batch and process.
+            first_seed: Seed of the first row; the others count up from it. Give held-out pairs
+                other seeds than training pairs.
+            limit: Largest number of rows.
+            rand_device: Device whose generator draws the noise: cpu works everywhere alike.
+            student_num_inference_steps: Steps of the student, written to the CSV.
+            student_cfg_scale: Guidance of the student, written to the CSV, 1 = off.
+        """
+        hyper = model.hparams
+        teacher = Teacher(
+            model=hyper["pretrained_model_name_or_path"],
+            revision=hyper["revision"],
+            torch_dtype=hyper["torch_dtype"],
+            call_kwargs=model.call_kwargs,
+            num_inference_steps=num_inference_steps,
+            cfg_scale=cfg_scale,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            rand_device=rand_device,
+            student_num_inference_steps=student_num_inference_steps,
+            student_cfg_scale=student_cfg_scale,
+        )
+        pairs = plan_pairs(read_prompts(prompts), seeds_per_prompt, first_seed, limit)
+        metadata = generate_pairs(self, teacher, pairs, out)
+        if self.is_global_zero:
+            print(f"{len(pairs)} pairs: {metadata}")
+
+    def export(
+        self,
+        model: DirectDistill,
+        datamodule: DistillDataModule | None = None,
+        *,
+        ckpt_path: str,
+        out: str,
+        format: ExportFormat = "diffusers",
+    ) -> None:
+        """Write the student of a checkpoint in a form that plain diffusers loads.
+
+        Args:
+            model: Not used: the checkpoint says all.
+            datamodule: Not used.
+            ckpt_path: Checkpoint (.ckpt) of a run.
+            out: Folder to write to.
+            format: diffusers: pytorch_lora_weights.safetensors for pipe.load_lora_weights, or a
+                pipeline folder when the whole denoiser was trained.
+        """
+        print(f"student written to {export_student(ckpt_path, out, format)}")
+
+
+class DistillCLI(LightningCLI):
+    """LightningCLI with the subcommands `generate` and `export`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands and the arguments of theirs that are not options."""
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "generate": own, "export": own}
+
+    def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401
+        """Set this project's defaults."""
+        parser.set_defaults(
+            {
+                "model": {"class_path": "lit_distill.DirectDistill"},
+                "data": {"class_path": "lit_distill.DistillDataModule"},
+                "trainer.default_root_dir": "runs",
+                # DistillDataModule gives every rank its share of every bucket.
+                "trainer.use_distributed_sampler": False,
+            }
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        # On fit, Lightning would let the checkpoint's settings silently beat the command line's.
+        if self.config.get("subcommand") not in ("fit", "export"):
+            super()._parse_ckpt_path()
+
+    def before_test(self) -> None:
+        """Compare teacher, undistilled pipeline and student, unless a Comparison is set up."""
+        self._add_callback(Comparison())
+
+    def before_predict(self) -> None:
+        """Write the images, unless an ImageWriter is set up."""
+        self._add_callback(ImageWriter())
+
+    def _add_callback(self, callback: pl.Callback) -> None:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(known, type(callback)) for known in callbacks):
+            callbacks.append(callback)
+
+
+def build_cli(args: ArgsType = None) -> DistillCLI:
+    """Parse `args` (default: the process's) and run the subcommand."""
+    return DistillCLI(
+        DirectDistill,
+        DistillDataModule,
+        trainer_class=DistillTrainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        # The optimizer is made by the module, after the pipeline is loaded.
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command `lit-distill`."""
+    build_cli(args)

@@ -1,0 +1,162 @@
+"""What lit_distill knows about diffusers' pipelines: how to load one, its denoisers, its guidance.
+
+Everything is found by looking at the pipeline's signature and components. Where a family departs
+from the common meaning it has a line in `QUIRKS`; an unknown pipeline needs none.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+TINY_DIGITS = "tiny-digits"
+"""Name of the embedded pipeline, usable wherever a hub id or a path is."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Quirk(NamedTuple):
+    """How one family departs from the common meaning of its arguments.
+
+    Attributes:
+        guidance: Name of the call argument that carries the guidance scale.
+        scale: Maps the textbook scale (1 = off) to the family's.
+        negative_prompt: Text that stands in for a missing negative prompt when guidance is on.
+        refused: Why the family can't be used, if it can't.
+    """
+
+    guidance: str = "guidance_scale"
+    scale: Callable[[float], float] = lambda cfg_scale: cfg_scale
+    negative_prompt: str | None = None
+    refused: str | None = None
+
+
+QUIRKS: dict[str, Quirk] = {
+    # These add s * (positive - negative) to the positive prediction instead of the negative one.
+    "ZImagePipeline": Quirk(scale=lambda cfg_scale: cfg_scale - 1),
+    "Krea2Pipeline": Quirk(scale=lambda cfg_scale: cfg_scale - 1),
+    "OmniGenPipeline": Quirk(refused="its guidance cannot be switched off"),
+}
+
+
+def load_pipeline(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    torch_dtype: torch.dtype | str = torch.float32,
+) -> DiffusionPipeline:
+    """Load a pipeline as `DiffusionPipeline.from_pretrained` does; also knows ``"tiny-digits"``.
+
+    Args:
+        name_or_path: Hub id, folder in diffusers' layout, or ``"tiny-digits"``, the embedded
+            `QwenImagePipeline` that draws 32x32 handwritten digits.
+        revision: Branch, tag or commit of the hub repository.
+        torch_dtype: Data type of the weights: a `torch.dtype`, or one of ``"float32"``,
+            ``"bfloat16"``, ``"float16"``.
+
+    Returns:
+        The pipeline on the CPU, every component in evaluation mode.
+
+    Raises:
+        ValueError: If `torch_dtype` is not one of the names above.
+        OSError: If the pipeline is neither a folder nor can be had from the hub.
+    """
+    from diffusers import DiffusionPipeline
+
+    if isinstance(torch_dtype, str):
+        if torch_dtype not in DTYPES:
+            raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
+        torch_dtype = DTYPES[torch_dtype]
+    if name_or_path == TINY_DIGITS:
+        source = str(files("lit_distill").joinpath("assets", "tiny"))
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=torch_dtype)
+        # The class says 128 latent pixels for every checkpoint; this one was trained on 8.
+        pipe.default_sample_size = 8
+        return pipe
+    return DiffusionPipeline.from_pretrained(name_or_path, revision=revision, dtype=torch_dtype)
+
+
+def denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """Return the networks that the denoising loop calls, by component name.
+
+    ``transformer``, ``transformer_2`` (Wan 2.2) and ``unet`` where the pipeline has them, else
+    every diffusers model that cannot decode (which a VAE can).
+
+    Raises:
+        ValueError: If the pipeline has no such component.
+    """
+    from diffusers import ModelMixin
+
+    models = {k: v for k, v in pipe.components.items() if isinstance(v, ModelMixin)}
+    named = {k: models[k] for k in ("transformer", "transformer_2", "unet") if k in models}
+    found = named or {k: v for k, v in models.items() if not hasattr(v, "decode")}
+    if not found:
+        raise ValueError(
+            f"{type(pipe).__name__} has no denoiser: none of its components "
+            f"({', '.join(pipe.components)}) is a diffusers model without a decoder"
+        )
+    return found
+
+
+def call_parameters(pipe: DiffusionPipeline) -> set[str]:
+    """Return the names of the arguments that the pipeline's own `__call__` takes."""
+    return set(inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters)
+
+
+def guidance_kwargs(
+    pipe: DiffusionPipeline, cfg_scale: float, batch_size: int, call_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the call arguments that give classifier-free guidance of `cfg_scale`.
+
+    The scale is the textbook one in every family: ``negative + cfg_scale * (positive - negative)``,
+    1 = off, one denoiser call a step. It goes to ``true_cfg_scale`` where the pipeline has that
+    argument (its ``guidance_scale`` is then an input of the network and left alone), else to
+    ``guidance_scale``.
+
+    Args:
+        pipe: The pipeline.
+        cfg_scale: Guidance scale, >= 1.
+        batch_size: Number of prompts in the batch.
+        call_kwargs: The other call arguments; a negative prompt there is kept.
+
+    Raises:
+        ValueError: If `cfg_scale` is below 1, the pipeline has no guidance argument and
+            `cfg_scale` is not 1, the argument is set by hand as well, or the family is refused.
+    """
+    if not cfg_scale >= 1:
+        raise ValueError(f"cfg_scale must be a number >= 1 (1 = no guidance), got {cfg_scale!r}")
+    accepted = call_parameters(pipe)
+    quirk = QUIRKS.get(type(pipe).__name__)
+    if quirk is None:
+        # Pipelines with true_cfg_scale skip guidance, with only a warning, when there is no
+        # negative prompt; the others make an empty one themselves.
+        true_cfg = "true_cfg_scale" in accepted
+        quirk = Quirk("true_cfg_scale", negative_prompt=" ") if true_cfg else Quirk()
+    if quirk.refused:
+        raise ValueError(f"{type(pipe).__name__} cannot be distilled: {quirk.refused}")
+    if quirk.guidance not in accepted:
+        if cfg_scale == 1:
+            return {}
+        raise ValueError(
+            f"{type(pipe).__name__} takes no guidance scale: cfg_scale must be 1, got {cfg_scale}"
+        )
+    if quirk.guidance in call_kwargs:
+        raise ValueError(
+            f"{quirk.guidance} of {type(pipe).__name__} is set through cfg_scale; "
+            "remove it from call_kwargs"
+        )
+    kwargs: dict[str, Any] = {quirk.guidance: quirk.scale(cfg_scale)}
+    negative = call_kwargs.get("negative_prompt", quirk.negative_prompt)
+    if cfg_scale > 1 and negative is not None and "negative_prompt_embeds" not in call_kwargs:
+        # One text for all is spelled out: QwenImage does not broadcast it over the batch.
+        texts = [negative] * batch_size if isinstance(negative, str) else negative
+        kwargs["negative_prompt"] = texts
+    return kwargs

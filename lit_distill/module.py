@@ -1,0 +1,404 @@
+"""Direct Distillation as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+
+import lit_distill
+from lit_distill.adapters import adapters_off, check_state, make_trainable
+from lit_distill.codec import LatentCodec
+from lit_distill.data import Batch
+from lit_distill.encode import PromptEncoder
+from lit_distill.families import DTYPES, denoisers, load_pipeline
+from lit_distill.losses import DistillLoss, LatentMSE
+from lit_distill.rollout import Checkpointing, draw, rollout
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class WarmupCosine(LRScheduler):
+    """Learning rate that rises linearly, then falls to zero along a half cosine.
+
+    Args:
+        optimizer: The optimizer.
+        num_warmup_steps: Optimizer steps of the rise.
+        num_training_steps: Optimizer steps in all; null: as many as the trainer will make.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        num_warmup_steps: int = 20,
+        num_training_steps: int | None = None,
+    ) -> None:
+        self.num_warmup_steps = num_warmup_steps
+        self.num_training_steps = num_training_steps
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the learning rate of each parameter group at the current step."""
+        step = self.last_epoch
+        if step < self.num_warmup_steps:
+            factor = (step + 1) / (self.num_warmup_steps + 1)
+        else:
+            rest = max(1, (self.num_training_steps or math.inf) - self.num_warmup_steps)
+            factor = (1 + math.cos(math.pi * min(1.0, (step - self.num_warmup_steps) / rest))) / 2
+        return [factor * base for base in self.base_lrs]
+
+
+class DirectDistill(pl.LightningModule):
+    """Teaches a pipeline's denoiser to draw in few steps what it draws in many with guidance.
+
+    A step draws with the student, differentiably end to end, from the teacher's own noise, and
+    regresses the teacher's result: ``loss(student_rollout(batch), teacher_target(batch))``.
+    Frozen weights have `torch_dtype`, trainable ones float32; train with precision bf16-mixed when
+    `torch_dtype` is bfloat16.
+
+    Args:
+        pretrained_model_name_or_path: Hub id or folder of any diffusers pipeline, or "tiny-digits".
+        revision: Branch, tag or commit of the hub repository.
+        torch_dtype: Data type of the frozen weights: float32, bfloat16 or float16.
+        lora: Fields of peft.LoraConfig (r, lora_alpha, target_modules, ...); null trains the whole
+            denoiser. Without target_modules all attention and MLP linears of the repeated blocks
+            are adapted; without lora_alpha it equals r.
+        checkpointing: What the backward pass recomputes instead of storing: none, block (the
+            denoiser's blocks), step (each denoiser call) or nested (both: memory flat in steps).
+        grad_steps: Back-propagate through the last grad_steps steps only; null: through all.
+        loss: A DistillLoss; null: LatentMSE.
+        optimizer: Optimizer of the trainable parameters.
+        lr_scheduler: Learning rate schedule, stepped after every optimizer step; null: constant.
+        teacher_num_inference_steps: Steps of the online teacher, which targets rows that have
+            neither image nor latents.
+        teacher_cfg_scale: Guidance of the online teacher, 1 = off.
+        call_kwargs: Fixed arguments of the pipeline's call, for teacher and student alike.
+        preflight: Check before training, at small size, that this pipeline can be distilled.
+        compile: Compile the denoiser's repeated blocks with torch.compile.
+    """
+
+    pipe: DiffusionPipeline
+
+    def __init__(
+        self,
+        pretrained_model_name_or_path: str | None = None,
+        revision: str | None = None,
+        torch_dtype: str = "bfloat16",
+        lora: dict[str, Any] | None = None,
+        checkpointing: Checkpointing = "block",
+        grad_steps: int | None = None,
+        loss: DistillLoss | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0
+        ),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        teacher_num_inference_steps: int = 50,
+        teacher_cfg_scale: float = 4.0,
+        call_kwargs: dict[str, Any] | None = None,
+        preflight: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        # Plain types only: anything else fails to load with weights_only.
+        self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler"])
+        if torch_dtype not in DTYPES:
+            raise ValueError(
+                f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}"
+            )
+        self.loss = loss or LatentMSE()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.call_kwargs = call_kwargs or {}
+        self.student_loss = MeanMetric()
+        self.undistilled_loss = MeanMetric()
+        self._undistilled_losses: dict[str, float] = {}
+        self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
+        self._base: dict[str, nn.Module] = {}
+
+    # Set-up
+
+    def configure_model(self) -> None:
+        """Load the pipeline, freeze it and make the student trainable; once."""
+        if hasattr(self, "denoisers"):
+            return
+        pipe = self._load_pipeline()
+        make_trainable(pipe, self.hparams["lora"])
+        if self.hparams["compile"]:
+            for denoiser in denoisers(pipe).values():
+                denoiser.compile_repeated_blocks(fullgraph=True)
+        PromptEncoder(pipe)
+        # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
+        self.pipe = pipe
+        self.denoisers = nn.ModuleDict(denoisers(pipe))
+
+    def _load_pipeline(self) -> DiffusionPipeline:
+        name = self.hparams["pretrained_model_name_or_path"]
+        if not name:
+            raise ValueError(
+                "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
+                "layout, or tiny-digits"
+            )
+        return load_pipeline(
+            name, revision=self.hparams["revision"], torch_dtype=self.hparams["torch_dtype"]
+        )
+
+    def _place(self) -> None:
+        """Move the encoders and the VAE, which Lightning does not know, to the device."""
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.to(self.device)
+
+    def on_fit_start(self) -> None:
+        """Place the pipeline and switch on the dropout of adapters, if they have any."""
+        self._place()
+        for name, module in self.denoisers.named_modules():
+            if name.endswith("lora_dropout"):
+                module.train()
+
+    on_validation_start = on_test_start = on_predict_start = _place
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401
+        """Return the optimizer of the trainable parameters and its schedule."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupCosine) and scheduler.num_training_steps is None:
+            scheduler.num_training_steps = int(self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    # Teacher and student
+
+    def _call(self, batch: Batch) -> dict[str, Any]:
+        size = dict(zip(("height", "width"), batch["size"] or (), strict=False))
+        device = batch["rand_device"]
+        generators = [torch.Generator(device).manual_seed(seed) for seed in batch["seed"]]
+        return {"prompt": batch["prompt"], "generator": generators, **size, **self.call_kwargs}
+
+    def codec(self, batch: Batch) -> LatentCodec:
+        """Return the codec of the batch's resolution; learned on first use."""
+        size = batch["size"]
+        if size not in self._codecs:
+            known = dict(zip(("height", "width"), size or (), strict=False))
+            prompt = batch["prompt"][0]
+            self._codecs[size] = LatentCodec(self.pipe, prompt=prompt, **known, **self.call_kwargs)
+        return self._codecs[size]
+
+    @torch.no_grad()
+    def teacher_target(self, batch: Batch) -> Tensor:
+        """Return the teacher's final latents for the batch.
+
+        The stored exact latents; else the encoded image; else those that the online teacher
+        draws now: the same weights, adapters off, its own steps and guidance.
+
+        Returns:
+            (B, ...), float32, in the space of `student_rollout`.
+
+        Raises:
+            ValueError: If a row has neither image nor latents and the whole denoiser is trained,
+                so that no teacher is left in it.
+        """
+        if batch["latents"] is not None:
+            return batch["latents"].float()
+        if batch["image"] is not None:
+            return self.codec(batch).encode(batch["image"])
+        if self.hparams["lora"] is None:
+            raise ValueError(
+                f"row {batch['row'][0]} has neither image nor latents, and full training leaves no "
+                "teacher to draw one: make pairs first with `lit-distill generate`"
+            )
+        with adapters_off(self.denoisers):
+            return rollout(
+                self.pipe,
+                num_inference_steps=self.hparams["teacher_num_inference_steps"],
+                cfg_scale=self.hparams["teacher_cfg_scale"],
+                **self._call(batch),
+            ).float()
+
+    def student_rollout(self, batch: Batch) -> Tensor:
+        """Return the student's final latents, (B, ...), differentiable where gradients are on."""
+        return rollout(
+            self.pipe,
+            num_inference_steps=batch["num_inference_steps"],
+            cfg_scale=batch["cfg_scale"],
+            grad_steps=self.hparams["grad_steps"],
+            checkpointing=self.hparams["checkpointing"],
+            **self._call(batch),
+        )
+
+    def draw(
+        self,
+        batch: Batch,
+        *,
+        num_inference_steps: int | None = None,
+        cfg_scale: float | None = None,
+        undistilled: bool = False,
+    ) -> tuple[Tensor, list[Any]]:
+        """Draw a batch's prompts and seeds as `pipe()` does.
+
+        Args:
+            batch: The rows.
+            num_inference_steps: Steps; default: the rows' own.
+            cfg_scale: Guidance; default: the rows' own.
+            undistilled: Draw with the pretrained weights instead of the student's.
+
+        Returns:
+            Final latents (B, ...) and B images.
+        """
+        with self.undistilled() if undistilled else ExitStack():
+            return draw(
+                self.pipe,
+                num_inference_steps=num_inference_steps or batch["num_inference_steps"],
+                cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
+                **self._call(batch),
+            )
+
+    @contextmanager
+    def undistilled(self) -> Iterator[None]:
+        """Let the pipeline draw with its pretrained weights: adapters off, or a second denoiser.
+
+        After full training the pretrained denoiser is loaded again, at first use.
+        """
+        if self.hparams["lora"] is not None:
+            with adapters_off(self.denoisers):
+                yield
+            return
+        if not self._base:
+            self._base = denoisers(self._load_pipeline())
+            for denoiser in self._base.values():
+                denoiser.to(self.device).requires_grad_(False)
+        own = denoisers(self.pipe)
+        self.pipe.__dict__.update(self._base)
+        try:
+            yield
+        finally:
+            self.pipe.__dict__.update(own)
+
+    def compare(self, latents: Tensor, target: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of each sample, (B,), float32.
+
+        Raises:
+            ValueError: If the target is not of the shape that the pipeline draws.
+        """
+        if latents.shape != target.shape:
+            raise ValueError(
+                f"row {batch['row'][0]}: the target's latents are {tuple(target.shape[1:])}, but "
+                f"the pipeline draws {tuple(latents.shape[1:])} at size {batch['size']} "
+                "(height, width); were they made by another pipeline or at another size?"
+            )
+        loss: Tensor = self.loss(latents.float(), target.float())
+        return loss
+
+    # Steps
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of the student's rollout against the teacher's target."""
+        target = self.teacher_target(batch)
+        loss = self.compare(self.student_rollout(batch), target, batch).mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.global_step} in rows {batch['row']}; "
+                "lower the learning rate, or clip gradients (trainer.gradient_clip_val: 1)"
+            )
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["row"]))
+        return loss
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        target = self.teacher_target(batch)
+        self.student_loss.update(self.compare(self.student_rollout(batch), target, batch))
+        keys = [f"{stage}/{row}" for row in batch["row"]]
+        if any(key not in self._undistilled_losses for key in keys):
+            with self._fast_undistilled():
+                losses = self.compare(self.student_rollout(batch), target, batch)
+            self._undistilled_losses.update(zip(keys, losses.tolist(), strict=True))
+        self.undistilled_loss.update([self._undistilled_losses[key] for key in keys])
+
+    def _fast_undistilled(self) -> Any:  # noqa: ANN401
+        """Before the first step of full training the denoiser still is the pretrained one."""
+        untrained = self.trainer.state.fn == "fit" and self.global_step == 0
+        return ExitStack() if untrained else self.undistilled()
+
+    def _log_evaluation(self, stage: str) -> None:
+        student, undistilled = self.student_loss.compute(), self.undistilled_loss.compute()
+        self.student_loss.reset()
+        self.undistilled_loss.reset()
+        self._base.clear()  # a second denoiser is not kept while training
+        self.log_dict(
+            {
+                f"{stage}_loss": student,
+                f"{stage}_undistilled_loss": undistilled,
+                f"{stage}_ratio": student / undistilled,
+            }
+        )
+        self.log(f"{stage}_gap_closed", 1 - student / undistilled, prog_bar=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Compare the student and the undistilled pipeline with the teacher on held-out rows."""
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val_loss, val_undistilled_loss, their ratio, and val_gap_closed = 1 - ratio."""
+        self._log_evaluation("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Do as in validation."""
+        self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test_loss, test_undistilled_loss, their ratio, and test_gap_closed = 1 - ratio."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
+        """Return the student's images of the batch, B `PIL.Image.Image`."""
+        return self.draw(batch)[1]
+
+    # Checkpoints hold what trains
+
+    def _trainable(self) -> list[str]:
+        return [name for name, p in self.named_parameters() if p.requires_grad]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # noqa: ANN401
+        """Return the trainable tensors only."""
+        full = super().state_dict(*args, **kwargs)
+        return {name: full[name] for name in self._trainable()}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+        """Load trainable tensors.
+
+        Raises:
+            ValueError: If they are not exactly this module's, naming what differs.
+        """
+        if strict:
+            check_state(state_dict, self._trainable(), "the checkpoint")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the version, and the undistilled losses, which need the pretrained weights."""
+        checkpoint["lit_distill"] = {
+            "version": lit_distill.__version__,
+            "undistilled_losses": self._undistilled_losses,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the undistilled losses, and report settings that differ from the checkpoint's."""
+        self._undistilled_losses = dict(checkpoint["lit_distill"]["undistilled_losses"])
+        saved = checkpoint["hyper_parameters"]
+        for name, value in self.hparams.items():
+            if name in saved and saved[name] != value:
+                rank_zero_warn(
+                    f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
+                    f"going on with {value!r}"
+                )

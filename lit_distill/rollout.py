@@ -1,0 +1,310 @@
+"""The one idea: a rollout is the pipeline's own `__call__`, run with gradients on.
+
+Direct Distillation (DiffSynth-Studio's `DirectDistillLoss`; the regression of Luhman & Luhman,
+arXiv:2101.02388, back-propagated through every step of the student) needs the denoising loop to
+be differentiable. diffusers' loops are, but for a `torch.no_grad` decorator. So nothing about a
+family's loop is written again here: training equals inference by construction, schedule and all.
+
+Three taps, none of which knows a family, are laid while the pipeline runs:
+
+1. A fresh scheduler, because multistep ones keep graph tensors, whose `step` is watched: the
+   result of a rollout is the output of the last step. What a pipeline returns for
+   ``output_type="latent"`` is unpacked, rescaled or not, as each family likes.
+2. The denoisers' `forward`, wrapped on the instance (so that module hooks, FSDP2's for example,
+   still run around it), for activation checkpointing and truncated back-propagation.
+3. The progress bar, silenced.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from lit_distill.families import denoisers, guidance_kwargs
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Checkpointing = Literal["none", "block", "step", "nested"]
+StepTap = Callable[[int, int, Tensor], Tensor]
+
+
+def rollout(
+    pipe: DiffusionPipeline,
+    *,
+    num_inference_steps: int,
+    generator: Sequence[torch.Generator],
+    cfg_scale: float = 1.0,
+    grad_steps: int | None = None,
+    checkpointing: Checkpointing = "none",
+    **call_kwargs: Any,  # noqa: ANN401
+) -> Tensor:
+    """Draw with the pipeline's own loop and return its final latents, differentiably.
+
+    Whether a graph is built is the caller's choice: under `torch.no_grad` this is the teacher.
+
+    Args:
+        pipe: Any diffusers pipeline. Freeze what is not trained; the graph reaches every
+            parameter that requires gradients.
+        num_inference_steps: Number of denoising steps, >= 1.
+        generator: One generator a sample; the pipeline draws its start noise from them.
+        cfg_scale: Classifier-free guidance, the textbook scale in every family, >= 1.
+            1 means off: exactly one denoiser call a step.
+        grad_steps: Back-propagate through the last `grad_steps` steps only (None: all).
+        checkpointing: What is recomputed in the backward pass instead of stored: ``"none"``;
+            ``"block"``, the denoiser's blocks; ``"step"``, each denoiser call; ``"nested"``, each
+            call and, within it, its blocks: memory flat in the number of steps.
+        **call_kwargs: Passed to the pipeline's `__call__`: ``prompt``, ``height``, ...
+
+    Returns:
+        The output of the last ``scheduler.step``, in the pipeline's own layout: for example
+        (B, tokens, channels) for QwenImage and Flux, (B, C, H/8, W/8) for SD3 and SDXL. Undo
+        the layout with `LatentCodec`.
+
+    Raises:
+        ValueError: If an argument is out of range or the pipeline cannot take it.
+        RuntimeError: If the pipeline never called its scheduler's `step`.
+    """
+    return _run(
+        pipe,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        cfg_scale=cfg_scale,
+        grad_steps=grad_steps,
+        checkpointing=checkpointing,
+        output_type="latent",
+        **call_kwargs,
+    )[0]
+
+
+@torch.no_grad()
+def draw(
+    pipe: DiffusionPipeline,
+    *,
+    num_inference_steps: int,
+    generator: Sequence[torch.Generator],
+    cfg_scale: float = 1.0,
+    **call_kwargs: Any,  # noqa: ANN401
+) -> tuple[Tensor, list[Any]]:
+    """Draw as `pipe()` does and return the exact final latents with the images.
+
+    Args:
+        pipe: Any diffusers pipeline.
+        num_inference_steps: Number of denoising steps, >= 1.
+        generator: One generator a sample.
+        cfg_scale: Classifier-free guidance, the textbook scale, >= 1; 1 means off.
+        **call_kwargs: Passed to the pipeline's `__call__`: ``prompt``, ``height``, ...
+
+    Returns:
+        What `rollout` returns, and the list of B `PIL.Image.Image` that the pipeline made of it.
+
+    Raises:
+        ValueError: If an argument is out of range or the pipeline cannot take it.
+    """
+    return _run(
+        pipe,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        cfg_scale=cfg_scale,
+        output_type="pil",
+        **call_kwargs,
+    )
+
+
+def _run(
+    pipe: DiffusionPipeline,
+    *,
+    num_inference_steps: int,
+    generator: Sequence[torch.Generator],
+    cfg_scale: float,
+    output_type: str,
+    grad_steps: int | None = None,
+    checkpointing: Checkpointing = "none",
+    **call_kwargs: Any,  # noqa: ANN401
+) -> tuple[Tensor, Any]:
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be >= 1, got {num_inference_steps}")
+    if grad_steps is not None and not grad_steps >= 1:
+        raise ValueError(f"grad_steps must be >= 1 or None (all steps), got {grad_steps}")
+    if checkpointing not in get_args(Checkpointing):
+        raise ValueError(
+            f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, "
+            f"got {checkpointing!r}"
+        )
+    call_kwargs |= guidance_kwargs(pipe, cfg_scale, len(generator), call_kwargs)
+    if cfg_scale == 1:
+        call_kwargs.pop("negative_prompt", None)  # unused, and QwenImage warns about it
+    with ExitStack() as stack:
+        steps = stack.enter_context(watched_scheduler(pipe))
+        for denoiser in denoisers(pipe).values():
+            stack.enter_context(_tapped_denoiser(denoiser, steps, grad_steps, checkpointing))
+        output = undecorated_call(pipe)(
+            num_inference_steps=num_inference_steps,
+            generator=list(generator),
+            output_type=output_type,
+            return_dict=False,
+            **call_kwargs,
+        )
+    if steps.latents is None:
+        raise RuntimeError(f"{type(pipe).__name__} never called scheduler.step")
+    return steps.latents, output[0]
+
+
+def undecorated_call(pipe: DiffusionPipeline) -> Callable[..., Any]:
+    """Return the pipeline's `__call__` without its `torch.no_grad` decorator, and silent."""
+    call = inspect.unwrap(type(pipe).__call__)
+
+    def silent(**kwargs: Any) -> Any:  # noqa: ANN401
+        config = getattr(pipe, "_progress_bar_config", None)
+        pipe.set_progress_bar_config(**(config or {}) | {"disable": True})
+        try:
+            return call(pipe, **kwargs)
+        finally:
+            pipe._progress_bar_config = config or {}
+
+    return silent
+
+
+class Steps:
+    """Where a running pipeline is: steps `done` out of `total`, and the `latents` after them."""
+
+    def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
+        self.scheduler = scheduler
+        self.done = 0
+        self.latents: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        """Number of `scheduler.step` calls in the whole run; known once the schedule is set."""
+        return len(self.scheduler.timesteps)
+
+
+@contextmanager
+def watched_scheduler(pipe: DiffusionPipeline, tap: StepTap | None = None) -> Iterator[Steps]:
+    """Give the pipeline a fresh scheduler and watch its steps.
+
+    Args:
+        pipe: The pipeline; its own scheduler comes back on exit.
+        tap: Called with (steps done before this one, total, the step's output); what it returns
+            goes on in its place.
+
+    Yields:
+        The counter, updated at every step.
+    """
+    own = pipe.scheduler
+    fresh = type(own).from_config(own.config)
+    step = fresh.step
+    steps = Steps(fresh)
+
+    @functools.wraps(step)  # pipelines look for `eta` and `generator` in the signature
+    def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if steps.total == 1 and not torch.isfinite(fresh.timesteps).all():
+            raise ValueError(
+                f"{type(fresh).__name__} has no one-step schedule with shift_terminal="
+                f"{fresh.config.get('shift_terminal')}: its only timestep is not a number. "
+                "Use num_inference_steps >= 2, or set the scheduler's shift_terminal to None"
+            )
+        output = step(*args, **kwargs)
+        latents = output[0]
+        if tap is not None:
+            latents = tap(steps.done, steps.total, latents)
+            if isinstance(output, tuple):
+                output = (latents, *output[1:])
+            else:
+                output.prev_sample = latents
+        steps.latents = latents
+        steps.done += 1
+        return output
+
+    fresh.step = watched
+    pipe.scheduler = fresh
+    try:
+        yield steps
+    finally:
+        pipe.scheduler = own
+
+
+@contextmanager
+def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` answer for the module, inside its hooks, until the context is left."""
+    own = module.__dict__.get("forward")  # somebody else's patch, to be put back
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def _tapped_denoiser(
+    denoiser: torch.nn.Module,
+    steps: Steps,
+    grad_steps: int | None,
+    checkpointing: Checkpointing,
+) -> Iterator[None]:
+    """Lay checkpointing and truncation around the denoiser's forward."""
+    original = denoiser.forward
+    run = original
+    if checkpointing in ("block", "nested"):
+        run = _with_block_checkpointing(denoiser, original)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        # Steps are counted by the scheduler: guidance may call the denoiser twice a step.
+        if grad_steps is not None and steps.done < steps.total - grad_steps:
+            with torch.no_grad():
+                return original(*args, **kwargs)
+        if checkpointing in ("step", "nested"):
+            # Cloned, for Kandinsky5's video pipeline updates its latents in place.
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return run(*args, **kwargs)
+
+    with replaced_forward(denoiser, forward):
+        yield
+
+
+def _with_block_checkpointing(
+    denoiser: torch.nn.Module, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return `forward` with diffusers' gradient checkpointing on while it runs.
+
+    The switch is set within, not around, the call: with ``nested`` the call runs again in the
+    backward pass, after the rollout has returned.
+
+    Raises:
+        ValueError: If the denoiser does not support gradient checkpointing.
+    """
+    modules = [m for m in denoiser.modules() if getattr(m, "gradient_checkpointing", None) is False]
+    if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(denoiser).__name__} does not support gradient checkpointing of its blocks; "
+            "use checkpointing: step"
+        )
+    denoiser.enable_gradient_checkpointing()
+
+    def switch(on: bool) -> None:
+        for module in modules:
+            module.gradient_checkpointing = on
+
+    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        switch(True)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            switch(False)
+
+    switch(False)
+    return run
