@@ -1,4 +1,4 @@
-"""What is trained, and taking it home: LoRA in and out, checkpoints to plain diffusers pipelines."""
+"""What is trained, and taking it home: LoRA in and out, checkpoints to diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_trainable(pipe: DiffusionPipeline, lora: dict[str, Any] | None) -> None
                 parameter.data = parameter.data.float()
 
 
-def _add_lora(denoiser: nn.Module, lora: dict[str, Any]) -> None:
+def _add_lora(denoiser: Any, lora: dict[str, Any]) -> None:  # noqa: ANN401
     from peft import LoraConfig, inject_adapter_in_model
 
     accepted = inspect.signature(LoraConfig).parameters

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -113,7 +113,7 @@ class Comparison(Callback):
         target = pl_module.teacher_target(batch)
         shown = [self._pictures(target, batch, pl_module)]
         for way in self._ways(batch, pl_module):
-            latents, images = self._draw(way, target, batch, pl_module)
+            images = self._draw(way, target, batch, pl_module)
             if way.num_inference_steps == batch["num_inference_steps"] and (
                 way.cfg_scale == batch["cfg_scale"]
             ):
@@ -128,7 +128,7 @@ class Comparison(Callback):
 
     def _draw(
         self, way: Way, target: Tensor, batch: Batch, module: DirectDistill
-    ) -> tuple[Tensor, list[Image.Image]]:
+    ) -> list[Image.Image]:
         started = time.perf_counter()
         latents, images = module.draw(
             batch,
@@ -139,7 +139,7 @@ class Comparison(Callback):
         seconds = time.perf_counter() - started  # the images are on the host: nothing is pending
         error = (latents.float() - target).square().flatten(1).mean(1).sum().item()
         self.tallies.setdefault(way, Tally()).add(error, seconds, len(images))
-        return latents, images
+        return images
 
     @staticmethod
     def _pictures(target: Tensor, batch: Batch, module: DirectDistill) -> list[Image.Image]:

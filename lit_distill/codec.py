@@ -44,7 +44,7 @@ class LatentCodec:
 
     def __init__(self, pipe: DiffusionPipeline, **call_kwargs: Any) -> None:  # noqa: ANN401
         self.pipe = pipe
-        self.vae = getattr(pipe, "vae", None)
+        self.vae: Any = getattr(pipe, "vae", None)
         if self.vae is None:
             raise ValueError(f"{type(pipe).__name__} has no component `vae` to encode images with")
         tail = _Tail(pipe, {"prompt": "", **call_kwargs})
@@ -74,7 +74,7 @@ class LatentCodec:
         probe = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         expected = self.scale * probe[self.source] + self.shift
         error = (tail(probe) - expected).abs().max() / expected.abs().max()
-        if not error < 1e-5 or self.source.unique().numel() != size:
+        if not error < 1e-5 or not torch.equal(self.source.sort().values, position):
             raise ValueError(
                 f"{name}: the way from final latents to the VAE's input is not a permutation and "
                 f"an affine map (relative error {error:.1e} on random latents); store the "
@@ -131,7 +131,8 @@ class LatentCodec:
             pixels = self.vae.decode(z, return_dict=False)[0]
         if len(self.z_shape) == 4:
             pixels = pixels[:, :, 0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        images: Tensor = (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return images
 
     def _map(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         return self.shift.float().to(device), self.scale.float().to(device), self.source.to(device)

@@ -85,7 +85,7 @@ def read_metadata(path: str | Path, base_path: str | Path | None = None) -> pd.D
 
     Columns: ``prompt``, ``seed``, ``rand_device``, ``num_inference_steps``, ``cfg_scale`` (the last
     two are the student's) and ``image`` or ``latents``, files relative to `base_path`. Optional:
-    ``height``, ``width``. Others are kept as text. A file made for DiffSynth-Studio works unchanged.
+    ``height``, ``width``. Others stay text. A file made for DiffSynth-Studio works unchanged.
 
     Args:
         path: CSV file, UTF-8 with or without byte order mark.
@@ -149,7 +149,7 @@ class _ColumnParser:
         self.raw = raw
         self.problems = problems
 
-    def reject(self, column: str, bad: np.ndarray, accepted: str) -> None:
+    def reject(self, column: str, bad: Any, accepted: str) -> None:  # noqa: ANN401
         for index in np.flatnonzero(bad):
             record = self.raw.iloc[index]
             self.problems.add(
@@ -172,13 +172,14 @@ class _ColumnParser:
 
     def numbers(self, column: str, low: float) -> pd.Series:
         values = pd.to_numeric(self.raw[column], errors="coerce").astype("float64")
-        bad = ~(np.isfinite(values) & (values >= low))
-        self.reject(column, bad.to_numpy(), f"a number >= {low:g}")
+        bad = ~(np.isfinite(values.to_numpy()) & (values.to_numpy() >= low))
+        self.reject(column, bad, f"a number >= {low:g}")
         return values
 
     def texts(self, column: str, good: Callable[[str], bool], accepted: str) -> None:
         verdict = {text: good(text) for text in self.raw[column].unique()}
-        self.reject(column, ~self.raw[column].map(verdict).to_numpy(dtype=bool), accepted)
+        fits = np.array([verdict[text] for text in self.raw[column]])
+        self.reject(column, ~fits, accepted)
 
 
 def _can_draw(device: str) -> bool:
@@ -205,13 +206,13 @@ def read_image(path: str | Path) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+            image: Image.Image = ImageOps.exif_transpose(file)
             image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             raise ValueError(f"{path} has transparent pixels; flatten it onto a background first")
     elif image.mode not in ("RGB", "L", "P", "1"):
         raise ValueError(f"{path} has colour mode {image.mode}; save it as 8-bit RGB first")
@@ -228,7 +229,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     try:
         with Image.open(path) as file:
             width, height = file.size
-            turned = file.getexif().get(0x0112, 1) >= 5
+            turned = file.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable image ({error})") from error
     return (width, height) if turned else (height, width)
@@ -446,7 +447,7 @@ class PairLoader(DataLoader[dict[str, Any]]):
     def __init__(self, dataset: PairDataset, batches: BucketBatchSampler, num_workers: int) -> None:
         super().__init__(
             dataset,
-            batch_sampler=batches,  # type: ignore[arg-type]
+            batch_sampler=batches,
             collate_fn=collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -489,7 +490,7 @@ class DistillDataModule(pl.LightningDataModule):
         batch_size: Rows a batch and process.
         num_workers: Processes that read files; 0 reads in the training process.
         repeat: How often an epoch passes over the training rows.
-        cache_dir: Folder that keeps encoded prompts and images for the next run; null: memory only.
+        cache_dir: Reserved: a folder for encoded prompts and images; must be null for now.
         seed: Seed of the order of rows and of the held-out split.
 
     Raises:
@@ -514,9 +515,13 @@ class DistillDataModule(pl.LightningDataModule):
         super().__init__()
         if (height is None) != (width is None):
             raise ValueError(f"data.height={height}, data.width={width}: set both or neither")
-        for name, value, low in (("batch_size", batch_size, 1), ("repeat", repeat, 1)):
-            if value < low:
-                raise ValueError(f"data.{name} must be >= {low}, got {value}")
+        for name, value in (("batch_size", batch_size), ("repeat", repeat)):
+            if value < 1:
+                raise ValueError(f"data.{name} must be >= 1, got {value}")
+        if cache_dir is not None:
+            raise ValueError(
+                "data.cache_dir: encodings are kept in memory only for now; leave it out"
+            )
         if not 0 <= val_fraction < 1:
             raise ValueError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         self.metadata_path = metadata_path
@@ -529,7 +534,6 @@ class DistillDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.repeat = repeat
-        self.cache_dir = cache_dir
         self.seed = seed
         self.train_set: PairDataset | None = None
         self.val_set: PairDataset | None = None

@@ -76,7 +76,7 @@ class PromptEncoder:
     def _pair_of(self, given: dict[str, Any], prompts: dict[str, list[str]]) -> Any:  # noqa: ANN401
         """Return the encoding of the first prompt, twice."""
         if self._pair is None:
-            twice = {name: [texts[0]] * 2 for name, texts in prompts.items()}
+            twice: dict[str, Any] = {name: [texts[0]] * 2 for name, texts in prompts.items()}
             if "batch_size" in given:
                 twice["batch_size"] = 2
             self._pair = tree_map_only(Tensor, Tensor.cpu, self._encode(given | twice))

@@ -84,8 +84,8 @@ def load_pipeline(
     return DiffusionPipeline.from_pretrained(name_or_path, revision=revision, dtype=torch_dtype)
 
 
-def denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """Return the networks that the denoising loop calls, by component name.
+def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return the networks that the denoising loop calls (`diffusers.ModelMixin`), by name.
 
     ``transformer``, ``transformer_2`` (Wan 2.2) and ``unet`` where the pipeline has them, else
     every diffusers model that cannot decode (which a VAE can).

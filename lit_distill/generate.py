@@ -37,15 +37,15 @@ PROVENANCE_FILE = "provenance.json"
 class Pair(NamedTuple):
     """One row to draw: its place in the data set, its prompt, and the seed of its noise."""
 
-    index: int
+    number: int
     prompt: str
     seed: int
 
     def files(self, out: Path) -> tuple[Path, Path]:
         """Return the paths of its image and its latents."""
         return (
-            out / "images" / f"{self.index:06d}.png",
-            out / "latents" / f"{self.index:06d}.safetensors",
+            out / "images" / f"{self.number:06d}.png",
+            out / "latents" / f"{self.number:06d}.safetensors",
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
@@ -99,7 +99,7 @@ class DirectDistill(pl.LightningModule):
         grad_steps: int | None = None,
         loss: DistillLoss | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
-            params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0
+            params, lr=1e-4, weight_decay=0.0
         ),
         lr_scheduler: LRSchedulerCallable | None = None,
         teacher_num_inference_steps: int = 50,
@@ -324,7 +324,8 @@ class DirectDistill(pl.LightningModule):
             with self._fast_undistilled():
                 losses = self.compare(self.student_rollout(batch), target, batch)
             self._undistilled_losses.update(zip(keys, losses.tolist(), strict=True))
-        self.undistilled_loss.update([self._undistilled_losses[key] for key in keys])
+        kept = [self._undistilled_losses[key] for key in keys]
+        self.undistilled_loss.update(torch.tensor(kept, device=self.device))
 
     def _fast_undistilled(self) -> Any:  # noqa: ANN401
         """Before the first step of full training the denoiser still is the pretrained one."""

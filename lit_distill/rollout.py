@@ -248,7 +248,7 @@ def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> It
 
 @contextmanager
 def _tapped_denoiser(
-    denoiser: torch.nn.Module,
+    denoiser: Any,  # noqa: ANN401
     steps: Steps,
     grad_steps: int | None,
     checkpointing: Checkpointing,
@@ -277,7 +277,8 @@ def _tapped_denoiser(
 
 
 def _with_block_checkpointing(
-    denoiser: torch.nn.Module, forward: Callable[..., Any]
+    denoiser: Any,  # noqa: ANN401
+    forward: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Return `forward` with diffusers' gradient checkpointing on while it runs.
 

@@ -1,0 +1,64 @@
+"""The main job on the embedded pipeline: pairs, training, evaluation. `make demo` runs it.
+
+Every stage is a command of `lit-distill`, printed before it runs. Run again, it reuses what is
+finished.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from importlib.resources import files
+from pathlib import Path
+
+from lit_distill.cli import main
+
+OUT = Path("runs/demo")
+CHECKPOINT = OUT / "student.ckpt"
+
+
+def stage(title: str, arguments: list[str]) -> None:
+    """Announce and run one command."""
+    print(f"\n== {title}\n$ lit-distill {shlex.join(arguments)}", flush=True)
+    started = time.monotonic()
+    main(arguments)
+    print(f"   {time.monotonic() - started:.0f} s", flush=True)
+
+
+def pairs(prompts: str, folder: str, *options: str) -> list[str]:
+    """Return the command that draws the teacher's pairs, 50 steps with guidance 4."""
+    prompts_file = str(files("lit_distill").joinpath("assets", "tiny", prompts))
+    model = ["--model.pretrained_model_name_or_path", "tiny-digits"]
+    model += ["--model.torch_dtype", "float32", "--trainer.accelerator", "cpu"]
+    where = ["--prompts", prompts_file, "--out", str(OUT / folder), "--batch_size", "32"]
+    teacher = ["--num_inference_steps", "50", "--cfg_scale", "4", "--trainer.logger", "false"]
+    return ["generate", *model, *where, *teacher, *options]
+
+
+if __name__ == "__main__":
+    stage(
+        "512 pairs of the teacher",
+        pairs("prompts_train.txt", "train", "--seeds_per_prompt", "2", "--limit", "512"),
+    )
+    stage(
+        "64 held-out pairs, of prompts that the student never sees",
+        pairs("prompts_heldout.txt", "heldout", "--limit", "64", "--first_seed", "1000000"),
+    )
+    if not CHECKPOINT.is_file():
+        shutil.rmtree(OUT / "fit", ignore_errors=True)  # what an interrupted run left
+        logger = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", str(OUT)]
+        logger += ["--trainer.logger.name", "fit", "--trainer.logger.version", "0"]
+        stage("training a LoRA", ["fit", "--config", "configs/tiny_lora.yaml", *logger])
+        shutil.copy(OUT / "fit/version_0/checkpoints/last.ckpt", CHECKPOINT)
+    stage(
+        "evaluation on the held-out pairs",
+        ["test", "--ckpt_path", str(CHECKPOINT), "--trainer.default_root_dir", str(OUT)]
+        + ["--data.val_metadata_path", str(OUT / "heldout/metadata.csv"), "--data.batch_size", "16"]
+        + ["--trainer.logger", "false", "--trainer.accelerator", "cpu"],
+    )
+    stage(
+        "export for plain diffusers",
+        ["export", "--ckpt_path", str(CHECKPOINT), "--out", str(OUT / "lora")],
+    )
+    print(f"\nLook at {OUT / 'comparison.png'}")
