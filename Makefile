@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Matrices this small gain nothing from a second thread, and on a busy machine lose tenfold by it.
+export OMP_NUM_THREADS := 1
 
 .PHONY: demo test check clean
 

@@ -44,6 +44,9 @@ QUIRKS: dict[str, Quirk] = {
     "ZImagePipeline": Quirk(scale=lambda cfg_scale: cfg_scale - 1),
     "Krea2Pipeline": Quirk(scale=lambda cfg_scale: cfg_scale - 1),
     "OmniGenPipeline": Quirk(refused="its guidance cannot be switched off"),
+    "HunyuanImagePipeline": Quirk(
+        refused="its guidance is a component (guider) that cfg_scale does not reach yet"
+    ),
 }
 
 

@@ -18,10 +18,11 @@ from torchmetrics import MeanMetric
 import lit_distill
 from lit_distill.adapters import adapters_off, check_state, make_trainable
 from lit_distill.codec import LatentCodec
-from lit_distill.data import Batch
+from lit_distill.data import Batch, DistillDataModule
 from lit_distill.encode import PromptEncoder
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.losses import DistillLoss, LatentMSE
+from lit_distill.preflight import preflight
 from lit_distill.rollout import Checkpointing, draw, rollout
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class DirectDistill(pl.LightningModule):
             neither image nor latents.
         teacher_cfg_scale: Guidance of the online teacher, 1 = off.
         call_kwargs: Fixed arguments of the pipeline's call, for teacher and student alike.
-        preflight: Check before training, at small size, that this pipeline can be distilled.
+        preflight: Check before training, by two draws of two steps, that the rollout with gradients
+            is the pipeline bit for bit and that guidance can be switched off.
         compile: Compile the denoiser's repeated blocks with torch.compile.
     """
 
@@ -161,9 +163,20 @@ class DirectDistill(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Place the pipeline and switch on the dropout of adapters, if they have any."""
         self._place()
+        if self.hparams["preflight"] and isinstance(
+            getattr(self.trainer, "datamodule", None), DistillDataModule
+        ):
+            preflight(self.pipe, **self._example())
         for name, module in self.denoisers.named_modules():
             if name.endswith("lora_dropout"):
                 module.train()
+
+    def _example(self) -> dict[str, Any]:
+        """Return call arguments of the first training row, its size above all."""
+        table = self.trainer.datamodule.train_set.table  # type: ignore[attr-defined]
+        row = table.iloc[0]
+        size = {"height": int(row["height"]), "width": int(row["width"])} if row["height"] else {}
+        return {"prompt": [row["prompt"]], **size, **self.call_kwargs}
 
     on_validation_start = on_test_start = on_predict_start = _place
 

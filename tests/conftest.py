@@ -1,0 +1,37 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import contextlib
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_distill.cli import main
+
+torch.set_num_threads(1)  # a second thread only gets in the way of matrices this small
+
+TINY = Path(str(files("lit_distill").joinpath("assets", "tiny")))
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Two sets of the teacher's pairs of the embedded pipeline, made by the command line."""
+    out = tmp_path_factory.mktemp("pairs")
+    generate(out / "train", "prompts_train.txt", 32, 0)
+    generate(out / "heldout", "prompts_heldout.txt", 8, 1_000_000)
+    return out
+
+
+def generate(out, prompts, limit, first_seed, *options):
+    with contextlib.chdir(ROOT) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
+        main(
+            ["generate", "--model.pretrained_model_name_or_path", "tiny-digits"]
+            + ["--model.torch_dtype", "float32", "--prompts", str(TINY / prompts)]
+            + ["--out", str(out), "--limit", str(limit), "--first_seed", str(first_seed)]
+            + ["--batch_size", "8", "--num_inference_steps", "10", "--trainer.accelerator", "cpu"]
+            + ["--trainer.logger", "false", *options]
+        )

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from pipelines import CALL_KWARGS, build
+
+from lit_distill import LatentCodec, load_pipeline
+from lit_distill.rollout import draw
+
+IMAGES = ["QwenImage", "Flux", "StableDiffusion3", "StableDiffusionXL", "StableDiffusion"]
+IMAGES += ["Flux2", "Sana", "PixArtSigma", "Lumina2", "Chroma", "CogView4"]
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_decode_is_the_pipelines_own_decoding(name):
+    pipe = build(name)
+    codec = LatentCodec(pipe, **CALL_KWARGS[name])
+    arguments = {"prompt": ["a red cat"], "num_inference_steps": 2, **CALL_KWARGS[name]}
+    latents, images = draw(pipe, **arguments, generator=[torch.Generator().manual_seed(0)])
+    with torch.no_grad():
+        decoded = codec.decode(latents)[0].permute(1, 2, 0)
+    own = torch.tensor(list(images[0].tobytes())).view(decoded.shape) / 255
+    assert (decoded - own).abs().max() <= 0.5 / 255 + 1e-4
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_encode_inverts_the_map_of_the_tail(name):
+    pipe = build(name)
+    codec = LatentCodec(pipe, **CALL_KWARGS[name])
+    latents = torch.randn(2, *codec.latent_shape, generator=torch.Generator().manual_seed(0))
+    captured = {}
+
+    class Echo:
+        """A VAE whose encoder returns what its decoder was given."""
+
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def decode(self, z, return_dict):
+            captured["z"] = z
+            return (torch.zeros(len(z), 3, *([1] * (z.ndim == 5)), 8, 8),)
+
+        def encode(self, pixels):
+            return type("Output", (), {"latent": captured["z"]})()
+
+    codec.vae = Echo()
+    codec.decode(latents)
+    again = codec.encode(torch.zeros(2, 3, 8, 8))
+    assert (again - latents).abs().max() <= 1e-5
+
+
+def test_encode_equals_the_familys_own_encoder():
+    pipe = load_pipeline("tiny-digits")
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z = pipe.vae.encode((images * 2 - 1).unsqueeze(2)).latent_dist.mode()
+        mean = torch.tensor(pipe.vae.config.latents_mean).view(1, -1, 1, 1, 1)
+        std = torch.tensor(pipe.vae.config.latents_std).view(1, -1, 1, 1, 1)
+        own = pipe._pack_latents((z - mean) / std, 2, 4, 8, 12)
+    found = LatentCodec(pipe, height=32, width=48).encode(images)
+    assert (found - own).abs().max() <= 1e-6
+
+
+def test_a_tail_that_is_no_permutation_is_refused():
+    pipe = load_pipeline("tiny-digits")
+    unpack = type(pipe)._unpack_latents
+    pipe._unpack_latents = lambda *args: unpack(*args).tanh()
+    with pytest.raises(ValueError, match="not a permutation and an affine map"):
+        LatentCodec(pipe, height=32, width=32)
+
+
+def test_images_of_another_size_are_refused():
+    codec = LatentCodec(load_pipeline("tiny-digits"), height=32, width=32)
+    with pytest.raises(ValueError, match=r"images of 40x32 pixels .* encode to"):
+        codec.encode(torch.rand(1, 3, 40, 32))
