@@ -403,13 +403,6 @@ class BucketBatchSampler:
         self.world_size = world_size
         self.epoch = 0
         self.position = 0
-        # Lightning tells the epoch to `loader.batch_sampler.sampler`, never to a batch sampler.
-        self.sampler = self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Start at the beginning of `epoch`, unless that is the one under way."""
-        if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
 
     def plan(self) -> list[list[int]]:
         """Return this rank's batches of the current epoch."""
@@ -439,7 +432,8 @@ class BucketBatchSampler:
 class PairLoader(DataLoader[dict[str, Any]]):
     """A `DataLoader` over pairs that knows where it is and can go on from there.
 
-    Lightning keeps its state in the checkpoint and gives it back on resume.
+    Lightning keeps its state in the checkpoint and gives it back on resume. Epochs are counted
+    here: Lightning's own count runs ahead when training stops in the middle of one.
     """
 
     batch_sampler: BucketBatchSampler
@@ -455,11 +449,15 @@ class PairLoader(DataLoader[dict[str, Any]]):
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the rest of the epoch."""
+        """Yield the rest of the epoch, or the next one; held-out rows always from the first."""
+        batches = self.batch_sampler
+        if not batches.shuffle:
+            batches.position = 0
+        elif batches.position >= len(batches):
+            batches.epoch, batches.position = batches.epoch + 1, 0
         for batch in super().__iter__():
-            self.batch_sampler.position += 1
+            batches.position += 1
             yield batch
-        self.batch_sampler.position = 0
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and the number of batches of it that were handed out."""
@@ -591,6 +589,22 @@ class DistillDataModule(pl.LightningDataModule):
         """Return the loader of the held-out rows."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> PairLoader | list[Any]:
-        """Return the loader of the held-out rows."""
-        return self.val_dataloader()
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Return a loader of the held-out rows, a plain one: Lightning rebuilds it to predict."""
+        assert self.val_set is not None, "call setup('predict') first"
+        plan = self._loader(self.val_set, train=False).batch_sampler.plan()
+        return DataLoader(_PlannedBatches(self.val_set, plan), batch_size=None)
+
+
+class _PlannedBatches(Dataset[Batch]):
+    """Whole batches as items."""
+
+    def __init__(self, dataset: PairDataset, plan: list[list[int]]) -> None:
+        self.dataset = dataset
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        return collate([self.dataset[row] for row in self.plan[index]])

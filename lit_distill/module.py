@@ -85,7 +85,7 @@ class DirectDistill(pl.LightningModule):
         teacher_cfg_scale: Guidance of the online teacher, 1 = off.
         call_kwargs: Fixed arguments of the pipeline's call, for teacher and student alike.
         preflight: Check before training, by two draws of two steps, that the rollout with gradients
-            is the pipeline bit for bit and that guidance can be switched off.
+            is the pipeline and that guidance can be switched off.
         compile: Compile the denoiser's repeated blocks with torch.compile.
     """
 

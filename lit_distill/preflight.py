@@ -21,8 +21,8 @@ class PreflightError(RuntimeError):
 def preflight(pipe: DiffusionPipeline, *, seed: int = 0, **call_kwargs: Any) -> None:  # noqa: ANN401
     """Draw one sample in two steps, twice, and compare.
 
-    Checks that the rollout with gradients on ends in the very latents of the pipeline without, and
-    that without guidance the denoiser is called once a step.
+    Checks that the rollout with gradients on ends in the latents of the pipeline without, and that
+    without guidance the denoiser is called once a step.
 
     Args:
         pipe: The pipeline, its trainable parameters requiring gradients.
@@ -57,11 +57,12 @@ def preflight(pipe: DiffusionPipeline, *, seed: int = 0, **call_kwargs: Any) -> 
         raise PreflightError(
             f"{name}: no gradient reaches the end of the rollout; is a trainable parameter used?"
         )
-    if not torch.equal(found, expected):
-        error = (found - expected).abs().max().item()
+    # Attention may take another kernel when it records a graph: equal up to rounding.
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not error <= (1e-4 if found.dtype == torch.float32 else 5e-2):
         raise PreflightError(
-            f"{name}: two draws of one seed differ by {error:.1e}; train with dropout off, or, if "
-            "the pipeline itself is not deterministic here, with preflight: false"
+            f"{name}: two draws of one seed differ by {error:.1e} of the largest value; "
+            "train with dropout off, or, if the pipeline itself is not deterministic here, with preflight: false"
         )
     if calls >= 4:  # schedulers of higher order take a third
         raise PreflightError(
