@@ -62,7 +62,8 @@ def preflight(pipe: DiffusionPipeline, *, seed: int = 0, **call_kwargs: Any) -> 
     if not error <= (1e-4 if found.dtype == torch.float32 else 5e-2):
         raise PreflightError(
             f"{name}: two draws of one seed differ by {error:.1e} of the largest value; "
-            "train with dropout off, or, if the pipeline itself is not deterministic here, with preflight: false"
+            "train with dropout off, or, if the pipeline itself is not deterministic here, with "
+            "preflight: false"
         )
     if calls >= 4:  # schedulers of higher order take a third
         raise PreflightError(
