@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, TINY, generate
 from PIL import Image
 
-from lit_distill.cli import DistillCLI, main
+from lit_distill.cli import build_cli, main
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -106,8 +106,18 @@ def test_fit_test_predict_and_export_by_command(config, pairs, tmp_path, capsys)
     assert (tmp_path / "export" / name).is_file()
 
 
-def test_fit_does_not_let_a_checkpoint_override_the_command_line():
-    assert DistillCLI._parse_ckpt_path is not DistillCLI.__mro__[1]._parse_ckpt_path
+def test_fit_does_not_let_a_checkpoint_override_the_command_line(pairs, tmp_path):
+    data = ["--data.val_metadata_path", str(pairs / "heldout/metadata.csv")]
+    data += ["--data.metadata_path", str(pairs / "train/metadata.csv")]
+    begin = ["fit", "--config", str(ROOT / "configs/tiny_lora.yaml"), *data]
+    begin += ["--trainer.default_root_dir", str(tmp_path)]
+    main([*begin, "--trainer.max_steps", "2"])
+    checkpoint = str(next(tmp_path.rglob("last.ckpt")))
+    again = [*begin, "--trainer.max_steps", "3", "--ckpt_path", checkpoint]
+    with pytest.warns(UserWarning, match="model.checkpointing='step' differs from the checkpoint"):
+        cli = build_cli([*again, "--model.checkpointing", "step"])
+    assert cli.model.hparams["checkpointing"] == "step"
+    assert cli.trainer.global_step == 3
 
 
 def test_examples_run(pairs, tmp_path):
