@@ -43,6 +43,7 @@ def make_trainable(pipe: DiffusionPipeline, lora: dict[str, Any] | None) -> None
             denoiser.requires_grad_(True)
         else:
             _add_lora(denoiser, lora)
+            denoiser.eval()  # peft's layers come with their dropout switched on
         for parameter in denoiser.parameters():
             # At lr 1e-5 most bfloat16 weights are too coarse to take a step; float32 ones move.
             if parameter.requires_grad:

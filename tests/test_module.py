@@ -183,6 +183,16 @@ def test_frozen_weights_are_bfloat16_and_trained_ones_float32(pairs, tmp_path):
     assert torch.isfinite(trainer.callback_metrics["train_loss"])
 
 
+def test_dropout_of_adapters_is_on_in_training_only(pairs, tmp_path):
+    model = module(lora={"r": 4, "lora_dropout": 0.1})
+    model.configure_model()
+    dropouts = [m for m in model.denoisers.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+    assert dropouts and not any(m.training for m in dropouts)
+    trainer = pl.Trainer(max_steps=1, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(model, datamodule=data(pairs, batch_size=4))  # preflight among it
+    assert all(m.training for m in dropouts)
+
+
 def test_adapters_off_leaves_what_is_trainable_alone():
     model = module()
     model.configure_model()
