@@ -7,9 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
-from lit_distill.adapters import ExportFormat, export_student
 from lit_distill.callbacks import Comparison, ImageWriter
 from lit_distill.data import DistillDataModule
+from lit_distill.export import ExportFormat, export_student
 from lit_distill.generate import Teacher, generate_pairs, plan_pairs, read_prompts
 from lit_distill.module import DirectDistill
 
@@ -41,8 +41,8 @@ class DistillTrainer(pl.Trainer):
         Started again after an interruption it goes on where it was.
 
         Args:
-            model: Which pipeline to draw with; only its name, revision, torch_dtype and
-                call_kwargs matter.
+            model: Which pipeline to draw with: teacher_model, or else the pretrained one with
+                teacher_lora; of the other settings only torch_dtype and call_kwargs matter.
             datamodule: Not used.
             prompts: Text file with a prompt a line, or .csv or .jsonl with a field prompt.
             out: Folder to write to.
@@ -61,8 +61,9 @@ class DistillTrainer(pl.Trainer):
         """
         hyper = model.hparams
         teacher = Teacher(
-            model=hyper["pretrained_model_name_or_path"],
-            revision=hyper["revision"],
+            model=hyper["teacher_model"] or hyper["pretrained_model_name_or_path"],
+            lora=hyper["teacher_lora"],
+            revision=None if hyper["teacher_model"] else hyper["revision"],
             torch_dtype=hyper["torch_dtype"],
             call_kwargs=model.call_kwargs,
             num_inference_steps=num_inference_steps,
@@ -87,18 +88,35 @@ class DistillTrainer(pl.Trainer):
         ckpt_path: str,
         out: str,
         format: ExportFormat = "diffusers",
+        dtype: str | None = None,
+        max_shard_size: str = "5GB",
+        push_to_hub: str | None = None,
     ) -> None:
-        """Write the student of a checkpoint in a form that plain diffusers loads.
+        """Write the student of a checkpoint for other tools, load it back and compare its image.
 
         Args:
             model: Not used: the checkpoint says all.
             datamodule: Not used.
             ckpt_path: Checkpoint (.ckpt) of a run.
             out: Folder to write to.
-            format: diffusers: pytorch_lora_weights.safetensors for pipe.load_lora_weights, or a
-                pipeline folder when the whole denoiser was trained.
+            format: diffusers, comfyui, kohya, diffsynth or peft for a LoRA file; merged for a
+                pipeline folder (always, when the whole denoiser was trained).
+            dtype: Data type of the tensors: float32, bfloat16 or float16; default: float32 for a
+                LoRA, that of the base model for merged.
+            max_shard_size: Largest file of format merged.
+            push_to_hub: Hub repository (user/name) to upload the folder to; made if missing.
         """
-        print(f"student written to {export_student(ckpt_path, out, format)}")
+        if self.is_global_zero:
+            folder = export_student(
+                ckpt_path,
+                out,
+                format,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                device=self.strategy.root_device,
+                push_to_hub=push_to_hub,
+            )
+            print(f"student written to {folder}, loaded back, and seen to draw the same image")
 
 
 class DistillCLI(LightningCLI):

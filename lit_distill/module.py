@@ -16,11 +16,20 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 import lit_distill
-from lit_distill.adapters import adapters_off, check_state, make_trainable
+from lit_distill.adapters import (
+    adapters_off,
+    base_pipeline,
+    check_state,
+    lora_fields,
+    make_trainable,
+    put_lora,
+)
+from lit_distill.card import training_facts
 from lit_distill.codec import LatentCodec
 from lit_distill.data import Batch, DistillDataModule
 from lit_distill.encode import PromptEncoder
 from lit_distill.families import DTYPES, denoisers, load_pipeline
+from lit_distill.layouts import LoRA, read_lora
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.preflight import preflight
 from lit_distill.rollout import Checkpointing, draw, rollout
@@ -74,6 +83,12 @@ class DirectDistill(pl.LightningModule):
         lora: Fields of peft.LoraConfig (r, lora_alpha, target_modules, ...); null trains the whole
             denoiser. Without target_modules all attention and MLP linears of the repeated blocks
             are adapted; without lora_alpha it equals r.
+        init_lora: LoRA to go on from, a file or folder in the layout of diffusers, peft, ComfyUI,
+            kohya or DiffSynth-Studio. It decides rank, alpha and target modules.
+        teacher_lora: LoRA, in any of these layouts, that the teacher has: it is fused into the
+            weights before the student's is added, so that both start from it.
+        teacher_model: Hub id or folder of another pipeline with the same latent space, to be the
+            online teacher; null: the student's own pretrained weights.
         checkpointing: What the backward pass recomputes instead of storing: none, block (the
             denoiser's blocks), step (each denoiser call) or nested (both: memory flat in steps).
         grad_steps: Back-propagate through the last grad_steps steps only; null: through all.
@@ -97,6 +112,9 @@ class DirectDistill(pl.LightningModule):
         revision: str | None = None,
         torch_dtype: str = "bfloat16",
         lora: dict[str, Any] | None = None,
+        init_lora: str | None = None,
+        teacher_lora: str | None = None,
+        teacher_model: str | None = None,
         checkpointing: Checkpointing = "block",
         grad_steps: int | None = None,
         loss: DistillLoss | None = None,
@@ -112,11 +130,18 @@ class DirectDistill(pl.LightningModule):
     ) -> None:
         super().__init__()
         # Plain types only: anything else fails to load with weights_only.
-        self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler"])
+        # init_lora only says where to begin: a checkpoint holds the weights and settings itself.
+        self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler", "init_lora"])
         if torch_dtype not in DTYPES:
             raise ValueError(
                 f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}"
             )
+        if teacher_lora and teacher_model:
+            raise ValueError(
+                "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "
+                "LoRA, fuse the LoRA into the model first"
+            )
+        self.init_lora = init_lora
         self.loss = loss or LatentMSE()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -126,6 +151,7 @@ class DirectDistill(pl.LightningModule):
         self._undistilled_losses: dict[str, float] = {}
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
+        self._teacher: DiffusionPipeline | None = None
 
     # Set-up
 
@@ -134,7 +160,11 @@ class DirectDistill(pl.LightningModule):
         if hasattr(self, "denoisers"):
             return
         pipe = self._load_pipeline()
+        begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
+        if begin:
+            self.hparams["lora"] = self._fields_of(begin, pipe)
         make_trainable(pipe, self.hparams["lora"])
+        put_lora(pipe, begin)
         if self.hparams["compile"]:
             for denoiser in denoisers(pipe).values():
                 denoiser.compile_repeated_blocks(fullgraph=True)
@@ -150,9 +180,19 @@ class DirectDistill(pl.LightningModule):
                 "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
                 "layout, or tiny-digits"
             )
-        return load_pipeline(
-            name, revision=self.hparams["revision"], torch_dtype=self.hparams["torch_dtype"]
-        )
+        return base_pipeline(dict(self.hparams))
+
+    def _fields_of(self, begin: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """Return the settings of a LoRA to go on from, with those of `lora` it leaves open."""
+        found = lora_fields(begin, pipe)
+        given = self.hparams["lora"] or {}
+        for name, value in given.items():
+            if name in found and found[name] != value:
+                raise ValueError(
+                    f"model.lora.{name} is {value!r}, but init_lora {self.init_lora} has "
+                    f"{found[name]!r}; leave it out"
+                )
+        return given | found
 
     def _place(self) -> None:
         """Move the encoders and the VAE, which Lightning does not know, to the device."""
@@ -215,7 +255,8 @@ class DirectDistill(pl.LightningModule):
         """Return the teacher's final latents for the batch.
 
         The stored exact latents; else the encoded image; else those that the online teacher
-        draws now: the same weights, adapters off, its own steps and guidance.
+        draws now with its own steps and guidance: `teacher_model`, or else the same weights with
+        adapters off.
 
         Returns:
             (B, ...), float32, in the space of `student_rollout`.
@@ -228,18 +269,30 @@ class DirectDistill(pl.LightningModule):
             return batch["latents"].float()
         if batch["image"] is not None:
             return self.codec(batch).encode(batch["image"])
-        if self.hparams["lora"] is None:
+        if self.hparams["lora"] is None and not self.hparams["teacher_model"]:
             raise ValueError(
                 f"row {batch['row'][0]} has neither image nor latents, and full training leaves no "
                 "teacher to draw one: make pairs first with `lit-distill generate`"
             )
         with adapters_off(self.denoisers):
             return rollout(
-                self.pipe,
+                self._teacher_pipeline(),
                 num_inference_steps=self.hparams["teacher_num_inference_steps"],
                 cfg_scale=self.hparams["teacher_cfg_scale"],
                 **self._call(batch),
             ).float()
+
+    def _teacher_pipeline(self) -> DiffusionPipeline:
+        """Return the pipeline that draws the online teacher's targets; loaded at first use."""
+        if not self.hparams["teacher_model"]:
+            return self.pipe
+        if self._teacher is None:
+            teacher = load_pipeline(
+                self.hparams["teacher_model"], torch_dtype=self.hparams["torch_dtype"]
+            )
+            PromptEncoder(teacher)
+            self._teacher = teacher.to(self.device)
+        return self._teacher
 
     def student_rollout(self, batch: Batch) -> Tensor:
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""
@@ -400,10 +453,11 @@ class DirectDistill(pl.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the version, and the undistilled losses, which need the pretrained weights."""
+        """Note the version, the facts, and the undistilled losses: they need the base's weights."""
         checkpoint["lit_distill"] = {
             "version": lit_distill.__version__,
             "undistilled_losses": self._undistilled_losses,
+            "facts": training_facts(self.trainer) | {"init_lora": self.init_lora},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

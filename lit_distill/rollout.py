@@ -142,6 +142,8 @@ def _run(
     call_kwargs |= guidance_kwargs(pipe, cfg_scale, len(generator), call_kwargs)
     if cfg_scale == 1:
         call_kwargs.pop("negative_prompt", None)  # unused, and QwenImage warns about it
+    # Z-Image writes its template into the caller's list, again at every call.
+    call_kwargs = {k: list(v) if isinstance(v, list) else v for k, v in call_kwargs.items()}
     with ExitStack() as stack:
         steps = stack.enter_context(watched_scheduler(pipe))
         for denoiser in denoisers(pipe).values():
