@@ -6,12 +6,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningCLI
+from torch.utils.data import DataLoader
 
 from lit_distill.callbacks import Comparison, ImageWriter
 from lit_distill.data import DistillDataModule
 from lit_distill.export import ExportFormat, export_student
 from lit_distill.generate import Teacher, generate_pairs, plan_pairs, read_prompts
 from lit_distill.module import DirectDistill
+from lit_distill.student import prompt_batches, read_checkpoint
 
 
 class DistillTrainer(pl.Trainer):
@@ -79,6 +81,51 @@ class DistillTrainer(pl.Trainer):
         metadata = generate_pairs(self, teacher, pairs, out)
         if self.is_global_zero:
             print(f"{len(pairs)} pairs: {metadata}")
+
+    def predict(  # type: ignore[override]
+        self,
+        model: DirectDistill | None = None,
+        dataloaders: Any = None,  # noqa: ANN401
+        datamodule: DistillDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        prompts: str | None = None,
+        num_inference_steps: int | None = None,
+        cfg_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+        first_seed: int = 0,
+    ) -> Any:  # noqa: ANN401
+        """Draw the student's images of a file of prompts, or of held-out rows.
+
+        Args:
+            model: The model.
+            dataloaders: Loaders of batches; default: those of `datamodule`.
+            datamodule: Brings the held-out rows.
+            return_predictions: Whether to return the images.
+            ckpt_path: Checkpoint (.ckpt) of a run.
+            weights_only: As in Trainer.fit.
+            prompts: Text file with a prompt a line, or .csv or .jsonl with a field prompt; default:
+                the rows of data.val_metadata_path.
+            num_inference_steps: Steps for prompts; default: those of training.
+            cfg_scale: Guidance for prompts, 1 = off; default: that of training.
+            height: Height in pixels for prompts; default: that of training.
+            width: Width in pixels for prompts; default: that of training.
+            batch_size: Prompts a batch.
+            first_seed: Seed of the first prompt; the others count up from it.
+        """
+        if prompts is not None:
+            noted = read_checkpoint(ckpt_path)["lit_distill"]["facts"] if ckpt_path else {}
+            asked = {"num_inference_steps": num_inference_steps, "cfg_scale": cfg_scale}
+            asked |= {"height": height, "width": width}
+            wanted = {name: value for name, value in asked.items() if value is not None}
+            batches = prompt_batches(read_prompts(prompts), noted | wanted, batch_size, first_seed)
+            dataloaders, datamodule = DataLoader(batches, batch_size=None), None  # type: ignore[arg-type]
+        return super().predict(
+            model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only
+        )
 
     def export(
         self,

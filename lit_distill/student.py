@@ -19,11 +19,14 @@ from lit_distill.adapters import (
     make_trainable,
     put_lora,
 )
+from lit_distill.card import student_facts
 from lit_distill.families import denoisers, guidance_kwargs, load_pipeline
 from lit_distill.layouts import METADATA_KEY, load_tensors, read_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from lit_distill.data import Batch
 
 FACTS_FILE = "lit_distill.json"
 """Beside a merged pipeline, where no single file could carry the facts."""
@@ -55,7 +58,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_student(
-    source: str | Path, *, torch_dtype: torch.dtype | str | None = None
+    source: str | Path,
+    *,
+    torch_dtype: torch.dtype | str | None = None,
+    base_model: str | Path | None = None,
 ) -> DiffusionPipeline:
     """Return a plain diffusers pipeline with the student in it.
 
@@ -66,6 +72,7 @@ def load_student(
         source: A Lightning checkpoint (.ckpt) of `DirectDistill`; a LoRA that `export_student`
             wrote, as a file or its folder; or a folder of format merged.
         torch_dtype: Data type of all weights; default: that of the frozen weights in training.
+        base_model: Hub id or folder of the base model; default: where it was in training.
 
     Returns:
         The pipeline on the CPU, in evaluation mode. A LoRA is attached, not merged.
@@ -79,11 +86,14 @@ def load_student(
         facts = _facts_beside(source)
         pipe = load_pipeline(source, torch_dtype=torch_dtype or facts["torch_dtype"])
     elif source.is_dir() or source.suffix == ".safetensors":
-        pipe, facts = _from_export(source, torch_dtype)
+        pipe, facts = _from_export(source, torch_dtype, base_model)
     else:
         content = read_checkpoint(source)
+        if base_model is not None:
+            content["hyper_parameters"]["pretrained_model_name_or_path"] = str(base_model)
         pipe = student_pipeline(content, torch_dtype)
-        facts = content["lit_distill"].get("facts", {}) if "lit_distill" in content else {}
+        noted = content.get("lit_distill", {}).get("facts", {})
+        facts = student_facts(content, pipe) if "num_inference_steps" in noted else {}
     for denoiser in denoisers(pipe).values():
         # Adapters are trained in float32; a plain pipeline is of one type.
         for name, parameter in denoiser.named_parameters():
@@ -130,7 +140,11 @@ def _facts_beside(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _from_export(source: Path, torch_dtype: Any) -> tuple[DiffusionPipeline, dict[str, Any]]:  # noqa: ANN401
+def _from_export(
+    source: Path,
+    torch_dtype: Any,  # noqa: ANN401
+    base_model: str | Path | None,
+) -> tuple[DiffusionPipeline, dict[str, Any]]:
     files = sorted(source.rglob("*.safetensors")) if source.is_dir() else [source]
     if not files:
         raise FileNotFoundError(f"{source} holds no LoRA (a .safetensors file)")
@@ -142,8 +156,8 @@ def _from_export(source: Path, torch_dtype: Any) -> tuple[DiffusionPipeline, dic
         )
     facts = json.loads(metadata[METADATA_KEY])
     pipe = load_pipeline(
-        facts["base_model"],
-        revision=facts["base_revision"],
+        base_model or facts["base_model"],
+        revision=None if base_model else facts["base_revision"],
         torch_dtype=torch_dtype or facts["torch_dtype"],
     )
     lora = read_lora(source, pipe)
@@ -182,3 +196,37 @@ def with_defaults(pipe: DiffusionPipeline, facts: dict[str, Any]) -> DiffusionPi
 
 def _without(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in defaults.items() if name not in given}
+
+
+def prompt_batches(
+    prompts: list[str], facts: dict[str, Any], batch_size: int, first_seed: int
+) -> list[Batch]:
+    """Return prompts as batches to draw: a prompt's seed is its number plus `first_seed`.
+
+    Args:
+        prompts: The prompts.
+        facts: ``num_inference_steps``, ``cfg_scale`` and perhaps ``height``, ``width``.
+        batch_size: Prompts a batch.
+        first_seed: Seed of the first prompt.
+
+    Raises:
+        ValueError: If the steps are not known.
+    """
+    if "num_inference_steps" not in facts:
+        raise ValueError("num_inference_steps: the checkpoint does not say, so it must be given")
+    size = (facts["height"], facts["width"]) if facts.get("height") else None
+    numbers = range(len(prompts))
+    return [
+        {
+            "prompt": prompts[start : start + batch_size],
+            "seed": [first_seed + number for number in numbers[start : start + batch_size]],
+            "rand_device": "cpu",
+            "num_inference_steps": facts["num_inference_steps"],
+            "cfg_scale": facts.get("cfg_scale", 1.0),
+            "size": size,
+            "image": None,
+            "latents": None,
+            "row": list(numbers[start : start + batch_size]),
+        }
+        for start in range(0, len(prompts), batch_size)
+    ]
