@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import mode
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ STATE_PREFIX = "denoisers."
 """Where a checkpoint's state dict holds the denoisers: ``denoisers.transformer.<parameter>``."""
 
 
-def make_trainable(pipe: DiffusionPipeline, lora: dict[str, Any] | None) -> None:
+def make_trainable(
+    pipe: DiffusionPipeline, lora: dict[str, Any] | None, freeze: Sequence[str] = ()
+) -> None:
     """Freeze the pipeline, then unfreeze what is trained, in float32.
 
     Args:
@@ -31,9 +34,12 @@ def make_trainable(pipe: DiffusionPipeline, lora: dict[str, Any] | None) -> None
         lora: Fields of `peft.LoraConfig` (``r``, ``lora_alpha``, ``target_modules``, ...) for an
             adapter on every denoiser; by default all attention and MLP linears of the repeated
             blocks are adapted, with ``lora_alpha = r``. None trains the denoisers' own weights.
+        freeze: Patterns of parameters that stay frozen all the same, as in
+            ``transformer.transformer_blocks.59.txt_mlp.*``.
 
     Raises:
-        ValueError: If `lora` has an unknown field, or names a module that no denoiser has.
+        ValueError: If `lora` has an unknown field, or names a module that no denoiser has, or a
+            pattern of `freeze` fits no trained parameter.
     """
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
@@ -48,6 +54,29 @@ def make_trainable(pipe: DiffusionPipeline, lora: dict[str, Any] | None) -> None
             # At lr 1e-5 most bfloat16 weights are too coarse to take a step; float32 ones move.
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    freeze_parameters(pipe, freeze)
+
+
+def freeze_parameters(pipe: DiffusionPipeline, patterns: Sequence[str]) -> None:
+    """Freeze the denoisers' trained parameters whose names fit one of the patterns.
+
+    Raises:
+        ValueError: If a pattern fits none, naming the nearest ones.
+    """
+    trained = {
+        f"{key}.{name}": parameter
+        for key, denoiser in denoisers(pipe).items()
+        for name, parameter in denoiser.named_parameters()
+        if parameter.requires_grad
+    }
+    for pattern in patterns:
+        found = fnmatch.filter(trained, pattern)
+        if not found:
+            raise ValueError(
+                f"model.freeze: no trained parameter is called {_near(pattern, trained)}"
+            )
+        for name in found:
+            trained[name].requires_grad_(False)
 
 
 def _add_lora(denoiser: Any, lora: dict[str, Any]) -> None:  # noqa: ANN401

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_distill.families import call_parameters, denoisers, guidance_kwargs
+from lit_distill.families import call_parameters, denoisers, guidance
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,10 @@ def training_facts(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def _example(row: pd.Series) -> dict[str, Any]:
+    call: dict[str, Any] = row["call"]
     return {
+        "call": {name: value for name, value in call.items() if not isinstance(value, Path)},
+        "pictures": {name: str(path) for name, path in call.items() if isinstance(path, Path)},
         "prompt": str(row["prompt"]),
         "seed": int(row["seed"]),
         "rand_device": str(row["rand_device"]),
@@ -154,7 +157,8 @@ def _usage(facts: dict[str, Any], format: str, pipe: DiffusionPipeline) -> str:
     if format == "diffsynth":
         return "```python\npipe.load_lora(pipe.dit, 'diffsynth_lora.safetensors')  # pipe.unet\n```"
     call: dict[str, Any] = {"num_inference_steps": facts["num_inference_steps"]}
-    call |= guidance_kwargs(pipe, facts["cfg_scale"], 1, {}) | facts["call_kwargs"]
+    with guidance(pipe, facts["cfg_scale"], 1, {}) as off:
+        call |= off | facts["call_kwargs"]
     call |= {side: facts[side] for side in ("height", "width") if facts[side]}
     arguments = ", ".join(f"{name}={value!r}" for name, value in call.items())
     source = "THIS_REPOSITORY" if format == "merged" else facts["base_model"]

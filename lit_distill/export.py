@@ -26,6 +26,7 @@ from lit_distill.adapters import (
 from lit_distill.card import model_card, student_facts
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.layouts import METADATA_KEY, LoRA, layout_of, read_lora, to_state
+from lit_distill.metadata import read_picture
 from lit_distill.rollout import draw
 from lit_distill.student import FACTS_FILE, read_checkpoint, student_pipeline
 
@@ -174,6 +175,7 @@ class _Export:
             cfg_scale=row["cfg_scale"],
             **size,
             **self.facts["call_kwargs"],
+            **_conditions(row),
         )
         image = images[0]
         while isinstance(image, list):
@@ -340,6 +342,16 @@ class _Export:
         grid.save(self.out / SAMPLES_FILE)
         text = model_card(self.facts, self.format, pipe, SAMPLES_FILE)
         (self.out / "README.md").write_text(text, encoding="utf-8")
+
+
+def _conditions(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the call arguments that a row brings: pictures and texts, or a number."""
+    given = {
+        name: value if isinstance(value, int | float) else [value]
+        for name, value in row.get("call", {}).items()
+    }
+    pictures = row.get("pictures", {}).items()
+    return given | {name: [read_picture(Path(path))] for name, path in pictures}
 
 
 def compare_loras(found: LoRA, expected: LoRA, tolerance: float) -> None:

@@ -20,7 +20,7 @@ from lit_distill.adapters import (
     put_lora,
 )
 from lit_distill.card import student_facts
-from lit_distill.families import denoisers, guidance_kwargs, load_pipeline
+from lit_distill.families import denoisers, guidance, load_pipeline
 from lit_distill.layouts import METADATA_KEY, load_tensors, read_lora
 
 if TYPE_CHECKING:
@@ -116,19 +116,20 @@ def student_pipeline(content: dict[str, Any], torch_dtype: Any = None) -> Diffus
     """
     hyper = content["hyper_parameters"]
     pipe = base_pipeline(hyper, torch_dtype=torch_dtype)
-    if hyper["lora"] is not None:
-        make_trainable(pipe, hyper["lora"])
+    loaded = {p: p.dtype for d in denoisers(pipe).values() for p in d.parameters()}
+    make_trainable(pipe, hyper["lora"], hyper.get("freeze") or ())
     state: dict[str, Tensor] = content["state_dict"]
     own = {
         f"{STATE_PREFIX}{name}.{key}": parameter
         for name, denoiser in denoisers(pipe).items()
         for key, parameter in denoiser.named_parameters()
-        if parameter.requires_grad or hyper["lora"] is None
+        if parameter.requires_grad
     }
     check_state(state, own, "the checkpoint")
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.requires_grad_(False).copy_(state[key])
+            parameter.data = parameter.data.to(loaded.get(parameter, torch.float32))
     return pipe
 
 
@@ -182,8 +183,8 @@ def with_defaults(pipe: DiffusionPipeline, facts: dict[str, Any]) -> DiffusionPi
     defaults = facts["call_kwargs"] | {"num_inference_steps": facts["num_inference_steps"]}
     if facts.get("height"):
         defaults |= {"height": facts["height"], "width": facts["width"]}
-    defaults |= guidance_kwargs(pipe, facts["cfg_scale"], 1, {})
-    defaults.pop("negative_prompt", None)
+    with guidance(pipe, facts["cfg_scale"], 1, {}) as off:
+        defaults |= {name: value for name, value in off.items() if name != "negative_prompt"}
 
     @functools.wraps(own.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -224,6 +225,7 @@ def prompt_batches(
             "num_inference_steps": facts["num_inference_steps"],
             "cfg_scale": facts.get("cfg_scale", 1.0),
             "size": size,
+            "call": {},
             "image": None,
             "latents": None,
             "row": list(numbers[start : start + batch_size]),

@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from lit_distill import DistillDataModule
-from lit_distill.data import BucketBatchSampler, MetadataError, hold_out, read_image, read_metadata
+from lit_distill.data import BucketBatchSampler
+from lit_distill.metadata import MetadataError, hold_out, read_image, read_metadata
 
 HEADER = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
 
