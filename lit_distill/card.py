@@ -92,7 +92,8 @@ def student_facts(content: dict[str, Any], pipe: DiffusionPipeline) -> dict[str,
         "torch_dtype": hyper["torch_dtype"],
         "call_kwargs": hyper.get("call_kwargs") or {},
         "scheduler": type(pipe.scheduler).__name__,
-        "lora": lora and {name: lora[name] for name in ("r", "lora_alpha") if name in lora},
+        "lora": lora
+        and {"r": lora.get("r", 8), "lora_alpha": lora.get("lora_alpha", lora.get("r", 8))},
         "teacher_lora": hyper.get("teacher_lora"),
         "teacher_model": hyper.get("teacher_model"),
     }

@@ -95,6 +95,7 @@ def picture(pipe, name):
             prompt=["a red cat"],
             num_inference_steps=4,
             generator=torch.Generator().manual_seed(3),
+            output_type="pil",
             **CALL_KWARGS[name],
             **off,
         )[0]
@@ -155,7 +156,7 @@ def test_two_denoisers_get_a_file_each(folder, tmp_path):
 
 @pytest.mark.parametrize("format", ["comfyui", "kohya"])
 def test_diffusers_reads_double_blocks_of_flux(format, folder, tmp_path):
-    targets = r"transformer_blocks\.\d+\.(attn\.(to|add)_.*|ff.*)"
+    targets = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|add_\w+|to_out\.0)|ff\w*\.net\.2)"
     model = away(module(folder("Flux"), "Flux", lora={"r": 4, "target_modules": targets}))
     export_student(checkpoint_of(model, "Flux"), tmp_path, format)
     pipe = plain(folder("Flux"))
@@ -206,7 +207,7 @@ def test_what_is_written_is_read_back(name, format, folder, tmp_path):
     pipe = build(name)
     component, denoiser = next(iter(denoisers(pipe).items()))
     if type(denoiser).__name__ not in LAYOUTS[format]:
-        with pytest.raises(ValueError, match="how it names the modules of .* is not known here"):
+        with pytest.raises(ValueError, match=r"how it names the modules of .* is not known here"):
             layout_of(format, component, denoiser)
         return
     lora = take_lora(away(module(folder(name), name)).pipe)[component]
@@ -419,7 +420,7 @@ def test_another_image_is_an_error(folder, tmp_path, monkeypatch):
 
 def test_what_cannot_be_written_says_why(folder, tmp_path):
     content = checkpoint_of(away(module(folder("QwenImage"))))
-    with pytest.raises(ValueError, match="format must be one of diffusers, comfyui, .*'lora'"):
+    with pytest.raises(ValueError, match=r"format must be one of diffusers, comfyui, .*'lora'"):
         export_student(content, tmp_path, "lora")
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16"):
         export_student(content, tmp_path, dtype="half")
@@ -430,7 +431,7 @@ def test_what_cannot_be_written_says_why(folder, tmp_path):
     with pytest.raises(ValueError, match="format kohya is for a LoRA; the whole denoiser"):
         export_student(full, tmp_path, "kohya")
     pixart = checkpoint_of(module(folder("PixArtSigma"), "PixArtSigma"), "PixArtSigma")
-    with pytest.raises(ValueError, match="PixArtSigmaPipeline has no LoRA writer.*peft or merged"):
+    with pytest.raises(ValueError, match=r"PixArtSigmaPipeline has no LoRA writer.*peft or merged"):
         export_student(pixart, tmp_path)
     export_student(pixart, tmp_path, "peft")
 
@@ -533,19 +534,15 @@ def test_a_loaded_student_knows_its_steps(source, exports, folder):
     assert len(pipe.scheduler.timesteps) == 2
     assert pipe("a red cat", "", 1.0, 32).images[0].size == (16, 32)  # positional height
     assert type(pipe).__name__ == "QwenImagePipeline"
-    latents = (
-        rollout(
-            pipe,
-            prompt=["a"],
-            num_inference_steps=1,
-            generator=[torch.Generator()],
-            height=16,
-            width=16,
-        )
-        if source == "nothing"
-        else None
+    latents = rollout(
+        pipe,
+        prompt=["a red cat"],
+        num_inference_steps=4,
+        generator=[torch.Generator().manual_seed(3)],
+        height=16,
+        width=16,
     )
-    assert latents is None
+    torch.testing.assert_close(latents, model.draw(batch())[0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_student_of_a_moved_base_is_told_where_it_is(exports, folder, tmp_path):
@@ -559,7 +556,7 @@ def test_a_student_of_a_moved_base_is_told_where_it_is(exports, folder, tmp_path
 def test_files_of_others_are_not_students(exports, tmp_path):
     state = load_file(exports[0] / "diffusers/pytorch_lora_weights.safetensors")
     save_file(state, tmp_path / "style.safetensors")
-    with pytest.raises(ValueError, match="not written by lit_distill.*load_lora_weights"):
+    with pytest.raises(ValueError, match=r"not written by lit_distill.*load_lora_weights"):
         load_student(tmp_path / "style.safetensors")
     with pytest.raises(ValueError, match=r"it has no lit_distill\.json"):
         load_student(TINY)
@@ -639,7 +636,7 @@ def trained(pairs, tmp_path_factory):
     data = DistillDataModule(
         str(pairs / "train/metadata.csv"), str(pairs / "heldout/metadata.csv"), batch_size=8
     )
-    trainer = pl.Trainer(max_steps=3, callbacks=[callback], default_root_dir=path, **QUIET)
+    trainer = pl.Trainer(max_epochs=1, callbacks=[callback], default_root_dir=path, **QUIET)
     trainer.fit(model, datamodule=data)
     trainer.save_checkpoint(path / "student.ckpt")
     return path
@@ -647,7 +644,7 @@ def trained(pairs, tmp_path_factory):
 
 def test_saving_exports_with_the_facts_of_the_run(trained):
     folders = list((trained / "exports").iterdir())
-    assert [folder.name for folder in folders] == ["step_000003"]
+    assert [folder.name for folder in folders] == ["step_000004"]
     text = (folders[0] / "README.md").read_text()
     assert "| training data | 32 rows, 32 prompts |" in text
     assert "| teacher's steps | 10 |" in text
