@@ -173,6 +173,22 @@ def base_pipeline(hyper: dict[str, Any], *, torch_dtype: Any = None) -> Diffusio
     return pipe
 
 
+def changed_scheduler(pipe: DiffusionPipeline, fields: dict[str, Any] | None) -> Any:  # noqa: ANN401
+    """Return the pipeline's scheduler with some fields of its configuration changed.
+
+    Raises:
+        ValueError: If the scheduler has no such field.
+    """
+    scheduler = pipe.scheduler
+    for name in fields or {}:
+        if name not in scheduler.config:
+            raise ValueError(
+                f"model.scheduler: {type(scheduler).__name__} has no field "
+                f"{_near(name, scheduler.config)}"
+            )
+    return type(scheduler).from_config({**scheduler.config, **(fields or {})})
+
+
 @torch.no_grad()
 def fuse_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
     """Add a LoRA to the denoisers' own weights, once and for all; summed in float32."""

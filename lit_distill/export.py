@@ -195,6 +195,7 @@ class _Export:
         if lora:
             pipe = base_pipeline(self.hyper, torch_dtype=self.dtype)
             fuse_lora(pipe, take_lora(student))
+            pipe.scheduler = student.scheduler
         else:
             pipe = student_pipeline(self.content, self.dtype)
         pipe.save_pretrained(self.out, max_shard_size=max_shard_size)

@@ -19,6 +19,7 @@ import lit_distill
 from lit_distill.adapters import (
     adapters_off,
     base_pipeline,
+    changed_scheduler,
     check_state,
     freeze_parameters,
     lora_fields,
@@ -90,6 +91,9 @@ class DirectDistill(pl.LightningModule):
             weights before the student's is added, so that both start from it.
         teacher_model: Hub id or folder of another pipeline with the same latent space, to be the
             online teacher; null: the student's own pretrained weights.
+        scheduler: Fields of the scheduler's configuration in which the student's differs from the
+            teacher's, such as {shift_terminal: null}, without which Qwen-Image has no one-step
+            schedule. They travel with the export.
         checkpointing: What the backward pass recomputes instead of storing: none, block (the
             denoiser's blocks), step (each denoiser call) or nested (both: memory flat in steps).
         grad_steps: Back-propagate through the last grad_steps steps only; null: through all.
@@ -121,6 +125,7 @@ class DirectDistill(pl.LightningModule):
         init_lora: str | None = None,
         teacher_lora: str | None = None,
         teacher_model: str | None = None,
+        scheduler: dict[str, Any] | None = None,
         checkpointing: Checkpointing = "block",
         grad_steps: int | None = None,
         loss: DistillLoss | None = None,
@@ -174,6 +179,8 @@ class DirectDistill(pl.LightningModule):
         # there can't compute their schedules, for which they use numpy.
         with torch.device("cpu"):
             pipe = self._load_pipeline()
+            self._teacher_scheduler = pipe.scheduler
+            pipe.scheduler = changed_scheduler(pipe, self.hparams["scheduler"])
             begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
             if begin:
                 self.hparams["lora"] = self._fields_of(begin, pipe)
@@ -319,7 +326,7 @@ class DirectDistill(pl.LightningModule):
                 f"row {batch['row'][0]} has neither image nor latents, and full training leaves no "
                 "teacher to draw one: make pairs first with `lit-distill generate`"
             )
-        with adapters_off(self.denoisers):
+        with adapters_off(self.denoisers), self._teacher_schedule():
             return self._rollout(
                 batch,
                 self._teacher_pipeline(),
@@ -338,6 +345,15 @@ class DirectDistill(pl.LightningModule):
             EncodeOnce(teacher)
             self._teacher = teacher.to(self.device)
         return self._teacher
+
+    @contextmanager
+    def _teacher_schedule(self) -> Iterator[None]:
+        """Let the pipeline draw with the pretrained scheduler."""
+        own, self.pipe.scheduler = self.pipe.scheduler, self._teacher_scheduler
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = own
 
     def student_rollout(self, batch: Batch) -> Tensor:
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_distill.adapters import (
     STATE_PREFIX,
     base_pipeline,
+    changed_scheduler,
     check_state,
     lora_fields,
     make_trainable,
@@ -116,6 +117,7 @@ def student_pipeline(content: dict[str, Any], torch_dtype: Any = None) -> Diffus
     """
     hyper = content["hyper_parameters"]
     pipe = base_pipeline(hyper, torch_dtype=torch_dtype)
+    pipe.scheduler = changed_scheduler(pipe, hyper.get("scheduler"))
     loaded = {p: p.dtype for d in denoisers(pipe).values() for p in d.parameters()}
     make_trainable(pipe, hyper["lora"], hyper.get("freeze") or ())
     state: dict[str, Tensor] = content["state_dict"]

@@ -78,7 +78,7 @@ def train_style(base: Path) -> None:
         )[0]
         loss = F.mse_loss(velocity, noise - clean)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % 100 == 99:

@@ -623,6 +623,41 @@ def test_another_model_teaches(exports, folder):
         module(folder("QwenImage"), teacher_model="a", teacher_lora="b")
 
 
+def test_a_scheduler_of_the_students_own_travels_with_it(folder, tmp_path):
+    model = module(folder("QwenImage"), scheduler={"shift_terminal": None})
+    options = {"teacher_num_inference_steps": 4, "teacher_cfg_scale": 1.0}
+    base = module(folder("QwenImage"), **options)
+    usual = base.draw(batch())[0]
+    away(model)
+    assert not torch.allclose(model.draw(batch(), undistilled=True)[0], usual, atol=1e-2)
+    model.hparams.update(options)  # the teacher keeps the base's scheduler
+    torch.testing.assert_close(model.teacher_target(batch()), usual)
+    content = checkpoint_of(model)
+    content["lit_distill"]["facts"] |= {"num_inference_steps": 1}
+    content["lit_distill"]["facts"]["examples"][0]["num_inference_steps"] = 1
+    expected = model.draw(batch(num_inference_steps=1))[0]
+    assert torch.isfinite(expected).all()
+    for format in ("diffusers", "merged"):
+        export_student(content, tmp_path / format, format)
+        pipe = load_student(tmp_path / format)
+        generator = [torch.Generator().manual_seed(3)]
+        found = rollout(
+            pipe,
+            prompt=["a red cat"],
+            num_inference_steps=1,
+            generator=generator,
+            height=16,
+            width=16,
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert (tmp_path / "diffusers/scheduler_config.json").is_file()
+    assert "type(pipe.scheduler).from_pretrained" in (tmp_path / "diffusers/README.md").read_text()
+    export_student(checkpoint_of(base), tmp_path / "usual")
+    assert not (tmp_path / "usual/scheduler_config.json").exists()
+    with pytest.raises(ValueError, match=r"has no field 'shift_end'"):
+        module(folder("QwenImage"), scheduler={"shift_end": None})
+
+
 # The command line and the callback
 
 
