@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lit_distill.families import denoisers, load_pipeline
-from lit_distill.layouts import Factors, LoRA, read_lora
+from lit_distill.lora import Factors, LoRA, read_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -234,23 +234,6 @@ def put_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
             adapter = layer.active_adapters[0]
             layer.lora_A[adapter].weight.copy_(factors.down)
             layer.lora_B[adapter].weight.copy_(factors.up)
-
-
-def add_loras(first: LoRA, second: LoRA) -> LoRA:
-    """Return the LoRA whose update is the sum of two: ranks add up where both adapt a module."""
-    total: LoRA = {component: dict(weights) for component, weights in first.items()}
-    for component, weights in second.items():
-        mine = total.setdefault(component, {})
-        for name, factors in weights.items():
-            mine[name] = _add(mine[name], factors) if name in mine else factors
-    return total
-
-
-def _add(one: Factors, two: Factors) -> Factors:
-    one, two = one.folded(), two.folded()
-    down = torch.cat([one.down.float(), two.down.float()])
-    up = torch.cat([one.up.float(), two.up.float()], dim=1)
-    return Factors(down, up, float(len(down)))
 
 
 def lora_fields(lora: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from lit_distill.codec import LatentCodec
 from lit_distill.data import Batch, DistillDataModule, collate, split_batch
 from lit_distill.encode import EncodeOnce
 from lit_distill.families import DTYPES, denoisers, load_pipeline
-from lit_distill.layouts import LoRA, read_lora
+from lit_distill.lora import LoRA, read_lora
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.preflight import preflight, preflight_size
 from lit_distill.rollout import Checkpointing, draw, rollout

@@ -22,7 +22,7 @@ from lit_distill.adapters import (
 )
 from lit_distill.card import student_facts
 from lit_distill.families import denoisers, guidance, load_pipeline
-from lit_distill.layouts import METADATA_KEY, load_tensors, read_lora
+from lit_distill.lora import METADATA_KEY, load_tensors, read_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -92,7 +92,7 @@ def load_student(
         content = read_checkpoint(source)
         if base_model is not None:
             content["hyper_parameters"]["pretrained_model_name_or_path"] = str(base_model)
-        pipe = student_pipeline(content, torch_dtype)
+        pipe = student_pipeline(content, torch_dtype, f"checkpoint {source}")
         noted = content.get("lit_distill", {}).get("facts", {})
         facts = student_facts(content, pipe) if "num_inference_steps" in noted else {}
     for denoiser in denoisers(pipe).values():
@@ -109,7 +109,11 @@ def _adapted(name: str) -> str:
     return name.partition(".lora_")[0] + ".base_layer.weight"
 
 
-def student_pipeline(content: dict[str, Any], torch_dtype: Any = None) -> DiffusionPipeline:  # noqa: ANN401
+def student_pipeline(
+    content: dict[str, Any],
+    torch_dtype: Any = None,  # noqa: ANN401
+    where: str = "the checkpoint",
+) -> DiffusionPipeline:
     """Return the pipeline of a checkpoint's content, its adapters in float32.
 
     Raises:
@@ -127,7 +131,7 @@ def student_pipeline(content: dict[str, Any], torch_dtype: Any = None) -> Diffus
         for key, parameter in denoiser.named_parameters()
         if parameter.requires_grad
     }
-    check_state(state, own, "the checkpoint")
+    check_state(state, own, where)
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.requires_grad_(False).copy_(state[key])

@@ -23,11 +23,12 @@ from lit_distill.cli import main
 from lit_distill.codec import LatentCodec
 from lit_distill.data import LATENTS_KEY
 from lit_distill.generate import read_prompts
-from lit_distill.layouts import layout_of, to_state
+from lit_distill.layouts import layout_of
+from lit_distill.lora import to_state
 
 OUT = Path("runs/style")
 STYLE = OUT / "style"
-STEPS, BATCH = 600, 64
+STEPS, BATCH = 2000, 64
 
 
 def stage(title: str, arguments: list[str]) -> None:

@@ -22,12 +22,13 @@ from lit_distill import (
     load_student,
     rollout,
 )
-from lit_distill.adapters import add_loras, fuse_lora, take_lora
+from lit_distill.adapters import fuse_lora, take_lora
 from lit_distill.callbacks import ExportOnSave
 from lit_distill.cli import main
 from lit_distill.export import ExportError
 from lit_distill.families import denoisers, guidance
-from lit_distill.layouts import LAYOUTS, Factors, layout_of, read_lora, to_state
+from lit_distill.layouts import LAYOUTS, layout_of
+from lit_distill.lora import Factors, add_loras, read_lora, to_state
 
 CORE = ["QwenImage", "Flux", "Flux2", "StableDiffusion3", "StableDiffusionXL", "ZImage", "Wan"]
 FILES = ["diffusers", "comfyui", "kohya", "peft", "merged"]
