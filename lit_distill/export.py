@@ -139,6 +139,9 @@ class _Export:
         self.device = device
         merged = self.hyper["torch_dtype"] if format == "merged" else "float32"
         self.dtype = DTYPES[dtype or merged]
+        # Readers cast a LoRA to the base model's type.
+        both = (self.dtype, DTYPES[self.hyper["torch_dtype"]])
+        self.tolerance = max(TOLERANCES[dtype] for dtype in both)
 
     def run(self, max_shard_size: str) -> None:
         student = student_pipeline(self.content).to(self.device)
@@ -281,7 +284,7 @@ class _Export:
                 f"{type(error).__name__}: {error}"
             ) from error
         self.facts["verified"] = {"reader": _reader_name(reader)}
-        if found := differences(take_lora(fresh), lora, TOLERANCES[self.dtype]):
+        if found := differences(take_lora(fresh), lora, self.tolerance):
             more = [f"... and {len(found) - 5} more"] if len(found) > 5 else []
             lines = ["modules differ after loading back:", *found[:5], *more]
             raise ExportError("\n  ".join(lines))
@@ -329,12 +332,11 @@ class _Export:
         found, _ = self._draw(fresh, self.facts["examples"][0])
         difference = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
         self.facts["verified"]["difference"] = difference
-        coarsest = max(TOLERANCES[self.dtype], TOLERANCES[DTYPES[self.hyper["torch_dtype"]]])
-        if not difference <= coarsest:
+        if not difference <= self.tolerance:
             raise ExportError(
                 f"{self.out} (format {self.format}) draws another image than the student: its "
                 f"latents differ by {difference:.1e} (root mean square, relative), more than the "
-                f"rounding of {_name(self.dtype)} ({coarsest:.0e})"
+                f"rounding that is to be expected ({self.tolerance:.0e})"
             )
 
     def _write_card(self, pipe: DiffusionPipeline) -> None:

@@ -451,6 +451,16 @@ def test_type_and_size_of_files_are_options(folder, tmp_path):
     assert load_student(tmp_path / "merged").transformer.dtype == torch.float16
 
 
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "peft", "merged"])
+def test_a_bfloat16_base_with_a_float32_lora_is_exported(format, folder, tmp_path):
+    """As every large model is trained: diffusers casts the LoRA when it reads it."""
+    content = checkpoint_of(away(module(folder("QwenImage"))))
+    content["hyper_parameters"]["torch_dtype"] = "bfloat16"
+    export_student(content, tmp_path, format)
+    pipe = load_student(tmp_path)
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
+
+
 def test_facts_travel_along(exports):
     out, _ = exports
     for format in ("diffusers", "comfyui", "kohya", "diffsynth", "peft", "merged"):
