@@ -22,7 +22,7 @@ from lit_distill.data import Batch, DistillDataModule, collate, split_batch
 from lit_distill.encode import EncodeOnce
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.losses import DistillLoss, LatentMSE
-from lit_distill.preflight import preflight, preflight_size
+from lit_distill.preflight import Report, preflight, preflight_size
 from lit_distill.rollout import Checkpointing, draw, rollout
 
 if TYPE_CHECKING:
@@ -152,13 +152,20 @@ class DirectDistill(pl.LightningModule):
             # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
             self.pipe = pipe
             # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
-            self._preflight()
+            self._apply_preflight()
             if self.hparams["compile"]:
                 for denoiser in denoisers(pipe).values():
                     denoiser.compile_repeated_blocks(fullgraph=True)
         self.denoisers = nn.ModuleDict(denoisers(pipe))
 
-    def _preflight(self) -> None:
+    def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
+        """Return what preflight sees, on the trainer's device and in its precision."""
+        self._place(trainer.strategy.root_device)
+        with trainer.precision_plugin.forward_context():
+            mode = self.hparams["checkpointing"]
+            return preflight(self.pipe, checkpointing=mode, **{**self.call_kwargs, **call})
+
+    def _apply_preflight(self) -> None:
         """Check the pipeline before training; take up the settings that avoid what was found."""
         trainer = self._trainer
         if not self.hparams["preflight"] or trainer is None or trainer.state.fn != "fit":
@@ -166,18 +173,14 @@ class DirectDistill(pl.LightningModule):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, DistillDataModule):
             return
-        self._place(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context():
-            report = preflight(
-                self.pipe, checkpointing=self.hparams["checkpointing"], **self._example(data)
-            )
+        report = self.preflight(trainer, **self._example(data))
         report.raise_failures()
         freeze_parameters(self.pipe, report.settings.get("freeze", []))
         for finding in report.findings:
             if finding.verdict == "avoidable":
                 rank_zero_warn(
-                    f"{report.pipeline}: {finding.check}: {finding.seen}. Done for you, to be put "
-                    f"into the configuration: {finding.remedy}"
+                    f"{report.pipeline}, {finding.check}: {finding.seen}. "
+                    f"{finding.remedy} It is done for this run."
                 )
         report.settings["freeze"] = self.hparams["freeze"] + report.settings.get("freeze", [])
         self.hparams.update(report.settings)

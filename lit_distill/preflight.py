@@ -288,9 +288,9 @@ class _Checks:
             seen = f"that of {_some(bad)} is not finite"
             return Finding(check, "failed", seen, "Try torch_dtype bfloat16 or float32.")
         if dead:
-            settings["freeze"] = dead
-            seen = f"{len(dead)} of {len(names)} get none: {_some(dead)}"
-            return Finding(check, "avoidable", seen, "Freeze them: model.freeze.")
+            settings["freeze"] = patterns = _patterns(dead, set(names) - set(dead))
+            seen = f"{len(dead)} of {len(names)} get none"
+            return Finding(check, "avoidable", seen, f"Set model.freeze: {patterns}.")
         return Finding(check, "ok", f"all {len(names)} do")
 
     def batches_equal_singles(self, settings: dict[str, Any]) -> Finding:
@@ -321,6 +321,18 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     norm = expected.double().norm()
     apart = ((found.double() - expected.double()).norm() / norm.clamp(min=1e-30)).item()
     return apart if apart == apart else float("inf")
+
+
+def _patterns(names: list[str], others: set[str]) -> list[str]:
+    """Return the shortest patterns that fit the names and none of the others."""
+    patterns: dict[str, None] = {}  # in order
+    for name in names:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
+        free = (p for p in prefixes if not any(other.startswith(p) for other in others))
+        prefix = next(free, None)
+        patterns[name if prefix is None else prefix + "*"] = None
+    return list(patterns)
 
 
 def _some(names: list[str]) -> str:
