@@ -16,7 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 import lit_distill
-from lit_distill.adapters import adapters_off, check_state, freeze_parameters, make_trainable
+from lit_distill.adapters import (
+    adapters_off,
+    check_state,
+    freeze_parameters,
+    make_trainable,
+    set_training_mode,
+)
 from lit_distill.codec import LatentCodec
 from lit_distill.data import Batch, DistillDataModule, collate, split_batch
 from lit_distill.encode import EncodeOnce
@@ -86,11 +92,13 @@ class DirectDistill(pl.LightningModule):
         call_kwargs: Fixed arguments of the pipeline's call, for teacher and student alike.
         freeze: Patterns of parameters that are not trained, such as
             "transformer.transformer_blocks.59.txt_mlp.*".
+        train_mode: Patterns of modules that are put into training mode, but for their dropout, for
+            those (HiDream's experts) that compute without gradients in evaluation mode.
         rollout_batch_size: Samples that are drawn together; null: the whole batch. 1 is for
             pipelines that pad prompts of different length without masking the padding.
         preflight: Check before training, by a few small draws, that the pipeline can be distilled;
-            checkpointing, freeze and rollout_batch_size are changed, with a warning, where it can't
-            be with what is set.
+            checkpointing, freeze, train_mode and rollout_batch_size are changed, with a warning,
+            where it can't be with what is set.
         compile: Compile the denoiser's repeated blocks with torch.compile.
     """
 
@@ -113,6 +121,7 @@ class DirectDistill(pl.LightningModule):
         teacher_cfg_scale: float = 4.0,
         call_kwargs: dict[str, Any] | None = None,
         freeze: list[str] | None = None,
+        train_mode: list[str] | None = None,
         rollout_batch_size: int | None = None,
         preflight: bool = True,
         compile: bool = False,
@@ -126,7 +135,7 @@ class DirectDistill(pl.LightningModule):
             )
         if rollout_batch_size is not None and rollout_batch_size < 1:
             raise ValueError(f"model.rollout_batch_size must be >= 1, got {rollout_batch_size}")
-        self.hparams["freeze"] = list(freeze or [])
+        self.hparams.update(freeze=list(freeze or []), train_mode=list(train_mode or []))
         self.loss = loss or LatentMSE()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -147,7 +156,8 @@ class DirectDistill(pl.LightningModule):
         # there can't compute their schedules, for which they use numpy.
         with torch.device("cpu"):
             pipe = self._load_pipeline()
-            make_trainable(pipe, self.hparams["lora"], self.hparams["freeze"])
+            settings = (self.hparams[name] for name in ("lora", "freeze", "train_mode"))
+            make_trainable(pipe, *settings)
             EncodeOnce(pipe)
             # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
             self.pipe = pipe
@@ -175,15 +185,17 @@ class DirectDistill(pl.LightningModule):
             return
         report = self.preflight(trainer, **self._example(data))
         report.raise_failures()
-        freeze_parameters(self.pipe, report.settings.get("freeze", []))
         for finding in report.findings:
             if finding.verdict == "avoidable":
                 rank_zero_warn(
                     f"{report.pipeline}, {finding.check}: {finding.seen}. "
                     f"{finding.remedy} It is done for this run."
                 )
-        report.settings["freeze"] = self.hparams["freeze"] + report.settings.get("freeze", [])
-        self.hparams.update(report.settings)
+        freeze_parameters(self.pipe, report.settings.get("freeze", []))
+        set_training_mode(self.pipe, report.settings.get("train_mode", []))
+        for name, value in report.settings.items():
+            known = self.hparams[name]
+            self.hparams[name] = known + value if isinstance(value, list) else value
 
     def _example(self, data: DistillDataModule) -> dict[str, Any]:
         """Return the first training row as arguments of `preflight`, at a small size."""
