@@ -25,7 +25,10 @@ STATE_PREFIX = "denoisers."
 
 
 def make_trainable(
-    pipe: DiffusionPipeline, lora: dict[str, Any] | None, freeze: Sequence[str] = ()
+    pipe: DiffusionPipeline,
+    lora: dict[str, Any] | None,
+    freeze: Sequence[str] = (),
+    train_mode: Sequence[str] = (),
 ) -> None:
     """Freeze the pipeline, then unfreeze what is trained, in float32.
 
@@ -36,10 +39,11 @@ def make_trainable(
             blocks are adapted, with ``lora_alpha = r``. None trains the denoisers' own weights.
         freeze: Patterns of parameters that stay frozen all the same, as in
             ``transformer.transformer_blocks.59.txt_mlp.*``.
+        train_mode: Patterns of modules that are put into training mode, but for their dropout.
 
     Raises:
         ValueError: If `lora` has an unknown field, or names a module that no denoiser has, or a
-            pattern of `freeze` fits no trained parameter.
+            pattern fits nothing.
     """
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
@@ -55,6 +59,28 @@ def make_trainable(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     freeze_parameters(pipe, freeze)
+    set_training_mode(pipe, train_mode)
+
+
+def set_training_mode(
+    pipe: DiffusionPipeline, patterns: Sequence[str], training: bool = True
+) -> None:
+    """Put modules of the denoisers whose names fit into training mode, but for their dropout.
+
+    Raises:
+        ValueError: If a pattern fits none, naming the nearest ones.
+    """
+    modules = {
+        f"{key}.{name}": module
+        for key, denoiser in denoisers(pipe).items()
+        for name, module in denoiser.named_modules()
+    }
+    for pattern in patterns:
+        found = fnmatch.filter(modules, pattern)
+        if not found:
+            raise ValueError(f"model.train_mode: no module is called {_near(pattern, modules)}")
+        for module in (child for name in found for child in modules[name].modules()):
+            module.training = training and not isinstance(module, nn.Dropout)
 
 
 def freeze_parameters(pipe: DiffusionPipeline, patterns: Sequence[str]) -> None:
@@ -112,11 +138,12 @@ def _near(name: str, names: Any) -> str:  # noqa: ANN401
     return f"{name!r}" + (f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else "")
 
 
-def default_target_modules(denoiser: nn.Module) -> list[str] | str:
-    """Return peft's `target_modules` for the attention and MLP linears of the repeated blocks.
+def default_target_modules(denoiser: nn.Module) -> list[str]:
+    """Return the names of the attention and MLP linears of the denoiser's repeated blocks.
 
     Repeated blocks are lists of modules of one class. Linears that embed, normalise or modulate
-    are left out.
+    are left out. Full names: an ending such as ``attn.to_out`` is a linear in one kind of Flux2's
+    blocks and a list in the other.
     """
     blocks = [
         name
@@ -125,15 +152,15 @@ def default_target_modules(denoiser: nn.Module) -> list[str] | str:
         and len({type(child) for child in module}) == 1
         and any(True for _ in module[0].children())
     ]
-    found = set()
+    targets = []
     for name, module in denoiser.named_modules():
         inside = [block for block in blocks if name.startswith(f"{block}.")]
         if not isinstance(module, nn.Linear) or not inside:
             continue
         ending = name.removeprefix(max(inside, key=len) + ".").partition(".")[2]
         if ending and not any(word in ending for word in ("norm", "mod", "emb")):
-            found.add(name)
-    return _targets(found, denoiser)
+            targets.append(name)
+    return targets
 
 
 @contextmanager

@@ -160,7 +160,9 @@ class _Tail:
             if done < total - 1:
                 return sample
             self.latent_shape = sample.shape[1:]
-            probe = latents.to(sample.device, torch.float64)
+            # Single precision whatever the pipeline's: a position has to survive the way, and
+            # Z-Image insists on it.
+            probe = latents.to(sample.device, torch.float32)
             if probe.numel() == 1:
                 return probe.expand(sample.shape)
             return probe.view(sample.shape)

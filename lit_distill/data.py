@@ -79,8 +79,7 @@ class PairDataset(Dataset[dict[str, Any]]):
                     f"row {row['row']}: {row['image']} is {image.shape[1]}x{image.shape[2]} (height"
                     f" x width), but the table says {row['height']}x{row['width']}"
                 )
-        call = {k: read_picture(v) if isinstance(v, Path) else v for k, v in row["call"].items()}
-        return row | {"image": image, "latents": latents, "call": call}
+        return row | {"image": image, "latents": latents, "call": open_pictures(row["call"])}
 
     def buckets(self) -> list[np.ndarray]:
         """Return the indices of rows that may share a batch, one array a bucket."""
@@ -101,13 +100,23 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
         "num_inference_steps": int(first["num_inference_steps"]),
         "cfg_scale": float(first["cfg_scale"]),
         "size": None if size == (0, 0) else size,
-        "call": {
-            name: value if isinstance(value, int | float) else [row["call"][name] for row in rows]
-            for name, value in first["call"].items()
-        },
+        "call": collate_calls([row["call"] for row in rows]),
         "image": None if first["image"] is None else torch.stack([r["image"] for r in rows]),
         "latents": None if first["latents"] is None else torch.stack([r["latents"] for r in rows]),
         "row": [int(row["row"]) for row in rows],
+    }
+
+
+def open_pictures(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's call arguments with pictures in place of their paths."""
+    return {k: read_picture(v) if isinstance(v, Path) else v for k, v in call.items()}
+
+
+def collate_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the call arguments of a batch: a number common to all, or a list of all else."""
+    return {
+        name: value if isinstance(value, int | float) else [call[name] for call in calls]
+        for name, value in calls[0].items()
     }
 
 

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 class UnjoinableError(ValueError):
     """Encodings of single prompts can't be put together the way the pipeline does it itself."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"these prompts can't be encoded one by one for a common batch ({reason}); set "
+            "model.rollout_batch_size: 1"
+        )
+
 
 class EncodeOnce:
     """Takes the place of a pipeline's `encode_prompt`, `encode_image` and `vae.encode`.

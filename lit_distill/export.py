@@ -23,10 +23,10 @@ from lit_distill.adapters import (
     take_lora,
 )
 from lit_distill.card import model_card, student_facts
+from lit_distill.data import collate_calls, open_pictures
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.layouts import layout_of
 from lit_distill.lora import METADATA_KEY, LoRA, add_loras, differences, read_lora, to_state
-from lit_distill.metadata import read_picture
 from lit_distill.rollout import draw
 from lit_distill.student import FACTS_FILE, read_checkpoint, student_pipeline
 
@@ -353,12 +353,8 @@ class _Export:
 
 def _conditions(row: dict[str, Any]) -> dict[str, Any]:
     """Return the call arguments that a row brings: pictures and texts, or a number."""
-    given = {
-        name: value if isinstance(value, int | float) else [value]
-        for name, value in row.get("call", {}).items()
-    }
-    pictures = row.get("pictures", {}).items()
-    return given | {name: [read_picture(Path(path))] for name, path in pictures}
+    pictures = {name: Path(path) for name, path in row.get("pictures", {}).items()}
+    return collate_calls([open_pictures(row.get("call", {}) | pictures)])
 
 
 @contextmanager

@@ -118,15 +118,35 @@ def read_metadata(
         table.loc[given, column] = [str(base / name) for name in table.loc[given, column]]
         exists = [name == "" or Path(name).is_file() for name in table[column]]
         parse.reject(column, ~np.array(exists), f"a file below {base}")
-    values = {argument: parse.values(column, base) for argument, column in call_columns.items()}
+    calls = read_calls(raw, call_columns, base, problems)
     problems.check()
-    calls = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-    table["call"] = pd.Series(calls or [{}] * len(table), dtype=object)
-    table["call_key"] = [_call_key(call) for call in calls] if calls else ""
+    table["call"] = pd.Series(calls, dtype=object)
+    table["call_key"] = [call_key(call) for call in calls] if call_columns else ""
     return table
 
 
-def _call_key(call: dict[str, Any]) -> str:
+def read_calls(
+    raw: pd.DataFrame, call_columns: dict[str, str], base: Path, problems: Problems
+) -> list[dict[str, Any]]:
+    """Return each row's further arguments of the pipeline's call.
+
+    Args:
+        raw: The table as text, with columns ``row`` and ``image``.
+        call_columns: Argument to column.
+        base: Folder that paths are relative to.
+        problems: Where pictures that can't be read are noted.
+
+    Returns:
+        For every row argument -> `pathlib.Path` of a picture, number or text.
+    """
+    parse = _ColumnParser(raw, problems)
+    columns = [parse.values(column, base) for column in call_columns.values()]
+    if not columns:
+        return [{}] * len(raw)
+    return [dict(zip(call_columns, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def call_key(call: dict[str, Any]) -> str:
     """Return what rows of a batch must share: numbers, and the sizes of pictures."""
     shared = {
         name: image_size(value) if isinstance(value, Path) else value

@@ -25,6 +25,7 @@ from lit_distill.adapters import (
     lora_fields,
     make_trainable,
     put_lora,
+    set_training_mode,
 )
 from lit_distill.card import training_facts
 from lit_distill.codec import LatentCodec
@@ -33,7 +34,7 @@ from lit_distill.encode import EncodeOnce
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.lora import LoRA, read_lora
 from lit_distill.losses import DistillLoss, LatentMSE
-from lit_distill.preflight import preflight, preflight_size
+from lit_distill.preflight import Report, preflight, preflight_size
 from lit_distill.rollout import Checkpointing, draw, rollout
 
 if TYPE_CHECKING:
@@ -106,11 +107,13 @@ class DirectDistill(pl.LightningModule):
         call_kwargs: Fixed arguments of the pipeline's call, for teacher and student alike.
         freeze: Patterns of parameters that are not trained, such as
             "transformer.transformer_blocks.59.txt_mlp.*".
+        train_mode: Patterns of modules that are put into training mode, but for their dropout, for
+            those (HiDream's experts) that compute without gradients in evaluation mode.
         rollout_batch_size: Samples that are drawn together; null: the whole batch. 1 is for
             pipelines that pad prompts of different length without masking the padding.
         preflight: Check before training, by a few small draws, that the pipeline can be distilled;
-            checkpointing, freeze and rollout_batch_size are changed, with a warning, where it can't
-            be with what is set.
+            checkpointing, freeze, train_mode and rollout_batch_size are changed, with a warning,
+            where it can't be with what is set.
         compile: Compile the denoiser's repeated blocks with torch.compile.
     """
 
@@ -137,6 +140,7 @@ class DirectDistill(pl.LightningModule):
         teacher_cfg_scale: float = 4.0,
         call_kwargs: dict[str, Any] | None = None,
         freeze: list[str] | None = None,
+        train_mode: list[str] | None = None,
         rollout_batch_size: int | None = None,
         preflight: bool = True,
         compile: bool = False,
@@ -157,7 +161,7 @@ class DirectDistill(pl.LightningModule):
         self.init_lora = init_lora
         if rollout_batch_size is not None and rollout_batch_size < 1:
             raise ValueError(f"model.rollout_batch_size must be >= 1, got {rollout_batch_size}")
-        self.hparams["freeze"] = list(freeze or [])
+        self.hparams.update(freeze=list(freeze or []), train_mode=list(train_mode or []))
         self.loss = loss or LatentMSE()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -184,19 +188,27 @@ class DirectDistill(pl.LightningModule):
             begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
             if begin:
                 self.hparams["lora"] = self._fields_of(begin, pipe)
-            make_trainable(pipe, self.hparams["lora"], self.hparams["freeze"])
+            settings = (self.hparams[name] for name in ("lora", "freeze", "train_mode"))
+            make_trainable(pipe, *settings)
             put_lora(pipe, begin)
             EncodeOnce(pipe)
             # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
             self.pipe = pipe
             # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
-            self._preflight()
+            self._apply_preflight()
             if self.hparams["compile"]:
                 for denoiser in denoisers(pipe).values():
                     denoiser.compile_repeated_blocks(fullgraph=True)
         self.denoisers = nn.ModuleDict(denoisers(pipe))
 
-    def _preflight(self) -> None:
+    def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
+        """Return what preflight sees, on the trainer's device and in its precision."""
+        self._place(trainer.strategy.root_device)
+        with trainer.precision_plugin.forward_context():
+            mode = self.hparams["checkpointing"]
+            return preflight(self.pipe, checkpointing=mode, **{**self.call_kwargs, **call})
+
+    def _apply_preflight(self) -> None:
         """Check the pipeline before training; take up the settings that avoid what was found."""
         trainer = self._trainer
         if not self.hparams["preflight"] or trainer is None or trainer.state.fn != "fit":
@@ -204,21 +216,19 @@ class DirectDistill(pl.LightningModule):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, DistillDataModule):
             return
-        self._place(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context():
-            report = preflight(
-                self.pipe, checkpointing=self.hparams["checkpointing"], **self._example(data)
-            )
+        report = self.preflight(trainer, **self._example(data))
         report.raise_failures()
-        freeze_parameters(self.pipe, report.settings.get("freeze", []))
         for finding in report.findings:
             if finding.verdict == "avoidable":
                 rank_zero_warn(
-                    f"{report.pipeline}: {finding.check}: {finding.seen}. Done for you, to be put "
-                    f"into the configuration: {finding.remedy}"
+                    f"{report.pipeline}, {finding.check}: {finding.seen}. "
+                    f"{finding.remedy} It is done for this run."
                 )
-        report.settings["freeze"] = self.hparams["freeze"] + report.settings.get("freeze", [])
-        self.hparams.update(report.settings)
+        freeze_parameters(self.pipe, report.settings.get("freeze", []))
+        set_training_mode(self.pipe, report.settings.get("train_mode", []))
+        for name, value in report.settings.items():
+            known = self.hparams[name]
+            self.hparams[name] = known + value if isinstance(value, list) else value
 
     def _example(self, data: DistillDataModule) -> dict[str, Any]:
         """Return the first training row as arguments of `preflight`, at a small size."""

@@ -6,13 +6,17 @@ avoided by a setting of `DirectDistill` is not an error: the report names the se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lit_distill.adapters import set_training_mode
 from lit_distill.families import denoisers, guidance
 from lit_distill.rollout import Checkpointing, Steps, run, silenced
 
@@ -152,6 +156,11 @@ class _Checks:
         self.seed = seed
         self.single = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
         self.call_kwargs = call_kwargs
+        self.modules = {
+            f"{key}.{name}".rstrip("."): module
+            for key, denoiser in denoisers(pipe).items()
+            for name, module in denoiser.named_modules()
+        }
         self.parameters = [
             (f"{key}.{name}", parameter)
             for key, denoiser in denoisers(pipe).items()
@@ -260,9 +269,7 @@ class _Checks:
             except Exception as error:  # diffusers' own checkpointing fails in many ways
                 wrong[mode] = _described(error)
                 continue
-            pairs = [pair for pair in zip(found, expected, strict=True) if None not in pair]
-            apart = _apart(*(torch.stack(list(column)) for column in zip(*pairs, strict=True)))
-            if apart > (1e-4 if self.single else 5e-3):
+            if (apart := _norms_apart(found, expected)) > (1e-4 if self.single else 5e-3):
                 wrong[mode] = f"another gradient, by {apart:.0e}"
         agree = [mode for mode in BY_THRIFT if mode not in wrong]
         seen = "; ".join([f"fine: {', '.join(agree)}", *(f"{m}: {w}" for m, w in wrong.items())])
@@ -275,23 +282,74 @@ class _Checks:
 
     def every_parameter_is_reached(self, mode: Checkpointing, settings: dict[str, Any]) -> Finding:
         check = "every trained parameter gets a gradient"
-        gradient = self._gradient(mode)
         names = [name for name, _ in self.parameters]
+        with self._watched() as blind:
+            gradient = self._gradient(mode)
+        inner = bool(blind) and all("." in name for name in blind)
+        avoided = self._training_mode(mode, blind) if inner else None
+        remedies = []
+        if avoided is not None:
+            settings["train_mode"], gradient = avoided
+            remedies.append(f"Set model.train_mode: {settings['train_mode']}.")
         dead = [name for name, norm in zip(names, gradient, strict=True) if norm is None]
-        bad = [
-            n for n, g in zip(names, gradient, strict=True) if g is not None and not g.isfinite()
-        ]
-        if len(dead) == len(names):
-            remedy = "Is what is trained used at all?"
-            return Finding(check, "failed", "none does", remedy)
-        if bad:
-            seen = f"that of {_some(bad)} is not finite"
-            return Finding(check, "failed", seen, "Try torch_dtype bfloat16 or float32.")
         if dead:
-            settings["freeze"] = dead
-            seen = f"{len(dead)} of {len(names)} get none: {_some(dead)}"
-            return Finding(check, "avoidable", seen, "Freeze them: model.freeze.")
-        return Finding(check, "ok", f"all {len(names)} do")
+            settings["freeze"] = _patterns(dead, set(names) - set(dead))
+            remedies.append(f"Set model.freeze: {settings['freeze']}.")
+        norms = zip(names, gradient, strict=True)
+        if bad := [name for name, norm in norms if norm is not None and not norm.isfinite()]:
+            seen = f"that of {bad[0]} and {len(bad) - 1} others is not finite"
+            return Finding(check, "failed", seen, "Try torch_dtype bfloat16 or float32.")
+        if len(dead) == len(names):
+            return Finding(check, "failed", "none does", "Is what is trained used at all?")
+        seen = f"{len(names) - len(dead)} of {len(names)} do"
+        if blind:
+            seen += f"; none passes through {blind[0]} and {len(blind) - 1} other modules"
+            seen += "" if avoided is None else " in evaluation mode"
+        return Finding(check, "avoidable" if dead or blind else "ok", seen, " ".join(remedies))
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[str]]:
+        """Note the outermost modules with weights that compute while no graph is recorded."""
+        blind: list[str] = []
+        with ExitStack() as stack:
+            for name, module in self.modules.items():
+
+                def note(module: nn.Module, args: Any, name: str = name) -> None:  # noqa: ANN401
+                    inner = any(name.startswith(f"{outer}.") for outer in blind)
+                    if not torch.is_grad_enabled() and not inner and name not in blind:
+                        blind.append(name)
+
+                if any(True for _ in module.parameters()):
+                    stack.enter_context(module.register_forward_pre_hook(note))
+            yield blind
+
+    def _training_mode(
+        self, mode: Checkpointing, blind: list[str]
+    ) -> tuple[list[str], list[Tensor | None]] | None:
+        """Return modules whose training mode lets the gradient through, and the gradient then.
+
+        None, if the gradient still does not pass, or something else changes.
+        """
+        owners = {self._owner(name): None for name in blind}
+        patterns = _patterns(list(owners), set(self.modules) - set(owners))
+        expected = self._draw()[0].latents
+        set_training_mode(self.pipe, patterns)
+        try:
+            with self._watched() as still:
+                gradient = self._gradient(mode)
+            apart = _apart(self._draw()[0].latents, expected)
+        except Exception:  # its training mode is not made for this
+            return None
+        finally:
+            set_training_mode(self.pipe, patterns, training=False)
+        fits = not still and apart <= (1e-5 if self.single else 2e-2)
+        return (patterns, gradient) if fits else None
+
+    def _owner(self, name: str) -> str:
+        """Return the nearest module around one that is called itself: not a list of modules."""
+        parent = name.rpartition(".")[0]
+        lists = (nn.ModuleList, nn.ModuleDict)
+        return self._owner(parent) if isinstance(self.modules[parent], lists) else parent
 
     def batches_equal_singles(self, settings: dict[str, Any]) -> Finding:
         check = "a batch of two equals two draws of one"
@@ -323,6 +381,22 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     return apart if apart == apart else float("inf")
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+def _norms_apart(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
+    if [norm is None for norm in found] != [norm is None for norm in expected]:
+        return float("inf")
+    norms = [[norm for norm in norms if norm is not None] for norms in (found, expected)]
+    return _apart(*map(torch.stack, norms)) if norms[0] else 0.0
+
+
+def _patterns(names: list[str], others: set[str]) -> list[str]:
+    """Return short patterns that fit the names and none of the others."""
+    patterns: dict[str, None] = {}  # in order
+    for name in names:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
+        free = (p for p in prefixes if not any(other.startswith(p) for other in others))
+        prefix = next(free, None)
+        exact = name if prefix is None else prefix + "*"
+        every = re.sub(r"\.\d+(?=\.)", ".*", exact)  # of all blocks at once
+        patterns[exact if fnmatch.filter(others, every) else every] = None
+    return list(patterns)

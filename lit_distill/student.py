@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,15 @@ from lit_distill.adapters import (
     put_lora,
 )
 from lit_distill.card import student_facts
+from lit_distill.data import Batch, collate_calls, open_pictures
 from lit_distill.families import denoisers, guidance, load_pipeline
 from lit_distill.lora import METADATA_KEY, load_tensors, read_lora
+from lit_distill.metadata import call_key
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from lit_distill.data import Batch
+    from lit_distill.generate import Prompt
 
 FACTS_FILE = "lit_distill.json"
 """Beside a merged pipeline, where no single file could carry the facts."""
@@ -206,14 +209,14 @@ def _without(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompt_batches(
-    prompts: list[str], facts: dict[str, Any], batch_size: int, first_seed: int
+    prompts: list[Prompt], facts: dict[str, Any], batch_size: int, first_seed: int
 ) -> list[Batch]:
     """Return prompts as batches to draw: a prompt's seed is its number plus `first_seed`.
 
     Args:
-        prompts: The prompts.
+        prompts: The prompts, with further arguments of the call.
         facts: ``num_inference_steps``, ``cfg_scale`` and perhaps ``height``, ``width``.
-        batch_size: Prompts a batch.
+        batch_size: Prompts a batch, at most; a batch shares its calls' numbers.
         first_seed: Seed of the first prompt.
 
     Raises:
@@ -222,19 +225,30 @@ def prompt_batches(
     if "num_inference_steps" not in facts:
         raise ValueError("num_inference_steps: the checkpoint does not say, so it must be given")
     size = (facts["height"], facts["width"]) if facts.get("height") else None
-    numbers = range(len(prompts))
-    return [
-        {
-            "prompt": prompts[start : start + batch_size],
-            "seed": [first_seed + number for number in numbers[start : start + batch_size]],
-            "rand_device": "cpu",
-            "num_inference_steps": facts["num_inference_steps"],
-            "cfg_scale": facts.get("cfg_scale", 1.0),
-            "size": size,
-            "call": {},
-            "image": None,
-            "latents": None,
-            "row": list(numbers[start : start + batch_size]),
-        }
-        for start in range(0, len(prompts), batch_size)
-    ]
+    whole: Batch = {
+        "prompt": [],
+        "seed": [],
+        "rand_device": "cpu",
+        "num_inference_steps": facts["num_inference_steps"],
+        "cfg_scale": facts.get("cfg_scale", 1.0),
+        "size": size,
+        "call": {},
+        "image": None,
+        "latents": None,
+        "row": [],
+    }
+    batches: list[Batch] = []
+    for _, alike in itertools.groupby(enumerate(prompts), lambda row: call_key(row[1].call)):
+        rows = list(alike)
+        for start in range(0, len(rows), batch_size):
+            numbers, chosen = zip(*rows[start : start + batch_size], strict=True)
+            batches.append(
+                {
+                    **whole,
+                    "prompt": [prompt.text for prompt in chosen],
+                    "call": collate_calls([open_pictures(prompt.call) for prompt in chosen]),
+                    "seed": [first_seed + number for number in numbers],
+                    "row": list(numbers),
+                }
+            )
+    return batches

@@ -59,7 +59,8 @@ def train_style(base: Path) -> None:
     drawn = torch.stack([load_file(path)[LATENTS_KEY] for path in paths])
     with torch.no_grad():
         bank = codec.encode(1 - codec.decode(drawn))
-        texts = pipe.encode_prompt(read_prompts(base / "metadata.csv"))[0]
+        prompts = [prompt.text for prompt in read_prompts(base / "metadata.csv")]
+        texts = pipe.encode_prompt(prompts)[0]
         blank = pipe.encode_prompt(" ")[0]
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
