@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -103,12 +105,21 @@ def export_student(
         format = "merged"
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    # Adapters are initialised at random before they are filled: a run that goes on must not see it.
-    with torch.random.fork_rng(devices=[]):
-        _Export(content, out_dir, format, dtype, device).run(max_shard_size)
+    # Nothing appears that was not loaded back. Adapters are initialised at random before they are
+    # filled, which a training run that goes on must not see.
+    with TemporaryDirectory(dir=out_dir, prefix=".") as draft, torch.random.fork_rng(devices=[]):
+        _Export(content, Path(draft), format, dtype, device).run(max_shard_size)
+        for path in Path(draft).iterdir():
+            _move(path, out_dir / path.name)
     if push_to_hub is not None:
         upload(out_dir, push_to_hub)
     return out_dir
+
+
+def _move(path: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    path.replace(target)
 
 
 def upload(folder: Path, repo_id: str) -> None:
@@ -149,18 +160,17 @@ class _Export:
         examples = self.facts["examples"]
         expected = [self._draw(student, row) for row in examples]
         self.columns = [[image for _, image in expected]]
-        lora: LoRA = {}
-        if self.hyper["lora"] is not None:
-            lora = self._whole_lora(student)
+        own, whole, scheduler = take_lora(student), {}, student.scheduler
+        if own:
+            whole = self._with_teachers(own, student)
             with adapters_off(torch.nn.ModuleList(denoisers(student).values())):
                 self.columns.insert(0, [self._draw(student, row)[1] for row in examples])
-        if self.format == "merged":
-            self._write_merged(student, lora, max_shard_size)
-        else:
-            self._write_lora(student, lora)
-        scheduler = student.scheduler
+        if self.format != "merged":
+            self._write_lora(student, whole)
         del student  # before it comes a second time
-        fresh = self._read_back(lora)
+        if self.format == "merged":
+            self._write_merged(own, scheduler, max_shard_size)
+        fresh = self._read_back(whole)
         self._check_scheduler(fresh, scheduler)
         self._check_draw(fresh, expected[0][0])
         self._write_card(fresh)
@@ -185,22 +195,21 @@ class _Export:
             image = image[0]
         return latents.float().cpu(), image
 
-    def _whole_lora(self, student: DiffusionPipeline) -> LoRA:
+    def _with_teachers(self, lora: LoRA, student: DiffusionPipeline) -> LoRA:
         """Return the student's LoRA plus its teacher's, which plain base weights lack."""
-        lora = take_lora(student)
         if self.hyper.get("teacher_lora"):
-            lora = add_loras(read_lora(self.hyper["teacher_lora"], student), lora)
+            return add_loras(read_lora(self.hyper["teacher_lora"], student), lora)
         return lora
 
     # Writing
 
-    def _write_merged(self, student: DiffusionPipeline, lora: LoRA, max_shard_size: str) -> None:
+    def _write_merged(self, lora: LoRA, scheduler: Any, max_shard_size: str) -> None:  # noqa: ANN401
         if lora:
             pipe = base_pipeline(self.hyper, torch_dtype=self.dtype)
-            fuse_lora(pipe, take_lora(student))
-            pipe.scheduler = student.scheduler
+            fuse_lora(pipe, lora)
         else:
             pipe = student_pipeline(self.content, self.dtype)
+        pipe.scheduler = scheduler
         pipe.save_pretrained(self.out, max_shard_size=max_shard_size)
         facts = self.facts | {"torch_dtype": _name(self.dtype)}
         text = json.dumps(facts, indent=2, ensure_ascii=False)
@@ -280,7 +289,7 @@ class _Export:
             reader(fresh, lora)
         except Exception as error:
             raise ExportError(
-                f"{_reader_name(reader)} refuses {self.out} (format {self.format}): "
+                f"{_reader_name(reader)} refuses what was written as {self.format}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         self.facts["verified"] = {"reader": _reader_name(reader)}
@@ -334,7 +343,7 @@ class _Export:
         self.facts["verified"]["difference"] = difference
         if not difference <= self.tolerance:
             raise ExportError(
-                f"{self.out} (format {self.format}) draws another image than the student: its "
+                f"what was written as {self.format} draws another image than the student: its "
                 f"latents differ by {difference:.1e} (root mean square, relative), more than the "
                 f"rounding that is to be expected ({self.tolerance:.0e})"
             )
