@@ -269,6 +269,42 @@ def test_diffsynth_goes_in_and_out_with_equal_tensors(name, folder, tmp_path):
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "parts"),
+    [
+        ("Flux", "blocks.1.attn.b_to_qkv", "transformer_blocks.1.attn.add_{}_proj"),
+        ("Flux", "single_blocks.1.to_qkv_mlp", "single_transformer_blocks.1.attn.to_{}"),
+        ("Flux", "lora_unet_single_blocks_0_linear1", "single_transformer_blocks.0.attn.to_{}"),
+        (
+            "StableDiffusion3",
+            "lora_unet_joint_blocks_0_x_block_attn2_qkv",
+            "transformer_blocks.0.attn2.to_{}",
+        ),
+        (
+            "StableDiffusion3",
+            "lora_unet_joint_blocks_0_context_block_attn_qkv",
+            "transformer_blocks.0.attn.add_{}_proj",
+        ),
+    ],
+)
+def test_queries_keys_and_values_come_in_this_order(name, key, parts, tmp_path):
+    """Where no reader of diffusers' says so: rows of the joined weight belong to q, k, v, (MLP)."""
+    pipe = build(name)
+    size = pipe.transformer.get_submodule(parts.format("q")).weight.shape
+    modules = [parts.format(x) for x in "qkv"]
+    rows = 3 * size[0]
+    if "single" in key:
+        modules.append(parts.partition(".attn")[0] + ".proj_mlp")
+        rows += pipe.transformer.get_submodule(modules[-1]).weight.shape[0]
+    joined = Factors(torch.randn(4, size[1]), torch.randn(rows, 4), 4.0)
+    state = {f"{key}.lora_down.weight": joined.down, f"{key}.lora_up.weight": joined.up}
+    save_file(state | {f"{key}.alpha": torch.tensor(4.0)}, tmp_path / "joined.safetensors")
+    found = read_lora(tmp_path / "joined.safetensors", pipe)["transformer"]
+    assert set(found) == set(modules)
+    together = torch.cat([found[part].delta() for part in modules])
+    torch.testing.assert_close(together, joined.delta())
+
+
 @pytest.fixture(scope="module")
 def exports(folder, tmp_path_factory):
     """A student of Qwen-Image in every format."""
