@@ -369,3 +369,9 @@ def test_a_call_within_a_call_that_switches_gradients_off_is_found():
     report = preflight(pipe, prompt=PROMPTS[0], num_inference_steps=3)
     with pytest.raises(PreflightError, match="every trained parameter gets a gradient: none does"):
         report.raise_failures()
+
+
+def test_the_documented_table_is_the_tested_one():
+    from families_table import DOC, split, table
+
+    assert split(DOC.read_text(encoding="utf-8"))[1] == table()
