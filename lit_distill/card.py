@@ -53,7 +53,9 @@ def _example(row: pd.Series) -> dict[str, Any]:
     call: dict[str, Any] = row["call"]
     return {
         "call": {name: value for name, value in call.items() if not isinstance(value, Path)},
-        "pictures": {name: str(path) for name, path in call.items() if isinstance(path, Path)},
+        "pictures": {
+            name: str(path.absolute()) for name, path in call.items() if isinstance(path, Path)
+        },
         "prompt": str(row["prompt"]),
         "seed": int(row["seed"]),
         "rand_device": str(row["rand_device"]),
@@ -161,7 +163,9 @@ def _usage(facts: dict[str, Any], format: str, pipe: DiffusionPipeline) -> str:
     with guidance(pipe, facts["cfg_scale"], 1, {}) as off:
         call |= off | facts["call_kwargs"]
     call |= {side: facts[side] for side in ("height", "width") if facts[side]}
-    arguments = ", ".join(f"{name}={value!r}" for name, value in call.items())
+    texts = [f"{name}={value!r}" for name, value in call.items()]
+    texts += [f"{name}=YOUR_{name.upper()}" for name in facts["examples"][0].get("pictures", ())]
+    arguments = ", ".join(texts)
     source = "THIS_REPOSITORY" if format == "merged" else facts["base_model"]
     lines = [
         "import torch",

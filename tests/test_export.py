@@ -198,6 +198,28 @@ def test_diffusers_reads_flux_at_its_published_width(format):
         torch.testing.assert_close(up @ down[:, :64], factors.delta()[:, :64])
 
 
+def test_an_edit_pipeline_draws_its_rows_with_their_pictures(folder, tmp_path):
+    call = dict(CALL_KWARGS["FluxKontext"])
+    call.pop("image").save(tmp_path / "given.png")
+    size = {side: call.pop(side) for side in ("height", "width")}
+    model = DirectDistill(
+        str(folder("FluxKontext")), torch_dtype="float32", lora={"r": 4}, call_kwargs=call
+    )
+    model.configure_model()
+    content = checkpoint_of(away(model), "FluxKontext")
+    content["lit_distill"]["facts"]["examples"][0] |= {
+        **size,
+        "pictures": {"image": str(tmp_path / "given.png")},
+        "call": {},
+    }
+    export_student(content, tmp_path / "out")
+    assert "image=YOUR_IMAGE" in (tmp_path / "out/README.md").read_text()
+    pipe = plain(folder("FluxKontext"))
+    pipe.load_lora_weights(tmp_path / "out")
+    expected = picture(model.pipe, "FluxKontext")
+    assert np.abs(picture(pipe, "FluxKontext") - expected).max() <= 1
+
+
 # Layouts, in both directions
 
 
