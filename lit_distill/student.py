@@ -235,6 +235,7 @@ def prompt_batches(
         "call": {},
         "image": None,
         "latents": None,
+        "encoded": None,
         "row": [],
     }
     batches: list[Batch] = []

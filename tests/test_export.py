@@ -657,7 +657,7 @@ def test_two_adapters_together_are_the_sum_of_both(exports, folder, tmp_path):
 def batch(**changes):
     values = {"prompt": ["a red cat"], "seed": [3], "rand_device": "cpu", "cfg_scale": 1.0}
     values |= {"num_inference_steps": 4, "size": (16, 16), "call": {}, "row": [2]}
-    return values | {"image": None, "latents": None} | changes
+    return values | {"image": None, "latents": None, "encoded": None} | changes
 
 
 def test_a_teachers_lora_is_in_teacher_student_and_export(exports, folder, tmp_path):
