@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 import lit_distill
 from lit_distill.adapters import adapters_off, check_state, make_trainable
@@ -22,6 +24,7 @@ from lit_distill.data import Batch, DistillDataModule
 from lit_distill.encode import PromptEncoder
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.losses import DistillLoss, LatentMSE
+from lit_distill.metrics import Draws, Evaluation, default_metrics, latent_mse
 from lit_distill.preflight import preflight
 from lit_distill.rollout import Checkpointing, draw, rollout
 
@@ -87,6 +90,9 @@ class DirectDistill(pl.LightningModule):
         preflight: Check before training, by two draws of two steps, that the rollout with gradients
             is the pipeline and that guidance can be switched off.
         compile: Compile the denoiser's repeated blocks with torch.compile.
+        metrics: What is measured on held-out rows besides the latent error, by name: any
+            torchmetrics class whose update asks for what lit_distill.metrics offers. Null: psnr,
+            ssim, sharpness and diversity. {}: nothing, which saves decoding the images.
     """
 
     pipe: DiffusionPipeline
@@ -109,10 +115,14 @@ class DirectDistill(pl.LightningModule):
         call_kwargs: dict[str, Any] | None = None,
         preflight: bool = True,
         compile: bool = False,
+        metrics: dict[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         # Plain types only: anything else fails to load with weights_only.
         self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler"])
+        # Of the command line this is its text, which the checkpoint keeps; objects it can't.
+        if any(isinstance(metric, Metric) for metric in (self.hparams["metrics"] or {}).values()):
+            self.hparams["metrics"] = None
         if torch_dtype not in DTYPES:
             raise ValueError(
                 f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}"
@@ -121,9 +131,10 @@ class DirectDistill(pl.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.call_kwargs = call_kwargs or {}
-        self.student_loss = MeanMetric()
-        self.undistilled_loss = MeanMetric()
-        self._undistilled_losses: dict[str, float] = {}
+        self.evaluation = Evaluation(default_metrics() if metrics is None else metrics)
+        self._undistilled_mse: dict[int, float] = {}
+        self._started = 0.0
+        self._loaded = False
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
 
@@ -259,6 +270,7 @@ class DirectDistill(pl.LightningModule):
         num_inference_steps: int | None = None,
         cfg_scale: float | None = None,
         undistilled: bool = False,
+        pipe: DiffusionPipeline | None = None,
     ) -> tuple[Tensor, list[Any]]:
         """Draw a batch's prompts and seeds as `pipe()` does.
 
@@ -267,13 +279,14 @@ class DirectDistill(pl.LightningModule):
             num_inference_steps: Steps; default: the rows' own.
             cfg_scale: Guidance; default: the rows' own.
             undistilled: Draw with the pretrained weights instead of the student's.
+            pipe: Draw with this pipeline instead.
 
         Returns:
             Final latents (B, ...) and B images.
         """
         with self.undistilled() if undistilled else ExitStack():
             return draw(
-                self.pipe,
+                pipe or self.pipe,
                 num_inference_steps=num_inference_steps or batch["num_inference_steps"],
                 cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
                 **self._call(batch),
@@ -283,11 +296,15 @@ class DirectDistill(pl.LightningModule):
     def undistilled(self) -> Iterator[None]:
         """Let the pipeline draw with its pretrained weights: adapters off, or a second denoiser.
 
-        After full training the pretrained denoiser is loaded again, at first use.
+        In full training the pretrained denoiser is loaded again, at first use after a step.
         """
         if self.hparams["lora"] is not None:
             with adapters_off(self.denoisers):
                 yield
+            return
+        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
+        if fitting and self.global_step == 0 and not self._loaded:
+            yield  # before the first step the student is the pretrained denoiser
             return
         if not self._base:
             self._base = denoisers(self._load_pipeline())
@@ -299,6 +316,10 @@ class DirectDistill(pl.LightningModule):
             yield
         finally:
             self.pipe.__dict__.update(own)
+
+    def release_undistilled(self) -> None:
+        """Free the second denoiser: it is not kept while training."""
+        self._base.clear()
 
     def compare(self, latents: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each sample, (B,), float32.
@@ -329,50 +350,82 @@ class DirectDistill(pl.LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["row"]))
         return loss
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        target = self.teacher_target(batch)
-        self.student_loss.update(self.compare(self.student_rollout(batch), target, batch))
-        keys = [f"{stage}/{row}" for row in batch["row"]]
-        if any(key not in self._undistilled_losses for key in keys):
-            with self._fast_undistilled():
-                losses = self.compare(self.student_rollout(batch), target, batch)
-            self._undistilled_losses.update(zip(keys, losses.tolist(), strict=True))
-        kept = [self._undistilled_losses[key] for key in keys]
-        self.undistilled_loss.update(torch.tensor(kept, device=self.device))
+    def decode(self, latents: Tensor, batch: Batch) -> Tensor:
+        """Return the images of the batch's final latents, (B, 3, H, W), float32, range [0, 1]."""
+        return self.codec(batch).decode(latents)
 
-    def _fast_undistilled(self) -> Any:  # noqa: ANN401
-        """Before the first step of full training the denoiser still is the pretrained one."""
-        untrained = self.trainer.state.fn == "fit" and self.global_step == 0
-        return ExitStack() if untrained else self.undistilled()
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch) -> dict[str, Any]:
+        """Draw held-out rows and add them to the evaluation, each row once over all processes."""
+        target = self.teacher_target(batch)
+        latents = self.student_rollout(batch).float()
+        loss = self.compare(latents, target, batch)
+        keys = self._gather(torch.tensor(_row_keys(batch), device=self.device))
+        draws = Draws(batch["prompt"], latents, target, loss=loss)
+        draws.undistilled_mse = self._mse_of_undistilled(batch, target, keys)
+        if self.evaluation.needs_images:
+            draws.preds, draws.target = self.decode(latents, batch), self.decode(target, batch)
+        new = self.evaluation.claim(keys.tolist(), self.global_rank)
+        self.evaluation.update(draws.select(new), batch["num_inference_steps"])
+        return {"draws": draws, "new": new}
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """Return (processes, B) of the (B,) of each."""
+        gathered: Tensor = self.all_gather(values)  # type: ignore[assignment]
+        return gathered.reshape(-1, len(values))
+
+    def _mse_of_undistilled(self, batch: Batch, target: Tensor, keys: Tensor) -> Tensor:
+        """Return the undistilled pipeline's latent MSE of each row, (B,); drawn once a row."""
+        known = self._undistilled_mse
+        # All processes know all rows, so that they agree on whether to draw.
+        if any(key not in known for key in keys.flatten().tolist()):
+            with self.undistilled():
+                error = latent_mse(self.student_rollout(batch), target)
+            known.update(
+                zip(keys.flatten().tolist(), self._gather(error).flatten().tolist(), strict=True)
+            )
+        kept = [known[key] for key in keys[self.global_rank % len(keys)].tolist()]
+        return torch.tensor(kept, device=self.device)
 
     def _log_evaluation(self, stage: str) -> None:
-        student, undistilled = self.student_loss.compute(), self.undistilled_loss.compute()
-        self.student_loss.reset()
-        self.undistilled_loss.reset()
-        self._base.clear()  # a second denoiser is not kept while training
-        self.log_dict(
-            {
-                f"{stage}_loss": student,
-                f"{stage}_undistilled_loss": undistilled,
-                f"{stage}_ratio": student / undistilled,
-            }
-        )
-        self.log(f"{stage}_gap_closed", 1 - student / undistilled, prog_bar=True)
+        values = {f"{stage}_{name}": value for name, value in self.evaluation.compute().items()}
+        self.evaluation.reset()
+        self.release_undistilled()
+        values[f"{stage}_seconds"] = time.perf_counter() - self._started
+        gap = values.pop(f"{stage}_gap_closed", math.nan)
+        # The values are of all rows already; their mean over processes is themselves.
+        self.log_dict(values, sync_dist=True)
+        self.log(f"{stage}_gap_closed", gap, prog_bar=True, sync_dist=True)
+        if self.trainer.sanity_checking:
+            # Lightning forgets this validation, but it is where the curves start.
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values | {f"{stage}_gap_closed": gap}, self.global_step)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Compare the student and the undistilled pipeline with the teacher on held-out rows."""
-        self._evaluate(batch, "val")
+    def on_validation_epoch_start(self) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Compare the student and the undistilled pipeline with the teacher on held-out rows.
+
+        Returns:
+            ``draws``, what was drawn (`lit_distill.metrics.Draws`), and ``new``, the positions of
+            rows that no process had before.
+        """
+        return self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log val_loss, val_undistilled_loss, their ratio, and val_gap_closed = 1 - ratio."""
+        """Log val_gap_closed, val_latent_mse, val_loss, val_seconds and val_<metric>."""
         self._log_evaluation("val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Do as in validation."""
-        self._evaluate(batch, "test")
+        return self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log test_loss, test_undistilled_loss, their ratio, and test_gap_closed = 1 - ratio."""
+        """Log test_gap_closed, test_latent_mse, test_loss, test_seconds and test_<metric>."""
         self._log_evaluation("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
@@ -397,18 +450,19 @@ class DirectDistill(pl.LightningModule):
         """
         if strict:
             check_state(state_dict, self._trainable(), "the checkpoint")
+        self._loaded = True
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the version, and the undistilled losses, which need the pretrained weights."""
+        """Note the version, and the undistilled errors, which need the pretrained weights."""
         checkpoint["lit_distill"] = {
             "version": lit_distill.__version__,
-            "undistilled_losses": self._undistilled_losses,
+            "undistilled_mse": self._undistilled_mse,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the undistilled losses, and report settings that differ from the checkpoint's."""
-        self._undistilled_losses = dict(checkpoint["lit_distill"]["undistilled_losses"])
+        """Take up the undistilled errors, and report settings that differ from the checkpoint's."""
+        self._undistilled_mse = dict(checkpoint["lit_distill"]["undistilled_mse"])
         saved = checkpoint["hyper_parameters"]
         for name, value in self.hparams.items():
             if name in saved and saved[name] != value:
@@ -416,3 +470,11 @@ class DirectDistill(pl.LightningModule):
                     f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
                     f"going on with {value!r}"
                 )
+
+
+def _row_keys(batch: Batch) -> list[int]:
+    """Return what tells the batch's held-out rows apart, also from those of another table."""
+    shared = (batch["num_inference_steps"], batch["cfg_scale"], batch["size"])
+    rows = zip(batch["row"], batch["prompt"], batch["seed"], strict=True)
+    digests = [hashlib.sha256(repr((*row, *shared)).encode()).digest() for row in rows]
+    return [int.from_bytes(digest[:7], "big") for digest in digests]
