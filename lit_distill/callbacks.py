@@ -91,7 +91,7 @@ def log_image(trainer: pl.Trainer, name: str, image: Image.Image) -> None:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Return images (B, 3, H, W), range [0, 1], as Pillow's, rounded to 8 bits as diffusers does."""
+    """Return images (B, 3, H, W), range [0, 1], as Pillow's, rounded as diffusers does."""
     arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 

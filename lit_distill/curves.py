@@ -16,8 +16,8 @@ CSV = "metrics.csv"  # of CSVLogger
 MANY = 60
 """Points of a curve from which on it is smoothed."""
 
-SHOWN = ("train_loss", "val_gap_closed", "val_latent_mse", "val_psnr", "val_sharpness")
-SHOWN += ("val_diversity", "val_frechet", "val_ssim")
+SHOWN = ["train_loss", "val_gap_closed", "val_latent_mse", "val_psnr", "val_ssim", "val_sharpness"]
+SHOWN += ["val_diversity", "val_frechet", "val_lpips", "val_clip_score"]
 
 
 def find_logs(run: str | Path) -> Path:

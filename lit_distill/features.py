@@ -76,6 +76,9 @@ class TransformersFeatures(nn.Module):
         name_or_path: Hub id or folder.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name_or_path: str) -> None:
         from transformers import AutoModel
         from transformers.models.auto.image_processing_auto import get_image_processor_config

@@ -199,7 +199,7 @@ class Diversity(Metric):
 
     def compute(self) -> Tensor:
         """Return the ratio."""
-        keys = self.prompts.unique()
+        keys = torch.unique(self.prompts)
         groups = [self.prompts == key for key in keys]
         distances = [
             torch.cat([F.pdist(images[group]) for group in groups] or [images.new_zeros(0)]).mean()
@@ -287,9 +287,9 @@ class Evaluation:
     """
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
-        own = {"loss": HeldOutLoss(), "latent_mse": LatentMSE()}
+        own: dict[str, Metric] = {"loss": HeldOutLoss(), "latent_mse": LatentMSE()}
         own["undistilled_latent_mse"] = UndistilledLatentMSE()
-        self._metrics = {name: _copy(metric) for name, metric in {**own, **metrics}.items()}
+        self._metrics = {name: _copy(metric) for name, metric in (own | dict(metrics)).items()}
         self._by_steps: dict[int, dict[str, Metric]] = {}
         self._steps: int | None = None
         self._counted: set[int] = set()
@@ -307,6 +307,10 @@ class Evaluation:
         """Whether any metric looks at images."""
         asked = {argument for metric in self._metrics.values() for argument in arguments(metric)}
         return bool(asked & ({"imgs"} | set(IMAGES)))
+
+    def describe(self) -> dict[str, str]:
+        """Return the class of each metric."""
+        return {n: f"{type(m).__module__}.{type(m).__name__}" for n, m in self._metrics.items()}
 
     def claim(self, keys: list[list[int]], rank: int) -> list[int]:
         """Return the positions of rows of `rank` that no process has counted before.
@@ -396,6 +400,8 @@ def _compute(metrics: Mapping[str, Metric]) -> dict[str, float]:
         # A process whose rows were all counted elsewhere has nothing to warn of.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         values = {name: float(metric.compute()) for name, metric in metrics.items()}
-    if values["undistilled_latent_mse"] > 0:
-        values["gap_closed"] = 1 - values["latent_mse"] / values["undistilled_latent_mse"]
-    return {name: value for name, value in values.items() if not math.isnan(value)}
+    undistilled = values.pop("undistilled_latent_mse")
+    gap = 1 - values["latent_mse"] / undistilled if undistilled > 0 else math.nan
+    first = {name: values.pop(name) for name in ("loss", "latent_mse")}
+    ordered = {**first, "undistilled_latent_mse": undistilled, "gap_closed": gap, **values}
+    return {name: value for name, value in ordered.items() if not math.isnan(value)}

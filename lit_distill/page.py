@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ TITLES = {
     "lpips": ("LPIPS ↓", "learned perceptual distance to the teacher's images."),
 }
 HIDDEN = ("kind", "key", "loss", "undistilled_latent_mse")
+COSTS = ("evaluations", "seconds_an_image", "speed_up")
+BY_STEPS = re.compile(r"(.+)_(\d+)_steps")
+"""Names of metrics of those rows alone that have a certain number of steps."""
 
 
 def image_file(way: Way, row: int) -> Path:
@@ -61,7 +65,7 @@ def write_report(
     ways: list[Way],
     rows: pd.DataFrame,
     gallery: int,
-    facts: dict[str, str],
+    facts: dict[str, Any],
     snippet: str,
     logs: Path | None,
 ) -> str:
@@ -87,7 +91,7 @@ def write_report(
     (out / "metrics.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     student = next(way for way in ways if way.kind == "student")
     chosen = worst_and_best(rows[rows["way"] == student.label], gallery)
-    _write_grid(out, ways, rows, chosen[:8])
+    _write_grid(out, ways, rows)
     curves, no_curves = _curves(logs)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lit_distill", "assets"), autoescape=True
@@ -107,7 +111,7 @@ def write_report(
         provenance=facts,
     )
     (out / "report.html").write_text(page, encoding="utf-8")
-    shown = summary.drop(columns=[name for name in HIDDEN if name in summary])
+    shown = summary[_columns(summary)]
     return str(shown.to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
 
 
@@ -162,20 +166,48 @@ def _headline(student: Way, ways: list[Way]) -> list[dict[str, str]]:
     return [{"value": value, "label": label} for value, label in facts]
 
 
-def _tables(summary: pd.DataFrame) -> dict[str, Any]:
+def _columns(summary: pd.DataFrame) -> list[str]:
+    """Return the columns that are shown of all rows."""
     names = [str(name) for name in summary if name not in HIDDEN]
+    return [name for name in names if not BY_STEPS.fullmatch(name)]
+
+
+def _tables(summary: pd.DataFrame) -> dict[str, Any]:
+    """Return the table of all rows, and one for every number of steps where rows differ."""
+    names = _columns(summary)
+    metrics = [name for name in names if name not in COSTS]
+    parts = [match.groups() for name in summary if (match := BY_STEPS.fullmatch(str(name)))]
+    by_steps = {}
+    for steps in sorted({int(steps) for name, steps in parts if name not in HIDDEN}):
+        columns = [name if name == "way" else f"{name}_{steps}_steps" for name in metrics]
+        by_steps[steps] = _lines(summary, columns)
+    return {
+        "columns": _headings(names),
+        "table": _lines(summary, names),
+        "columns_by_steps": _headings(metrics),
+        "tables_by_steps": by_steps,
+    }
+
+
+def _headings(names: list[str]) -> list[dict[str, str]]:
     titles = [TITLES.get(name, (name.replace("_", " "), "")) for name in names]
-    lines = [
-        {"student": line["kind"] == "student", "cells": [_text(line[name]) for name in names]}
+    return [{"title": title, "help": text} for title, text in titles]
+
+
+def _lines(summary: pd.DataFrame, names: list[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "student": line["kind"] == "student",
+            "cells": [_text(line.get(name, math.nan)) for name in names],
+        }
         for line in summary.to_dict("records")
     ]
-    return {"columns": [{"title": title, "help": text} for title, text in titles], "table": lines}
 
 
 def _text(value: Any) -> str:  # noqa: ANN401
     if not isinstance(value, float):
         return str(value)
-    return "–" if math.isnan(value) else f"{value:.3g}"
+    return "-" if math.isnan(value) else f"{value:.3g}"
 
 
 def _curves(logs: Path | None) -> tuple[str, str]:
@@ -196,18 +228,18 @@ def _gallery(out: Path, ways: list[Way], rows: pd.DataFrame, chosen: list[int]) 
     # One measure for all, so that errors of different ways can be compared.
     others = [measures[way.key] for way in ways if way.kind != "teacher"]
     measure = "image_mse" if "image_mse" in others else "latent_mse"
-    by_row = rows.set_index(["row", "way"])
     cards = []
     for row in chosen:
-        shared = by_row.loc[(row, ways[0].label)]
+        lines = {line["way"]: line for line in rows[rows["row"] == row].to_dict("records")}
+        first = lines[ways[0].label]
         with Image.open(out / image_file(ways[0], row)) as image:
             width, height = image.size
-        errors = {way.key: by_row.loc[(row, way.label)][measure] for way in ways}
+        errors = {way.key: lines[way.label][measure] for way in ways}
         cards.append(
             {
                 "row": row,
-                "prompt": str(shared["prompt"]),
-                "seed": int(shared["seed"]),
+                "prompt": first["prompt"],
+                "seed": first["seed"],
                 "width": width,
                 "height": height,
                 "small": max(width, height) <= SMALL,
@@ -242,12 +274,12 @@ def _gallery_note(shown: int, total: int) -> str:
     return f"{shown} of {total} rows: those that the student draws worst, and those it draws best."
 
 
-def _write_grid(out: Path, ways: list[Way], rows: pd.DataFrame, chosen: list[int]) -> None:
+def _write_grid(out: Path, ways: list[Way], rows: pd.DataFrame) -> None:
     first = next(way for way in ways if way.kind == "undistilled")
     shown = [way for way in ways if way.kind != "undistilled" or way is first]
     prompts = rows.drop_duplicates("row").set_index("row")["prompt"]
     lines = []
-    for row in chosen:
+    for row in prompts.index[:8]:
         images = []
         for way in shown:
             with Image.open(out / image_file(way, row)) as image:

@@ -30,7 +30,7 @@ def held_out(trainer: pl.Trainer) -> tuple[Path | None, Any]:
 
 
 def teacher_settings(trainer: pl.Trainer, module: DirectDistill) -> tuple[int, float]:
-    """Return the teacher's steps and guidance: as the CSV says, else those of the online teacher."""
+    """Return the teacher's steps and guidance: the CSV's, else those of the online teacher."""
     steps = module.hparams["teacher_num_inference_steps"]
     cfg = module.hparams["teacher_cfg_scale"]
     _, table = held_out(trainer)
@@ -43,24 +43,24 @@ def teacher_settings(trainer: pl.Trainer, module: DirectDistill) -> tuple[int, f
     return int(recorded.iloc[0, 0]), float(recorded.iloc[0, 1])
 
 
-def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[str, str]:
-    """Return by name, in words, what a reader needs to judge and repeat the report."""
+def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[str, Any]:
+    """Return by name, as texts or mappings, what a reader needs to judge and repeat the report."""
     table, _ = held_out(trainer)
-    # The file's name as it was given: no reader needs to know our folders.
-    facts = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    facts: dict[str, Any] = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
     if trainer.ckpt_path:
         facts["checkpoint"] = _file(Path(trainer.ckpt_path))
         saved = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)
         facts["optimizer steps"] = str(saved.get("global_step", "unknown"))
-    facts["settings"] = json.dumps({k: v for k, v in module.hparams.items() if k[0] != "_"})
+    hidden = ("_class_path", "_instantiator", "metrics")
+    facts["settings"] = {k: v for k, v in module.hparams.items() if k not in hidden}
+    facts["metrics"] = module.evaluation.describe()
     if table is not None:
         facts["held-out rows"] = f"{rows} of {_file(table)}"
         made = table.parent / PROVENANCE_FILE
         if made.is_file():
-            content = json.loads(made.read_text(encoding="utf-8"))
-            facts["made by"] = json.dumps(content, ensure_ascii=False)
-    names = ("lit-distill", "torch", "diffusers", "lightning", "peft", "transformers")
-    facts["versions"] = ", ".join(f"{n} {version(n)}" for n in ("torchmetrics", *names)[::-1])
+            facts["held-out rows made with"] = json.loads(made.read_text(encoding="utf-8"))
+    names = ("lit-distill", "torch", "lightning", "torchmetrics", "diffusers", "transformers")
+    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in (*names, "peft"))
     device = module.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     facts["machine"] = (

@@ -1,4 +1,4 @@
-"""Ways to draw the held-out rows: teacher, undistilled pipeline, student, and others beside them."""
+"""Ways to draw the held-out rows: teacher, undistilled pipeline, student, and others."""
 
 from __future__ import annotations
 

@@ -43,7 +43,9 @@ if __name__ == "__main__":
     )
     stage(
         "148 held-out pairs: two seeds each of 74 prompts that the student never sees",
-        pairs("prompts_heldout.txt", "heldout", "--seeds_per_prompt", "2", "--first_seed", "1000000"),
+        pairs(
+            "prompts_heldout.txt", "heldout", "--seeds_per_prompt", "2", "--first_seed", "1000000"
+        ),
     )
     if not CHECKPOINT.is_file():
         shutil.rmtree(OUT / "fit", ignore_errors=True)  # what an interrupted run left
