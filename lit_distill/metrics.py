@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.utilities import dim_zero_cat
 
 from lit_distill.features import TransformersFeatures, load_features
 
@@ -174,38 +175,32 @@ class Diversity(Metric):
     """
 
     full_state_update = False
-    student: Tensor
-    teacher: Tensor
-    prompts: Tensor
+    rows: list[Tensor]
 
     def __init__(self, size: int = 32, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(**kwargs)
         self.size = size
-        # Tensors, not lists: a process without rows must take part in gathering all the same.
-        for name in ("student", "teacher"):
-            self.add_state(name, torch.zeros(0, 3 * size * size), dist_reduce_fx="cat")
-        self.add_state("prompts", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="cat")
+        # Key of the prompt, student's and teacher's pixels of a row, all in one flat float32: that
+        # is what torchmetrics can gather from processes of which some have no rows at all.
+        self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, preds: Tensor, target: Tensor, prompt: list[str]) -> None:
         """Add rows: images (B, 3, H, W), range [0, 1], and their B prompts."""
-        digests = [hashlib.sha256(text.encode()).digest() for text in prompt]
-        keys = [int.from_bytes(digest[:7], "big") for digest in digests]
-        self.prompts = torch.cat([self.prompts, torch.tensor(keys, device=self.device)])
-        self.student = torch.cat([self.student, self._reduced(preds)])
-        self.teacher = torch.cat([self.teacher, self._reduced(target)])
-
-    def _reduced(self, images: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(images.float(), self.size).flatten(1)
+        keys = [list(hashlib.sha256(text.encode()).digest()[:8]) for text in prompt]
+        reduced = [F.adaptive_avg_pool2d(i.float(), self.size).flatten(1) for i in (preds, target)]
+        parts = [torch.tensor(keys, dtype=torch.float32, device=preds.device), *reduced]
+        self.rows.append(torch.cat(parts, 1).flatten())
 
     def compute(self) -> Tensor:
         """Return the ratio."""
-        keys = torch.unique(self.prompts)
-        groups = [self.prompts == key for key in keys]
-        distances = [
-            torch.cat([F.pdist(images[group]) for group in groups] or [images.new_zeros(0)]).mean()
-            for images in (self.student, self.teacher)
-        ]
-        return distances[0] / distances[1]
+        rows = dim_zero_cat(self.rows).view(-1, 8 + 6 * self.size**2)
+        keys, images = rows[:, :8], rows[:, 8:].chunk(2, dim=1)
+        groups = torch.unique(keys, dim=0, return_inverse=True)[1]
+        student, teacher = (
+            torch.cat([F.pdist(own[groups == group]) for group in groups.unique()]).mean()
+            for own in images
+        )
+        return student / teacher
 
 
 class FrechetDistance(FrechetInceptionDistance):

@@ -465,7 +465,8 @@ class DirectDistill(pl.LightningModule):
         self._undistilled_mse = dict(checkpoint["lit_distill"]["undistilled_mse"])
         saved = checkpoint["hyper_parameters"]
         for name, value in self.hparams.items():
-            if name in saved and saved[name] != value:
+            # Metrics may be objects on one side; they change nothing of the student.
+            if name in saved and saved[name] != value and name != "metrics":
                 rank_zero_warn(
                     f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
                     f"going on with {value!r}"

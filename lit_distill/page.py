@@ -83,7 +83,7 @@ def write_report(
     Returns:
         The summary as text.
     """
-    summary = summarise(ways)
+    summary = summarise(ways, rows)
     rows.to_csv(out / "rows.csv", index=False)
     summary.to_csv(out / "metrics.csv", index=False)
     lines = json.loads(summary.to_json(orient="records"))  # NaN and infinities become null
@@ -101,7 +101,7 @@ def write_report(
         version=lit_distill.__version__,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         rows_total=content["rows"],
-        facts=_headline(student, ways),
+        facts=_headline(summary),
         **_tables(summary),
         curves=curves,
         no_curves=no_curves,
@@ -115,16 +115,17 @@ def write_report(
     return str(shown.to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
 
 
-def summarise(ways: list[Way]) -> pd.DataFrame:
+def summarise(ways: list[Way], rows: pd.DataFrame) -> pd.DataFrame:
     """Return one line a way: what it costs, then its metrics."""
     seconds = ways[0].seconds_an_image
+    evaluations = rows.groupby("way")["evaluations"].mean()
     return pd.DataFrame(
         [
             {
                 "way": way.label,
                 "kind": way.kind,
                 "key": way.key,
-                "evaluations": way.evaluations,
+                "evaluations": float(evaluations[way.label]),
                 "seconds_an_image": way.seconds_an_image,
                 "speed_up": seconds / way.seconds_an_image,
                 **way.values,
@@ -148,21 +149,22 @@ def _measure(rows: pd.DataFrame) -> str:
     return "image_mse" if rows["latent_mse"].isna().any() else "latent_mse"
 
 
-def _headline(student: Way, ways: list[Way]) -> list[dict[str, str]]:
-    teacher = ways[0]
+def _headline(summary: pd.DataFrame) -> list[dict[str, str]]:
+    """Return the student's figures that matter most."""
+    lines = summary.to_dict("records")
+    teacher, student = lines[0], next(line for line in lines if line["kind"] == "student")
+    seconds = [f"{line['seconds_an_image']:.2g} s" for line in (student, teacher)]
     facts = [
-        (f"{student.values['gap_closed']:.0%}", "of the gap to the teacher closed")
-        if "gap_closed" in student.values
-        else (f"{student.values['latent_mse']:.3g}", "latent MSE to the teacher"),
+        (f"{student['speed_up']:.1f}x", f"faster: {seconds[0]} an image, not {seconds[1]}"),
         (
-            f"{teacher.seconds_an_image / student.seconds_an_image:.1f}x",
-            f"faster: {student.seconds_an_image:.2g} s an image, not "
-            f"{teacher.seconds_an_image:.2g} s",
+            f"{student['evaluations']:g}",
+            f"denoiser calls an image, not {teacher['evaluations']:g}",
         ),
-        (f"{student.evaluations:g}", f"denoiser calls an image, not {teacher.evaluations:g}"),
     ]
-    if "sharpness" in student.values:
-        facts.append((f"{student.values['sharpness']:.2f}", "of the teacher's sharpness"))
+    if not math.isnan(student.get("gap_closed", math.nan)):
+        facts.insert(0, (f"{student['gap_closed']:.0%}", "of the gap to the teacher closed"))
+    if not math.isnan(student.get("sharpness", math.nan)):
+        facts.append((f"{student['sharpness']:.2f}", "of the teacher's sharpness"))
     return [{"value": value, "label": label} for value, label in facts]
 
 

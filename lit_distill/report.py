@@ -123,7 +123,7 @@ class Report(Callback):
         ]
         different: dict[str, Way] = {}
         for way in ways:
-            way.describe(batches)
+            way.name_after(batches)
             if way.kind == "other" and way.key in {known.key for known in different.values()}:
                 raise ValueError(
                     f"compare: two ways are called {way.label!r}; give one another name"
@@ -168,6 +168,7 @@ def _record(
             "seed": batch["seed"][index],
             "num_inference_steps": batch["num_inference_steps"],
             "cfg_scale": batch["cfg_scale"],
+            "evaluations": way.evaluations(batch),
             "latent_mse": None,
             "image_mse": None,
         }

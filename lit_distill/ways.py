@@ -102,7 +102,6 @@ class Way:
         cfg_scale: Guidance; None: that of the rows.
         load: Makes the pipeline that draws; None: the tested module's draws.
         label: Name, steps and guidance.
-        evaluations: Denoiser evaluations an image: guidance takes two a step.
         seconds: Wall time of the timed images.
         timed: Number of these.
         values: Metrics over all processes.
@@ -114,7 +113,6 @@ class Way:
     cfg_scale: float | None = None
     load: Callable[[], DiffusionPipeline] | None = None
     label: str = ""
-    evaluations: float = 0.0
     seconds: float = 0.0
     timed: int = 0
     values: dict[str, float] = field(default_factory=dict)
@@ -132,14 +130,15 @@ class Way:
         """Return the guidance that it draws the batch with."""
         return batch["cfg_scale"] if self.cfg_scale is None else self.cfg_scale
 
-    def describe(self, batches: list[Batch]) -> None:
-        """Fill in label and evaluations, which depend on the rows."""
+    def evaluations(self, batch: Batch) -> int:
+        """Return denoiser evaluations an image: guidance takes two a step."""
+        return self.steps(batch) * (1 if self.cfg(batch) == 1 else 2)
+
+    def name_after(self, batches: list[Batch]) -> None:
+        """Make the label, which depends on the rows."""
         steps = " or ".join(map(str, sorted({self.steps(batch) for batch in batches})))
         cfg = " or ".join(f"{value:g}" for value in sorted({self.cfg(b) for b in batches}))
         self.label = f"{self.name}, {steps} steps, cfg {cfg}"
-        counts = [self.steps(b) * (1 if self.cfg(b) == 1 else 2) for b in batches]
-        rows = [len(batch["row"]) for batch in batches]
-        self.evaluations = float(np.average(counts, weights=rows))
 
     @property
     def seconds_an_image(self) -> float:
