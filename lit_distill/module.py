@@ -133,6 +133,7 @@ class DirectDistill(pl.LightningModule):
         self.call_kwargs = call_kwargs or {}
         self.evaluation = Evaluation(default_metrics() if metrics is None else metrics)
         self._undistilled_mse: dict[int, float] = {}
+        self._online: dict[int, Tensor] = {}
         self._started = 0.0
         self._loaded = False
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
@@ -357,10 +358,10 @@ class DirectDistill(pl.LightningModule):
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> dict[str, Any]:
         """Draw held-out rows and add them to the evaluation, each row once over all processes."""
-        target = self.teacher_target(batch)
+        keys = self._gather(torch.tensor(_row_keys(batch), device=self.device))
+        target = self._held_out_target(batch, keys[self.global_rank].tolist())
         latents = self.student_rollout(batch).float()
         loss = self.compare(latents, target, batch)
-        keys = self._gather(torch.tensor(_row_keys(batch), device=self.device))
         draws = Draws(batch["prompt"], latents, target, loss=loss)
         draws.undistilled_mse = self._mse_of_undistilled(batch, target, keys)
         if self.evaluation.needs_images:
@@ -368,6 +369,14 @@ class DirectDistill(pl.LightningModule):
         new = self.evaluation.claim(keys.tolist(), self.global_rank)
         self.evaluation.update(draws.select(new), batch["num_inference_steps"])
         return {"draws": draws, "new": new}
+
+    def _held_out_target(self, batch: Batch, keys: list[int]) -> Tensor:
+        """Return the teacher's latents; the online teacher draws a held-out row only once."""
+        if batch["latents"] is not None or batch["image"] is not None:
+            return self.teacher_target(batch)
+        if any(key not in self._online for key in keys):
+            self._online.update(zip(keys, self.teacher_target(batch).cpu(), strict=True))
+        return torch.stack([self._online[key] for key in keys]).to(self.device)
 
     def _gather(self, values: Tensor) -> Tensor:
         """Return (processes, B) of the (B,) of each."""
@@ -384,7 +393,7 @@ class DirectDistill(pl.LightningModule):
             known.update(
                 zip(keys.flatten().tolist(), self._gather(error).flatten().tolist(), strict=True)
             )
-        kept = [known[key] for key in keys[self.global_rank % len(keys)].tolist()]
+        kept = [known[key] for key in keys[self.global_rank].tolist()]
         return torch.tensor(kept, device=self.device)
 
     def _log_evaluation(self, stage: str) -> None:
@@ -396,7 +405,8 @@ class DirectDistill(pl.LightningModule):
         # The values are of all rows already; their mean over processes is themselves.
         self.log_dict(values, sync_dist=True)
         self.log(f"{stage}_gap_closed", gap, prog_bar=True, sync_dist=True)
-        if self.trainer.sanity_checking:
+        trainer = self.trainer
+        if trainer.sanity_checking and trainer.num_sanity_val_batches == trainer.num_val_batches:
             # Lightning forgets this validation, but it is where the curves start.
             for logger in self.trainer.loggers:
                 logger.log_metrics(values | {f"{stage}_gap_closed": gap}, self.global_step)

@@ -46,7 +46,8 @@ def teacher_settings(trainer: pl.Trainer, module: DirectDistill) -> tuple[int, f
 def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[str, Any]:
     """Return by name, as texts or mappings, what a reader needs to judge and repeat the report."""
     table, _ = held_out(trainer)
-    facts: dict[str, Any] = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    program = Path(sys.argv[0]).name.replace("__main__.py", "lit-distill")
+    facts: dict[str, Any] = {"command": shlex.join([program, *sys.argv[1:]])}
     if trainer.ckpt_path:
         facts["checkpoint"] = _file(Path(trainer.ckpt_path))
         saved = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)

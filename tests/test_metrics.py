@@ -415,6 +415,25 @@ def test_validation_draws_the_undistilled_once_and_encodes_nothing_anew(fitted):
     assert watch.encoded[0] > 0 and watch.encoded[1:] == [0, 0]
 
 
+def test_the_online_teacher_draws_a_held_out_row_once(pairs, rows, tmp_path):
+    table = pd.read_csv(rows / "metadata.csv", dtype=str)
+    table[["image", "latents", "height", "width"]] = ["", "", "32", "32"]
+    table.to_csv(tmp_path / "metadata.csv", index=False)
+    model = module(teacher_num_inference_steps=10, teacher_cfg_scale=4.0)
+    drawn, teacher = [], model.teacher_target
+
+    def counted(batch):
+        drawn.extend(batch["row"] if batch["latents"] is None else [])
+        return teacher(batch)
+
+    model.teacher_target = counted
+    _, trainer = fit(pairs, tmp_path, tmp_path, model=model)
+    assert sorted(drawn) == [2, 3, 4, 5, 6]
+    stored = fit(pairs, rows, tmp_path, max_steps=3)[1].callback_metrics
+    name = "val_undistilled_latent_mse"
+    assert trainer.callback_metrics[name] == pytest.approx(stored[name].item(), rel=1e-3)
+
+
 def test_limit_val_batches_bounds_the_cost(pairs, rows, tmp_path):
     watch = Watch()
     fit(pairs, rows, tmp_path, callbacks=[watch], max_steps=3, limit_val_batches=1)
