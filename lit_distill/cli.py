@@ -14,7 +14,7 @@ from lit_distill.curves import plot_curves, read_logs
 from lit_distill.data import DistillDataModule
 from lit_distill.generate import Teacher, generate_pairs, plan_pairs, read_prompts
 from lit_distill.module import DirectDistill
-from lit_distill.report import Report
+from lit_distill.report import ReportWriter
 from lit_distill.ways import Candidate
 
 
@@ -57,8 +57,8 @@ class DistillTrainer(pl.Trainer):
             gallery: Largest number of rows in the page: half of them the worst, half the best.
             logs: Folder with the logs of the run, for the curves; default: beside the checkpoint.
         """
-        if not any(isinstance(callback, Report) for callback in self.callbacks):  # type: ignore[attr-defined]
-            report = Report(out, compare, undistilled, gallery, logs)
+        if not any(isinstance(callback, ReportWriter) for callback in self.callbacks):  # type: ignore[attr-defined]
+            report = ReportWriter(out, compare, undistilled, gallery, logs)
             self.callbacks.append(report)  # type: ignore[attr-defined]
         return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 

@@ -21,7 +21,7 @@ from lit_distill.provenance import describe_run, run_snippet, teacher_settings
 from lit_distill.ways import Candidate, Held, Way
 
 
-class Report(Callback):
+class ReportWriter(Callback):
     """Draws the test rows in several ways and writes a folder that shows how they compare.
 
     ``report.html`` (one file, opens anywhere without a network), ``metrics.json`` and

@@ -190,7 +190,7 @@ class Way:
         try:
             yield pipe.to(module.device)
         finally:
-            del pipe
+            pipe.to("cpu")
             module.pipe.to(module.device)
 
     def _beside(
