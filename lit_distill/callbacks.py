@@ -22,7 +22,8 @@ class ImageGrid(Callback):
 
     The picture goes to the loggers: TensorBoard (tag ``val_images``) and Weights & Biases; without
     one of these, to ``images/step_<n>.png`` in the folder of the run. The rows are the first
-    held-out ones, with their own seeds, every time.
+    held-out ones, with their own seeds, every time. Where no metric looks at images, none are
+    decoded, and there is no picture.
 
     Args:
         rows: Number of rows shown.
@@ -52,16 +53,13 @@ class ImageGrid(Callback):
         if trainer.state.fn != "fit" or missing <= 0:
             return
         draws: Draws = outputs["draws"]
+        if draws.preds is None or draws.target is None:
+            return
         if batch_idx not in self._undistilled:
-            self._undistilled[batch_idx] = pl_module.draw(batch, undistilled=True)[1]
-        student, teacher = draws.preds, draws.target
-        if student is None or teacher is None:  # no metric looks at images
-            student, teacher = (
-                pl_module.decode(latents, batch)
-                for latents in (draws.latents, draws.target_latents)
-                if latents is not None
-            )
-        columns = (to_pil(teacher), self._undistilled[batch_idx], to_pil(student))
+            with pl_module.undistilled():
+                latents = pl_module.student_rollout(batch)
+            self._undistilled[batch_idx] = to_pil(pl_module.decode(latents, batch))
+        columns = (to_pil(draws.target), self._undistilled[batch_idx], to_pil(draws.preds))
         rows = zip(batch["prompt"], zip(*columns, strict=True), strict=True)
         self._shown += [(prompt, list(images)) for prompt, images in rows][:missing]
 

@@ -18,14 +18,20 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 import lit_distill
-from lit_distill.adapters import adapters_off, check_state, make_trainable
+from lit_distill.adapters import (
+    adapters_off,
+    check_state,
+    freeze_parameters,
+    make_trainable,
+    set_training_mode,
+)
 from lit_distill.codec import LatentCodec
-from lit_distill.data import Batch, DistillDataModule
-from lit_distill.encode import PromptEncoder
+from lit_distill.data import Batch, DistillDataModule, collate, split_batch
+from lit_distill.encode import EncodeOnce
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.metrics import Draws, Evaluation, default_metrics, latent_mse
-from lit_distill.preflight import preflight
+from lit_distill.preflight import Report, preflight, preflight_size
 from lit_distill.rollout import Checkpointing, draw, rollout
 
 if TYPE_CHECKING:
@@ -87,8 +93,15 @@ class DirectDistill(pl.LightningModule):
             neither image nor latents.
         teacher_cfg_scale: Guidance of the online teacher, 1 = off.
         call_kwargs: Fixed arguments of the pipeline's call, for teacher and student alike.
-        preflight: Check before training, by two draws of two steps, that the rollout with gradients
-            is the pipeline and that guidance can be switched off.
+        freeze: Patterns of parameters that are not trained, such as
+            "transformer.transformer_blocks.59.txt_mlp.*".
+        train_mode: Patterns of modules that are put into training mode, but for their dropout, for
+            those (HiDream's experts) that compute without gradients in evaluation mode.
+        rollout_batch_size: Samples that are drawn together; null: the whole batch. 1 is for
+            pipelines that pad prompts of different length without masking the padding.
+        preflight: Check before training, by a few small draws, that the pipeline can be distilled;
+            checkpointing, freeze, train_mode and rollout_batch_size are changed, with a warning,
+            where it can't be with what is set.
         compile: Compile the denoiser's repeated blocks with torch.compile.
         metrics: What is measured on held-out rows besides the latent error, by name: any
             torchmetrics class whose update asks for what lit_distill.metrics offers. Null: psnr,
@@ -113,6 +126,9 @@ class DirectDistill(pl.LightningModule):
         teacher_num_inference_steps: int = 50,
         teacher_cfg_scale: float = 4.0,
         call_kwargs: dict[str, Any] | None = None,
+        freeze: list[str] | None = None,
+        train_mode: list[str] | None = None,
+        rollout_batch_size: int | None = None,
         preflight: bool = True,
         compile: bool = False,
         metrics: dict[str, Metric] | None = None,
@@ -127,6 +143,9 @@ class DirectDistill(pl.LightningModule):
             raise ValueError(
                 f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}"
             )
+        if rollout_batch_size is not None and rollout_batch_size < 1:
+            raise ValueError(f"model.rollout_batch_size must be >= 1, got {rollout_batch_size}")
+        self.hparams.update(freeze=list(freeze or []), train_mode=list(train_mode or []))
         self.loss = loss or LatentMSE()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -145,15 +164,60 @@ class DirectDistill(pl.LightningModule):
         """Load the pipeline, freeze it and make the student trainable; once."""
         if hasattr(self, "denoisers"):
             return
-        pipe = self._load_pipeline()
-        make_trainable(pipe, self.hparams["lora"])
-        if self.hparams["compile"]:
-            for denoiser in denoisers(pipe).values():
-                denoiser.compile_repeated_blocks(fullgraph=True)
-        PromptEncoder(pipe)
-        # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
-        self.pipe = pipe
+        # Lightning makes the accelerator the default device here, and schedulers that are built
+        # there can't compute their schedules, for which they use numpy.
+        with torch.device("cpu"):
+            pipe = self._load_pipeline()
+            settings = (self.hparams[name] for name in ("lora", "freeze", "train_mode"))
+            make_trainable(pipe, *settings)
+            EncodeOnce(pipe)
+            # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
+            self.pipe = pipe
+            # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
+            self._apply_preflight()
+            if self.hparams["compile"]:
+                for denoiser in denoisers(pipe).values():
+                    denoiser.compile_repeated_blocks(fullgraph=True)
         self.denoisers = nn.ModuleDict(denoisers(pipe))
+
+    def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
+        """Return what preflight sees, on the trainer's device and in its precision."""
+        self._place(trainer.strategy.root_device)
+        with trainer.precision_plugin.forward_context():
+            mode = self.hparams["checkpointing"]
+            return preflight(self.pipe, checkpointing=mode, **{**self.call_kwargs, **call})
+
+    def _apply_preflight(self) -> None:
+        """Check the pipeline before training; take up the settings that avoid what was found."""
+        trainer = self._trainer
+        if not self.hparams["preflight"] or trainer is None or trainer.state.fn != "fit":
+            return
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, DistillDataModule):
+            return
+        report = self.preflight(trainer, **self._example(data))
+        report.raise_failures()
+        for finding in report.findings:
+            if finding.verdict == "avoidable":
+                rank_zero_warn(
+                    f"{report.pipeline}, {finding.check}: {finding.seen}. "
+                    f"{finding.remedy} It is done for this run."
+                )
+        freeze_parameters(self.pipe, report.settings.get("freeze", []))
+        set_training_mode(self.pipe, report.settings.get("train_mode", []))
+        for name, value in report.settings.items():
+            known = self.hparams[name]
+            self.hparams[name] = known + value if isinstance(value, list) else value
+
+    def _example(self, data: DistillDataModule) -> dict[str, Any]:
+        """Return the first training row as arguments of `preflight`, at a small size."""
+        assert data.train_set is not None
+        batch = collate([data.train_set[0] | {"image": None, "latents": None}])
+        call = self._call(batch) | {"prompt": batch["prompt"][0]}
+        del call["generator"]
+        if batch["size"] is not None:
+            call |= dict(zip(("height", "width"), preflight_size(*batch["size"]), strict=True))
+        return call | {"num_inference_steps": batch["num_inference_steps"]}
 
     def _load_pipeline(self) -> DiffusionPipeline:
         name = self.hparams["pretrained_model_name_or_path"]
@@ -166,29 +230,18 @@ class DirectDistill(pl.LightningModule):
             name, revision=self.hparams["revision"], torch_dtype=self.hparams["torch_dtype"]
         )
 
-    def _place(self) -> None:
+    def _place(self, device: torch.device | None = None) -> None:
         """Move the encoders and the VAE, which Lightning does not know, to the device."""
         for component in self.pipe.components.values():
             if isinstance(component, nn.Module):
-                component.to(self.device)
+                component.to(device or self.device)
 
     def on_fit_start(self) -> None:
         """Place the pipeline and switch on the dropout of adapters, if they have any."""
         self._place()
-        if self.hparams["preflight"] and isinstance(
-            getattr(self.trainer, "datamodule", None), DistillDataModule
-        ):
-            preflight(self.pipe, **self._example())
         for name, module in self.denoisers.named_modules():
             if name.endswith("lora_dropout"):
                 module.train()
-
-    def _example(self) -> dict[str, Any]:
-        """Return call arguments of the first training row, its size above all."""
-        table = self.trainer.datamodule.train_set.table  # type: ignore[attr-defined]
-        row = table.iloc[0]
-        size = {"height": int(row["height"]), "width": int(row["width"])} if row["height"] else {}
-        return {"prompt": [row["prompt"]], **size, **self.call_kwargs}
 
     on_validation_start = on_test_start = on_predict_start = _place
 
@@ -211,15 +264,21 @@ class DirectDistill(pl.LightningModule):
         size = dict(zip(("height", "width"), batch["size"] or (), strict=False))
         device = batch["rand_device"]
         generators = [torch.Generator(device).manual_seed(seed) for seed in batch["seed"]]
-        return {"prompt": batch["prompt"], "generator": generators, **size, **self.call_kwargs}
+        given = {"prompt": batch["prompt"], "generator": generators, **size}
+        return {**self.call_kwargs, **given, **batch["call"]}
+
+    def _rollout(self, batch: Batch, **options: Any) -> Tensor:  # noqa: ANN401
+        """Return final latents, of as many samples at a time as the pipeline draws rightly."""
+        parts = split_batch(batch, self.hparams["rollout_batch_size"])
+        return torch.cat([rollout(self.pipe, **self._call(part), **options) for part in parts])
 
     def codec(self, batch: Batch) -> LatentCodec:
         """Return the codec of the batch's resolution; learned on first use."""
         size = batch["size"]
         if size not in self._codecs:
-            known = dict(zip(("height", "width"), size or (), strict=False))
-            prompt = batch["prompt"][0]
-            self._codecs[size] = LatentCodec(self.pipe, prompt=prompt, **known, **self.call_kwargs)
+            call = self._call(split_batch(batch, 1)[0])
+            del call["generator"]
+            self._codecs[size] = LatentCodec(self.pipe, **call)
         return self._codecs[size]
 
     @torch.no_grad()
@@ -246,22 +305,20 @@ class DirectDistill(pl.LightningModule):
                 "teacher to draw one: make pairs first with `lit-distill generate`"
             )
         with adapters_off(self.denoisers):
-            return rollout(
-                self.pipe,
+            return self._rollout(
+                batch,
                 num_inference_steps=self.hparams["teacher_num_inference_steps"],
                 cfg_scale=self.hparams["teacher_cfg_scale"],
-                **self._call(batch),
             ).float()
 
     def student_rollout(self, batch: Batch) -> Tensor:
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""
-        return rollout(
-            self.pipe,
+        return self._rollout(
+            batch,
             num_inference_steps=batch["num_inference_steps"],
             cfg_scale=batch["cfg_scale"],
             grad_steps=self.hparams["grad_steps"],
             checkpointing=self.hparams["checkpointing"],
-            **self._call(batch),
         )
 
     def draw(
@@ -286,12 +343,16 @@ class DirectDistill(pl.LightningModule):
             Final latents (B, ...) and B images.
         """
         with self.undistilled() if undistilled else ExitStack():
-            return draw(
-                pipe or self.pipe,
-                num_inference_steps=num_inference_steps or batch["num_inference_steps"],
-                cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
-                **self._call(batch),
-            )
+            drawn = [
+                draw(
+                    pipe or self.pipe,
+                    num_inference_steps=num_inference_steps or batch["num_inference_steps"],
+                    cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
+                    **self._call(part),
+                )
+                for part in split_batch(batch, self.hparams["rollout_batch_size"])
+            ]
+        return torch.cat([part for part, _ in drawn]), [one for _, part in drawn for one in part]
 
     @contextmanager
     def undistilled(self) -> Iterator[None]:
@@ -352,8 +413,16 @@ class DirectDistill(pl.LightningModule):
         return loss
 
     def decode(self, latents: Tensor, batch: Batch) -> Tensor:
-        """Return the images of the batch's final latents, (B, 3, H, W), float32, range [0, 1]."""
-        return self.codec(batch).decode(latents)
+        """Return the images of the batch's final latents, (B, 3, H, W), float32, range [0, 1].
+
+        Raises:
+            ValueError: If the pipeline's latents can't be decoded, which metrics {} does without.
+        """
+        try:
+            codec = self.codec(batch)
+        except ValueError as error:
+            raise ValueError(f"{error}; or validate without images: model.metrics: {{}}") from error
+        return codec.decode(latents)
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> dict[str, Any]:

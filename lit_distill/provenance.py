@@ -15,8 +15,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lit_distill.data import Batch, DistillDataModule
-from lit_distill.families import guidance_kwargs
+from lit_distill.data import Batch, DistillDataModule, split_batch
+from lit_distill.families import guidance
 from lit_distill.generate import PROVENANCE_FILE
 from lit_distill.module import DirectDistill
 
@@ -83,10 +83,11 @@ def _file(path: Path) -> str:
 def run_snippet(trainer: pl.Trainer, module: DirectDistill, batch: Batch) -> str:
     """Return Python that draws an image with the student as it was trained to."""
     checkpoint = str(trainer.ckpt_path or "student.ckpt")
-    size = dict(zip(("height", "width"), batch["size"] or (), strict=False))
+    call = {**module.call_kwargs, **split_batch(batch, 1)[0]["call"]}
     settings: dict[str, Any] = {"num_inference_steps": batch["num_inference_steps"]}
-    settings |= guidance_kwargs(module.pipe, batch["cfg_scale"], 1, module.call_kwargs)
-    settings |= size | module.call_kwargs
+    with guidance(module.pipe, batch["cfg_scale"], 1, call) as arguments_of_guidance:
+        settings |= arguments_of_guidance
+    settings |= dict(zip(("height", "width"), batch["size"] or (), strict=False)) | call
     arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     return f"""\
 import torch

@@ -176,6 +176,8 @@ class Way:
                 if index > 0 or len(held) == 1:  # the images are on the host: nothing is pending
                     self.seconds += time.perf_counter() - started
                     self.timed += len(images)
+                # Of a video, the codec decodes the first frame.
+                images = [image[0] if isinstance(image, list) else image for image in images]
                 same_space = pipe is None or type(pipe) is type(module.pipe)
                 yield rows, self._beside(rows, latents, images, same_space), images
 
@@ -197,8 +199,8 @@ class Way:
         self, held: Held, latents: Tensor, images: list[Image.Image], same_space: bool
     ) -> Draws:
         device = latents.device
-        pixels = torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images]))
-        preds = pixels.permute(0, 3, 1, 2)
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        preds = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         if preds.shape != held.target.shape:
             found, wanted = tuple(preds.shape[-2:]), tuple(held.target.shape[-2:])
             raise ValueError(
