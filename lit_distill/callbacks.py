@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lit_distill.data import Batch
-from lit_distill.metrics import Draws
+from lit_distill.evaluation import Draws
 from lit_distill.module import DirectDistill
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -29,8 +27,9 @@ from lit_distill.codec import LatentCodec
 from lit_distill.data import Batch, DistillDataModule, collate, split_batch
 from lit_distill.encode import EncodeOnce
 from lit_distill.families import DTYPES, denoisers, load_pipeline
+from lit_distill.heldout import HeldOut
 from lit_distill.losses import DistillLoss, LatentMSE
-from lit_distill.metrics import Draws, Evaluation, default_metrics, latent_mse
+from lit_distill.metrics import default_metrics
 from lit_distill.preflight import Report, preflight, preflight_size
 from lit_distill.rollout import Checkpointing, draw, rollout
 
@@ -104,7 +103,7 @@ class DirectDistill(pl.LightningModule):
             where it can't be with what is set.
         compile: Compile the denoiser's repeated blocks with torch.compile.
         metrics: What is measured on held-out rows besides the latent error, by name: any
-            torchmetrics class whose update asks for what lit_distill.metrics offers. Null: psnr,
+            torchmetrics class whose update asks for what lit_distill.evaluation offers. Null: psnr,
             ssim, sharpness and diversity. {}: nothing, which saves decoding the images.
     """
 
@@ -150,10 +149,7 @@ class DirectDistill(pl.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.call_kwargs = call_kwargs or {}
-        self.evaluation = Evaluation(default_metrics() if metrics is None else metrics)
-        self._undistilled_mse: dict[int, float] = {}
-        self._online: dict[int, Tensor] = {}
-        self._started = 0.0
+        self.held_out = HeldOut(default_metrics() if metrics is None else metrics)
         self._loaded = False
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
@@ -424,65 +420,9 @@ class DirectDistill(pl.LightningModule):
             raise ValueError(f"{error}; or validate without images: model.metrics: {{}}") from error
         return codec.decode(latents)
 
-    @torch.no_grad()
-    def _evaluate(self, batch: Batch) -> dict[str, Any]:
-        """Draw held-out rows and add them to the evaluation, each row once over all processes."""
-        keys = self._gather(torch.tensor(_row_keys(batch), device=self.device))
-        target = self._held_out_target(batch, keys[self.global_rank].tolist())
-        latents = self.student_rollout(batch).float()
-        loss = self.compare(latents, target, batch)
-        draws = Draws(batch["prompt"], latents, target, loss=loss)
-        draws.undistilled_mse = self._mse_of_undistilled(batch, target, keys)
-        if self.evaluation.needs_images:
-            draws.preds, draws.target = self.decode(latents, batch), self.decode(target, batch)
-        new = self.evaluation.claim(keys.tolist(), self.global_rank)
-        self.evaluation.update(draws.select(new), batch["num_inference_steps"])
-        return {"draws": draws, "new": new}
-
-    def _held_out_target(self, batch: Batch, keys: list[int]) -> Tensor:
-        """Return the teacher's latents; the online teacher draws a held-out row only once."""
-        if batch["latents"] is not None or batch["image"] is not None:
-            return self.teacher_target(batch)
-        if any(key not in self._online for key in keys):
-            self._online.update(zip(keys, self.teacher_target(batch).cpu(), strict=True))
-        return torch.stack([self._online[key] for key in keys]).to(self.device)
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """Return (processes, B) of the (B,) of each."""
-        gathered: Tensor = self.all_gather(values)  # type: ignore[assignment]
-        return gathered.reshape(-1, len(values))
-
-    def _mse_of_undistilled(self, batch: Batch, target: Tensor, keys: Tensor) -> Tensor:
-        """Return the undistilled pipeline's latent MSE of each row, (B,); drawn once a row."""
-        known = self._undistilled_mse
-        # All processes know all rows, so that they agree on whether to draw.
-        if any(key not in known for key in keys.flatten().tolist()):
-            with self.undistilled():
-                error = latent_mse(self.student_rollout(batch), target)
-            known.update(
-                zip(keys.flatten().tolist(), self._gather(error).flatten().tolist(), strict=True)
-            )
-        kept = [known[key] for key in keys[self.global_rank].tolist()]
-        return torch.tensor(kept, device=self.device)
-
-    def _log_evaluation(self, stage: str) -> None:
-        values = {f"{stage}_{name}": value for name, value in self.evaluation.compute().items()}
-        self.evaluation.reset()
-        self.release_undistilled()
-        values[f"{stage}_seconds"] = time.perf_counter() - self._started
-        gap = values.pop(f"{stage}_gap_closed", math.nan)
-        # The values are of all rows already; their mean over processes is themselves.
-        self.log_dict(values, sync_dist=True)
-        self.log(f"{stage}_gap_closed", gap, prog_bar=True, sync_dist=True)
-        trainer = self.trainer
-        if trainer.sanity_checking and trainer.num_sanity_val_batches == trainer.num_val_batches:
-            # Lightning forgets this validation, but it is where the curves start.
-            for logger in self.trainer.loggers:
-                logger.log_metrics(values | {f"{stage}_gap_closed": gap}, self.global_step)
-
     def on_validation_epoch_start(self) -> None:
         """Start the clock."""
-        self._started = time.perf_counter()
+        self.held_out.start()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -490,22 +430,22 @@ class DirectDistill(pl.LightningModule):
         """Compare the student and the undistilled pipeline with the teacher on held-out rows.
 
         Returns:
-            ``draws``, what was drawn (`lit_distill.metrics.Draws`), and ``new``, the positions of
+            ``draws``, a `lit_distill.evaluation.Draws`, and ``new``, the positions of
             rows that no process had before.
         """
-        return self._evaluate(batch)
+        return self.held_out.step(self, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log val_gap_closed, val_latent_mse, val_loss, val_seconds and val_<metric>."""
-        self._log_evaluation("val")
+        self.held_out.finish(self, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Do as in validation."""
-        return self._evaluate(batch)
+        return self.held_out.step(self, batch)
 
     def on_test_epoch_end(self) -> None:
         """Log test_gap_closed, test_latent_mse, test_loss, test_seconds and test_<metric>."""
-        self._log_evaluation("test")
+        self.held_out.finish(self, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
         """Return the student's images of the batch, B `PIL.Image.Image`."""
@@ -536,12 +476,12 @@ class DirectDistill(pl.LightningModule):
         """Note the version, and the undistilled errors, which need the pretrained weights."""
         checkpoint["lit_distill"] = {
             "version": lit_distill.__version__,
-            "undistilled_mse": self._undistilled_mse,
+            "undistilled_mse": self.held_out.undistilled_mse,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the undistilled errors, and report settings that differ from the checkpoint's."""
-        self._undistilled_mse = dict(checkpoint["lit_distill"]["undistilled_mse"])
+        self.held_out.undistilled_mse = dict(checkpoint["lit_distill"]["undistilled_mse"])
         saved = checkpoint["hyper_parameters"]
         for name, value in self.hparams.items():
             # Metrics may be objects on one side; they change nothing of the student.
@@ -550,11 +490,3 @@ class DirectDistill(pl.LightningModule):
                     f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
                     f"going on with {value!r}"
                 )
-
-
-def _row_keys(batch: Batch) -> list[int]:
-    """Return what tells the batch's held-out rows apart, also from those of another table."""
-    shared = (batch["num_inference_steps"], batch["cfg_scale"], batch["size"])
-    rows = zip(batch["row"], batch["prompt"], batch["seed"], strict=True)
-    digests = [hashlib.sha256(repr((*row, *shared)).encode()).digest() for row in rows]
-    return [int.from_bytes(digest[:7], "big") for digest in digests]

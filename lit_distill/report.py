@@ -14,7 +14,8 @@ from PIL import Image
 
 from lit_distill.callbacks import to_pil
 from lit_distill.data import Batch
-from lit_distill.metrics import Draws, latent_mse
+from lit_distill.evaluation import Draws
+from lit_distill.metrics import latent_mse
 from lit_distill.module import DirectDistill
 from lit_distill.page import image_file, write_report
 from lit_distill.provenance import describe_run, run_snippet, teacher_settings
@@ -135,7 +136,7 @@ class ReportWriter(Callback):
         self, way: Way, trainer: pl.Trainer, module: DirectDistill, out: Path
     ) -> list[dict[str, Any]]:
         """Draw the rows, fill in the way's values, save images, and return what each row gave."""
-        evaluation = module.evaluation.fresh()
+        evaluation = module.held_out.evaluation.fresh()
         teacher = way.kind == "teacher"
         records: list[dict[str, Any]] = []
         if teacher:  # its images are stored

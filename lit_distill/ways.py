@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lit_distill.adapters import load_student
 from lit_distill.data import Batch
+from lit_distill.evaluation import Draws
 from lit_distill.families import load_pipeline
-from lit_distill.metrics import Draws
 from lit_distill.module import DirectDistill
 
 if TYPE_CHECKING:

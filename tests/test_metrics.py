@@ -23,12 +23,11 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from lit_distill import DirectDistill, DistillDataModule
 from lit_distill.callbacks import ImageGrid
 from lit_distill.cli import main
+from lit_distill.evaluation import Draws, Evaluation
 from lit_distill.features import TransformersFeatures, load_features
 from lit_distill.metrics import (
     CLIPScore,
     Diversity,
-    Draws,
-    Evaluation,
     FrechetDistance,
     Sharpness,
     default_metrics,
@@ -493,11 +492,11 @@ def test_metrics_of_the_command_line_travel_with_the_checkpoint(pairs, rows, tmp
     )
     path = next(tmp_path.rglob("last.ckpt"))
     model = DirectDistill.load_from_checkpoint(path, map_location="cpu")
-    assert "frechet" in model.evaluation.describe()
+    assert "frechet" in model.held_out.evaluation.describe()
     objects = module(metrics={"psnr": PeakSignalNoiseRatio(data_range=1.0)})
     assert objects.hparams["metrics"] is None
-    assert "psnr" in objects.evaluation.describe()
-    assert "ssim" not in objects.evaluation.describe()
+    assert "psnr" in objects.held_out.evaluation.describe()
+    assert "ssim" not in objects.held_out.evaluation.describe()
 
 
 def test_two_processes_report_what_one_reports(fitted, rows, tmp_path):
