@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,6 +20,9 @@ LATENTS_KEY = "latents"
 """Name of the tensor in a file of the ``latents`` column."""
 
 
+NO_TARGET: dict[str, Any] = {"image": None, "encoded": None, "latents": None}
+
+
 class Batch(TypedDict):
     """What `DistillDataModule` yields: B rows that share everything but prompt, seed and target.
 
@@ -32,6 +35,8 @@ class Batch(TypedDict):
         size: (height, width) in pixels; None: the pipeline's own default.
         call: Further arguments of the pipeline's call: B pictures or texts, or a number for all.
         image: The teacher's images, (B, 3, height, width), range [0, 1], or None.
+        encoded: What the VAE made of the images, (B, C, h, w) or (B, C, 1, h, w), in their place
+            where they were encoded before training; or None.
         latents: The teacher's exact final latents, (B, ...), or None.
         row: B row numbers as a spreadsheet shows them, the header being row 1.
     """
@@ -44,17 +49,23 @@ class Batch(TypedDict):
     size: tuple[int, int] | None
     call: dict[str, Any]
     image: Tensor | None
+    encoded: Tensor | None
     latents: Tensor | None
     row: list[int]
 
 
 class PairDataset(Dataset[dict[str, Any]]):
-    """The rows of a checked table, with their images or latents read on access."""
+    """The rows of a checked table, with their images or latents read on access.
+
+    Attributes:
+        encoded: Reads what the VAE has made of an image file, once that is kept somewhere.
+    """
 
     def __init__(self, table: pd.DataFrame) -> None:
+        self.encoded: Callable[[str], Tensor] | None = None
         self.table = table
         fields = ["row", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale"]
-        fields += ["height", "width", "image", "latents", "call"]
+        fields += ["height", "width", "image", "latents", "call", "call_key"]
         self.columns = {name: table[name].to_numpy() for name in fields}
 
     def __len__(self) -> int:
@@ -62,8 +73,8 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one row; exact latents are preferred to the image they decode to."""
-        row = {name: column[index] for name, column in self.columns.items()}
-        image, latents = None, None
+        row = self.record(index)
+        image, encoded, latents = None, None, None
         if row["latents"]:
             try:
                 latents = load_file(row["latents"])[LATENTS_KEY]
@@ -72,6 +83,8 @@ class PairDataset(Dataset[dict[str, Any]]):
                     f"row {row['row']}: {row['latents']} holds no tensor "
                     f"{LATENTS_KEY!r} in safetensors format: {error}"
                 ) from error
+        elif row["image"] and self.encoded is not None:
+            encoded = self.encoded(row["image"])
         elif row["image"]:
             image = read_image(row["image"])
             if tuple(image.shape[1:]) != (row["height"], row["width"]):
@@ -79,7 +92,12 @@ class PairDataset(Dataset[dict[str, Any]]):
                     f"row {row['row']}: {row['image']} is {image.shape[1]}x{image.shape[2]} (height"
                     f" x width), but the table says {row['height']}x{row['width']}"
                 )
-        return row | {"image": image, "latents": latents, "call": open_pictures(row["call"])}
+        targets = {"image": image, "encoded": encoded, "latents": latents}
+        return row | targets | {"call": open_pictures(row["call"])}
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Return one row as it is in the table: files are paths."""
+        return {name: column[index] for name, column in self.columns.items()}
 
     def buckets(self) -> list[np.ndarray]:
         """Return the indices of rows that may share a batch, one array a bucket."""
@@ -92,6 +110,10 @@ class PairDataset(Dataset[dict[str, Any]]):
 def collate(rows: list[dict[str, Any]]) -> Batch:
     """Make a batch of rows of one bucket."""
     first = rows[0]
+
+    def stacked(name: str) -> Tensor | None:
+        return None if first[name] is None else torch.stack([row[name] for row in rows])
+
     size = (int(first["height"]), int(first["width"]))
     return {
         "prompt": [str(row["prompt"]) for row in rows],
@@ -101,8 +123,9 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
         "cfg_scale": float(first["cfg_scale"]),
         "size": None if size == (0, 0) else size,
         "call": collate_calls([row["call"] for row in rows]),
-        "image": None if first["image"] is None else torch.stack([r["image"] for r in rows]),
-        "latents": None if first["latents"] is None else torch.stack([r["latents"] for r in rows]),
+        "image": stacked("image"),
+        "encoded": stacked("encoded"),
+        "latents": stacked("latents"),
         "row": [int(row["row"]) for row in rows],
     }
 
@@ -258,7 +281,9 @@ class DistillDataModule(pl.LightningDataModule):
         batch_size: Rows a batch and process.
         num_workers: Processes that read files; 0 reads in the training process.
         repeat: How often an epoch passes over the training rows.
-        cache_dir: Reserved: a folder for encoded prompts and images; must be null for now.
+        cache_dir: Folder where prompts and images are kept encoded. With it all of them are encoded
+            before training, then the encoders are let go of: they and the denoiser need not fit
+            together. Without it they are encoded when first used, and stay.
         seed: Seed of the order of rows and of the held-out split.
 
     Raises:
@@ -287,10 +312,6 @@ class DistillDataModule(pl.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("repeat", repeat)):
             if value < 1:
                 raise ValueError(f"data.{name} must be >= 1, got {value}")
-        if cache_dir is not None:
-            raise ValueError(
-                "data.cache_dir: encodings are kept in memory only for now; leave it out"
-            )
         if not 0 <= val_fraction < 1:
             raise ValueError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         self.metadata_path = metadata_path
@@ -304,6 +325,7 @@ class DistillDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.repeat = repeat
+        self.cache_dir = cache_dir
         self.seed = seed
         self.train_set: PairDataset | None = None
         self.val_set: PairDataset | None = None

@@ -81,7 +81,7 @@ class HeldOut:
 
     def _target(self, module: DirectDistill, batch: Batch, keys: list[int]) -> Tensor:
         """Return the teacher's latents; the online teacher draws a held-out row only once."""
-        if batch["latents"] is not None or batch["image"] is not None:
+        if any(batch[kind] is not None for kind in ("latents", "encoded", "image")):
             return module.teacher_target(batch)
         if any(key not in self._online for key in keys):
             self._online.update(zip(keys, module.teacher_target(batch).cpu(), strict=True))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -23,14 +24,29 @@ from lit_distill.adapters import (
     make_trainable,
     set_training_mode,
 )
+from lit_distill.cache import EncodingStore
 from lit_distill.codec import LatentCodec
-from lit_distill.data import Batch, DistillDataModule, collate, split_batch
-from lit_distill.encode import EncodeOnce
+from lit_distill.data import (
+    NO_TARGET,
+    Batch,
+    DistillDataModule,
+    collate,
+    open_pictures,
+    split_batch,
+)
+from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.heldout import HeldOut
+from lit_distill.joining import UnjoinableError
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.metrics import default_metrics
-from lit_distill.preflight import Report, preflight, preflight_size
+from lit_distill.preflight import (
+    Report,
+    other_prompt,
+    preflight,
+    preflight_size,
+    trial_arguments,
+)
 from lit_distill.rollout import Checkpointing, draw, rollout
 
 if TYPE_CHECKING:
@@ -153,6 +169,7 @@ class DirectDistill(pl.LightningModule):
         self._loaded = False
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
+        self._vae: nn.Module | None = None  # where the pipeline has only its shell
 
     # Set-up
 
@@ -166,15 +183,56 @@ class DirectDistill(pl.LightningModule):
             pipe = self._load_pipeline()
             settings = (self.hparams[name] for name in ("lora", "freeze", "train_mode"))
             make_trainable(pipe, *settings)
-            EncodeOnce(pipe)
             # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
             self.pipe = pipe
+            self._encode_ahead()
             # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
             self._apply_preflight()
             if self.hparams["compile"]:
                 for denoiser in denoisers(pipe).values():
                     denoiser.compile_repeated_blocks(fullgraph=True)
         self.denoisers = nn.ModuleDict(denoisers(pipe))
+
+    def _fit_data(self) -> DistillDataModule | None:
+        """Return the data of the training that is about to begin, if it is of this package."""
+        trainer = self._trainer
+        data = getattr(trainer, "datamodule", None)
+        fitting = trainer is not None and trainer.state.fn == "fit"
+        return data if fitting and isinstance(data, DistillDataModule) else None
+
+    def _encode_ahead(self) -> None:
+        """Encode prompts and pictures only once; with a cache all of them now."""
+        data = self._fit_data()
+        if data is None or data.cache_dir is None:
+            EncodeOnce(self.pipe)
+            return
+        device = self.trainer.strategy.root_device
+        for name, component in self.pipe.components.items():
+            if isinstance(component, nn.Module) and name not in denoisers(self.pipe):
+                component.to(device)
+        once = EncodeOnce(self.pipe, EncodingStore(data.cache_dir))
+        sets = [each for each in (data.train_set, data.val_set) if each is not None]
+        encode_ahead(
+            once,
+            sets,
+            self._call,
+            self.hparams["teacher_cfg_scale"],
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            barrier=self.trainer.strategy.barrier,
+        )
+        self._rehearse_preflight(once, data)
+        once.store.flush()
+        for each in sets:
+            each.encoded = partial(encoded_image, once.store, once.identity)
+        self._vae = once.release(device)
+
+    def _rehearse_preflight(self, once: EncodeOnce, data: DistillDataModule) -> None:
+        example = self._example(data)
+        prompt = example.pop("prompt")
+        for prompts in ([prompt], [prompt, other_prompt(prompt)]):
+            with suppress(UnjoinableError):  # which preflight is going to find
+                once.rehearse(cfg_scale=1.0, **trial_arguments(prompts, **example))
 
     def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
         """Return what preflight sees, on the trainer's device and in its precision."""
@@ -185,13 +243,10 @@ class DirectDistill(pl.LightningModule):
 
     def _apply_preflight(self) -> None:
         """Check the pipeline before training; take up the settings that avoid what was found."""
-        trainer = self._trainer
-        if not self.hparams["preflight"] or trainer is None or trainer.state.fn != "fit":
+        data = self._fit_data()
+        if data is None or not self.hparams["preflight"]:
             return
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, DistillDataModule):
-            return
-        report = self.preflight(trainer, **self._example(data))
+        report = self.preflight(self.trainer, **self._example(data))
         report.raise_failures()
         for finding in report.findings:
             if finding.verdict == "avoidable":
@@ -208,7 +263,8 @@ class DirectDistill(pl.LightningModule):
     def _example(self, data: DistillDataModule) -> dict[str, Any]:
         """Return the first training row as arguments of `preflight`, at a small size."""
         assert data.train_set is not None
-        batch = collate([data.train_set[0] | {"image": None, "latents": None}])
+        row = data.train_set.record(0)
+        batch = collate([row | {"call": open_pictures(row["call"])} | NO_TARGET])
         call = self._call(batch) | {"prompt": batch["prompt"][0]}
         del call["generator"]
         if batch["size"] is not None:
@@ -239,7 +295,19 @@ class DirectDistill(pl.LightningModule):
             if name.endswith("lora_dropout"):
                 module.train()
 
-    on_validation_start = on_test_start = on_predict_start = _place
+    on_test_start = on_predict_start = _place
+
+    def on_validation_start(self) -> None:
+        """Place the pipeline, the VAE among it, which pictures need."""
+        if self._vae is not None:
+            self.pipe.__dict__["vae"] = self._vae
+        self._place()
+
+    def on_validation_end(self) -> None:
+        """Let go of the VAE again."""
+        if self._vae is not None:
+            self.pipe.__dict__["vae"] = shell(self._vae, self.device)
+            self._vae.cpu()
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
@@ -293,6 +361,8 @@ class DirectDistill(pl.LightningModule):
         """
         if batch["latents"] is not None:
             return batch["latents"].float()
+        if batch["encoded"] is not None:
+            return self.codec(batch).pack(batch["encoded"])
         if batch["image"] is not None:
             return self.codec(batch).encode(batch["image"])
         if self.hparams["lora"] is None:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from lit_distill.callbacks import to_pil
-from lit_distill.data import Batch
+from lit_distill.data import NO_TARGET, Batch
 from lit_distill.evaluation import Draws
 from lit_distill.metrics import latent_mse
 from lit_distill.module import DirectDistill
@@ -75,7 +75,7 @@ class ReportWriter(Callback):
         latents, undistilled_mse = draws.target_latents, draws.undistilled_mse
         assert latents is not None and undistilled_mse is not None
         target = pl_module.decode(latents, batch) if draws.target is None else draws.target
-        light: Any = {**batch, "image": None, "latents": None}
+        light: Any = {**batch, **NO_TARGET}
         pixels = (target * 255).round().byte().cpu()
         self.held.append(Held(light, outputs["new"], latents.cpu(), pixels, undistilled_mse.cpu()))
 

@@ -312,9 +312,12 @@ QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summa
 QUIET |= {"use_distributed_sampler": False, "num_sanity_val_steps": -1}
 
 
-def fit(pairs, rows, path, logger=False, callbacks=(), model=None, **options):
+def fit(pairs, rows, path, logger=False, callbacks=(), model=None, cache_dir=None, **options):
     data = DistillDataModule(
-        str(pairs / "train/metadata.csv"), str(rows / "metadata.csv"), batch_size=2
+        str(pairs / "train/metadata.csv"),
+        str(rows / "metadata.csv"),
+        batch_size=2,
+        cache_dir=cache_dir,
     )
     trainer = pl.Trainer(
         **{**QUIET, "max_steps": 6, "val_check_interval": 3} | options,
@@ -431,6 +434,21 @@ def test_the_online_teacher_draws_a_held_out_row_once(pairs, rows, tmp_path):
     stored = fit(pairs, rows, tmp_path, max_steps=3)[1].callback_metrics
     name = "val_undistilled_latent_mse"
     assert trainer.callback_metrics[name] == pytest.approx(stored[name].item(), rel=1e-3)
+
+
+def test_released_encoders_are_not_brought_back_for_validation(pairs, rows, tmp_path):
+    logged = []
+    for cache_dir in (None, str(tmp_path / "cache")):
+        torch.manual_seed(0)
+        model, trainer = fit(
+            pairs, rows, tmp_path, callbacks=[ImageGrid(2)], cache_dir=cache_dir, max_steps=3
+        )
+        logged.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+    assert len(list(tmp_path.rglob("images/*.png"))) == 2
+    for name in ("val_gap_closed", "val_psnr", "val_diversity"):
+        assert logged[1][name] == pytest.approx(logged[0][name], rel=1e-4), name
+    with pytest.raises(RuntimeError, match="the encoders are released"):
+        model.pipe.encode_prompt(["a prompt that no row has"])
 
 
 def test_limit_val_batches_bounds_the_cost(pairs, rows, tmp_path):

@@ -297,6 +297,7 @@ def test_rows_are_drawn_one_by_one_where_batches_are_not_masked(monkeypatch):
         "size": (16, 16),
         "call": {},
         "image": None,
+        "encoded": None,
         "latents": None,
         "row": [2, 3],
     }
