@@ -170,6 +170,7 @@ class BucketBatchSampler:
         shuffle: Whether rows and batches come in a new order each epoch.
         seed: Seed of that order.
         repeat: How often an epoch passes over every row.
+        drop_last: Whether batches that a bucket's last rows don't fill are left out.
         rank: This process.
         world_size: Number of processes.
     """
@@ -182,6 +183,7 @@ class BucketBatchSampler:
         shuffle: bool,
         seed: int = 0,
         repeat: int = 1,
+        drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -190,6 +192,7 @@ class BucketBatchSampler:
         self.shuffle = shuffle
         self.seed = seed
         self.repeat = repeat
+        self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
@@ -205,6 +208,8 @@ class BucketBatchSampler:
                 rng.permutation(bucket) if self.shuffle else bucket for _ in range(self.repeat)
             ]
             rows = np.concatenate(order)
+            if self.drop_last:
+                rows = rows[: len(rows) // size * size]
             missing = -len(rows) % self.world_size
             rows = np.concatenate([rows, np.resize(rows, missing)])
             chunks += [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -214,7 +219,8 @@ class BucketBatchSampler:
 
     def __len__(self) -> int:
         size = self.batch_size * self.world_size
-        return sum(-(-len(bucket) * self.repeat // size) for bucket in self.buckets)
+        rows = [len(bucket) * self.repeat for bucket in self.buckets]
+        return sum(count // size if self.drop_last else -(-count // size) for count in rows)
 
     def __iter__(self) -> Iterator[list[int]]:
         yield from self.plan()[self.position :]
@@ -281,6 +287,8 @@ class DistillDataModule(pl.LightningDataModule):
         batch_size: Rows a batch and process.
         num_workers: Processes that read files; 0 reads in the training process.
         repeat: How often an epoch passes over the training rows.
+        drop_last: Leave out training batches that the last rows of a size, step count or guidance
+            don't fill.
         cache_dir: Folder where prompts and images are kept encoded. With it all of them are encoded
             before training, then the encoders are let go of: they and the denoiser need not fit
             together. Without it they are encoded when first used, and stay.
@@ -303,6 +311,7 @@ class DistillDataModule(pl.LightningDataModule):
         batch_size: int = 1,
         num_workers: int = 0,
         repeat: int = 1,
+        drop_last: bool = False,
         cache_dir: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -325,6 +334,7 @@ class DistillDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.repeat = repeat
+        self.drop_last = drop_last
         self.cache_dir = cache_dir
         self.seed = seed
         self.train_set: PairDataset | None = None
@@ -366,6 +376,7 @@ class DistillDataModule(pl.LightningDataModule):
             shuffle=train,
             seed=self.seed,
             repeat=self.repeat if train else 1,
+            drop_last=train and self.drop_last,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
@@ -374,7 +385,13 @@ class DistillDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> PairLoader:
         """Return the loader of the training rows."""
         assert self.train_set is not None, "call setup('fit') first"
-        return self._loader(self.train_set, train=True)
+        loader = self._loader(self.train_set, train=True)
+        if len(loader.batch_sampler) == 0:
+            raise ValueError(
+                f"data.drop_last leaves no batch: no size, step count and guidance has "
+                f"{self.batch_size} rows for each process (data.batch_size)"
+            )
+        return loader
 
     def val_dataloader(self) -> PairLoader | list[Any]:
         """Return the loader of the held-out rows; empty if there are none."""
