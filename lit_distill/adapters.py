@@ -127,8 +127,12 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a Lightning checkpoint without unpickling code.
+
+    Args:
+        path: The file.
+        mmap: Read tensors when they are used; their checksums are not looked at then.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -138,7 +142,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mmap
+        )
     except Exception as error:  # torch raises several kinds for a truncated or foreign file
         raise ValueError(f"checkpoint {path} is truncated or not a checkpoint: {error}") from error
     hyper = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
@@ -157,6 +163,12 @@ def check_state(found: Any, expected: Any, where: str) -> None:  # noqa: ANN401
         ValueError: If they differ, naming examples of what is missing and what is not known.
     """
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    for name in sorted(set(expected) & set(found)):
+        if found[name].shape != expected[name].shape:
+            raise ValueError(
+                f"{where} does not fit this model: {name} is {tuple(found[name].shape)} in it and "
+                f"{tuple(expected[name].shape)} here. Use the LoRA settings it was trained with."
+            )
     if missing or unknown:
         lines = [
             f"{where} does not fit this model: {len(missing)} trainable parameters are missing "

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
@@ -22,8 +24,20 @@ from lit_distill.data import Batch, DistillDataModule
 from lit_distill.encode import PromptEncoder
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.losses import DistillLoss, LatentMSE
+from lit_distill.precision import compute_in
 from lit_distill.preflight import preflight
+from lit_distill.resume import (
+    AtomicCheckpointIO,
+    StopOnSignal,
+    class_path,
+    keep_optimizer_settings,
+    keep_schedule_settings,
+    plain_settings,
+    schedule_settings,
+)
 from lit_distill.rollout import Checkpointing, draw, rollout
+from lit_distill.sharding import load_sharded, whole
+from lit_distill.unused import freeze_unused
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -64,8 +78,8 @@ class DirectDistill(pl.LightningModule):
 
     A step draws with the student, differentiably end to end, from the teacher's own noise, and
     regresses the teacher's result: ``loss(student_rollout(batch), teacher_target(batch))``.
-    Frozen weights have `torch_dtype`, trainable ones float32; train with precision bf16-mixed when
-    `torch_dtype` is bfloat16.
+    Frozen weights have `torch_dtype`, trainable ones and the optimizer's state float32; the
+    arithmetic is in `torch_dtype`, exactly as when the exported student draws.
 
     Args:
         pretrained_model_name_or_path: Hub id or folder of any diffusers pipeline, or "tiny-digits".
@@ -126,43 +140,122 @@ class DirectDistill(pl.LightningModule):
         self._undistilled_losses: dict[str, float] = {}
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
+        self._trained: set[str] = set()
+        self._window: list[Micro] = []  # batches of the running optimizer step
+        self._seed: int | None = None
+        self._batches = 0
+        self._resumed: dict[str, Any] = {}
+        self._configured: tuple[list[dict[str, Any]], dict[str, Any]] = ([], {})
 
     # Set-up
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Stop in good order when told to."""
+        return [StopOnSignal()]
+
+    def setup(self, stage: str) -> None:
+        """Have checkpoints written whole and read safely, and refuse weights in bfloat16.
+
+        Raises:
+            ValueError: If the trainer's precision would train in half precision.
+        """
+        precision = self.trainer.precision
+        if precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision is {precision}, in which most steps round to nothing; use "
+                "bf16-mixed (trained weights are float32, model.torch_dtype sets the arithmetic)"
+            )
+        self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def configure_model(self) -> None:
         """Load the pipeline, freeze it and make the student trainable; once."""
         if hasattr(self, "denoisers"):
             return
-        pipe = self._load_pipeline()
-        make_trainable(pipe, self.hparams["lora"])
+        # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
+        self.pipe = self._trainable_pipeline()
+        PromptEncoder(self.pipe)
+        self.denoisers = nn.ModuleDict(denoisers(self.pipe))
+        self._trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._freeze_unused()
+
+    def _trainable_pipeline(self) -> DiffusionPipeline:
+        if self._device_mesh is not None:
+            pipe = load_sharded(
+                self._name(),
+                self._device_mesh["data_parallel"],
+                revision=self.hparams["revision"],
+                torch_dtype=self.hparams["torch_dtype"],
+                lora=self.hparams["lora"],
+                device=self.trainer.strategy.root_device,
+            )
+        else:
+            pipe = self._load_pipeline()
+            dtypes = {
+                key: {name: p.dtype for name, p in denoiser.named_parameters()}
+                for key, denoiser in denoisers(pipe).items()
+            }
+            make_trainable(pipe, self.hparams["lora"])
+            if not self.hparams["compile"]:  # whose tracing can't follow the casts
+                for key, denoiser in denoisers(pipe).items():
+                    compute_in(denoiser, dtypes[key], DTYPES[self.hparams["torch_dtype"]])
         if self.hparams["compile"]:
             for denoiser in denoisers(pipe).values():
                 denoiser.compile_repeated_blocks(fullgraph=True)
-        PromptEncoder(pipe)
-        # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
-        self.pipe = pipe
-        self.denoisers = nn.ModuleDict(denoisers(pipe))
+        return pipe
 
-    def _load_pipeline(self) -> DiffusionPipeline:
-        name = self.hparams["pretrained_model_name_or_path"]
+    def _freeze_unused(self) -> None:
+        """Freeze what gets no gradient, before DDP wraps this module and waits for it.
+
+        It is done under every strategy, so that a checkpoint fits them all.
+        """
+        if not isinstance(getattr(self.trainer, "datamodule", None), DistillDataModule):
+            return
+        self._place(self.trainer.strategy.root_device)
+        with self._own_dtype():
+            frozen = freeze_unused(
+                self.pipe, checkpointing=self.hparams["checkpointing"], **self._example()
+            )
+        if frozen:
+            shown = ", ".join(frozen[:3]) + (", ..." if len(frozen) > 3 else "")
+            rank_zero_info(
+                f"{len(frozen)} parameters get no gradient and stay as they are: {shown}"
+            )
+
+    def _own_dtype(self) -> Any:  # noqa: ANN401
+        """Keep a trainer's autocast out where the denoiser computes in half precision itself."""
+        compiled = self.hparams["compile"] and self._device_mesh is None
+        if self.hparams["torch_dtype"] == "float32" or compiled:
+            return ExitStack()
+        return torch.autocast(self.device.type, enabled=False)
+
+    def _name(self) -> str:
+        name: str | None = self.hparams["pretrained_model_name_or_path"]
         if not name:
             raise ValueError(
                 "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
                 "layout, or tiny-digits"
             )
+        return name
+
+    def _load_pipeline(self) -> DiffusionPipeline:
         return load_pipeline(
-            name, revision=self.hparams["revision"], torch_dtype=self.hparams["torch_dtype"]
+            self._name(),
+            revision=self.hparams["revision"],
+            torch_dtype=self.hparams["torch_dtype"],
         )
 
-    def _place(self) -> None:
+    def _place(self, device: torch.device | None = None) -> None:
         """Move the encoders and the VAE, which Lightning does not know, to the device."""
         for component in self.pipe.components.values():
             if isinstance(component, nn.Module):
-                component.to(self.device)
+                component.to(device or self.device)
 
     def on_fit_start(self) -> None:
         """Place the pipeline and switch on the dropout of adapters, if they have any."""
         self._place()
+        if self._seed is None:
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         if self.hparams["preflight"] and isinstance(
             getattr(self.trainer, "datamodule", None), DistillDataModule
         ):
@@ -178,20 +271,46 @@ class DirectDistill(pl.LightningModule):
         size = {"height": int(row["height"]), "width": int(row["width"])} if row["height"] else {}
         return {"prompt": [row["prompt"]], **size, **self.call_kwargs}
 
+    def on_train_start(self) -> None:
+        """Go on with this run's settings where loading a checkpoint has changed them; say so."""
+        self._window.clear()
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        scheduler: Any = self.lr_schedulers()
+        changed = keep_optimizer_settings(optimizer, scheduler, self._configured[0])  # type: ignore[arg-type]
+        if scheduler is not None:
+            changed += keep_schedule_settings(scheduler, self._configured[1])
+        for name, configured, saved in changed:
+            rank_zero_warn(
+                f"the optimizer's or schedule's {name}={configured!r} differs from the "
+                f"checkpoint's {saved!r}; going on with {configured!r}"
+            )
+
     on_validation_start = on_test_start = on_predict_start = _place
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.lr_scheduler is None:
+        self._refuse_another("optimizer", class_path(optimizer))
+        self._configured = (plain_settings(optimizer), {})
+        scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
+        self._refuse_another("lr_scheduler", class_path(scheduler))
+        if scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupCosine) and scheduler.num_training_steps is None:
             scheduler.num_training_steps = int(self.trainer.estimated_stepping_batches)
+        self._configured = (self._configured[0], schedule_settings(scheduler))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _refuse_another(self, kind: str, found: str | None) -> None:
+        saved = self._resumed.get(kind, found)
+        if saved != found:
+            raise ValueError(
+                f"model.{kind} is {found}, but the checkpoint's is {saved}, whose state it can't "
+                f"take: go on with {saved}, or begin a new run"
+            )
 
     # Teacher and student
 
@@ -226,6 +345,10 @@ class DirectDistill(pl.LightningModule):
         """
         if batch["latents"] is not None:
             return batch["latents"].float()
+        with self._own_dtype():
+            return self._drawn_target(batch)
+
+    def _drawn_target(self, batch: Batch) -> Tensor:
         if batch["image"] is not None:
             return self.codec(batch).encode(batch["image"])
         if self.hparams["lora"] is None:
@@ -243,14 +366,15 @@ class DirectDistill(pl.LightningModule):
 
     def student_rollout(self, batch: Batch) -> Tensor:
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""
-        return rollout(
-            self.pipe,
-            num_inference_steps=batch["num_inference_steps"],
-            cfg_scale=batch["cfg_scale"],
-            grad_steps=self.hparams["grad_steps"],
-            checkpointing=self.hparams["checkpointing"],
-            **self._call(batch),
-        )
+        with self._own_dtype():
+            return rollout(
+                self.pipe,
+                num_inference_steps=batch["num_inference_steps"],
+                cfg_scale=batch["cfg_scale"],
+                grad_steps=self.hparams["grad_steps"],
+                checkpointing=self.hparams["checkpointing"],
+                **self._call(batch),
+            )
 
     def draw(
         self,
@@ -319,15 +443,56 @@ class DirectDistill(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the student's rollout against the teacher's target."""
+        self._seed_dropout()
         target = self.teacher_target(batch)
-        loss = self.compare(self.student_rollout(batch), target, batch).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step} in rows {batch['row']}; "
-                "lower the learning rate, or clip gradients (trainer.gradient_clip_val: 1)"
-            )
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["row"]))
-        return loss
+        losses = self.compare(self.student_rollout(batch), target, batch)
+        self._window.append(Micro(batch["num_inference_steps"], batch["row"], losses.detach()))
+        return losses.mean()
+
+    def _seed_dropout(self) -> None:
+        """Make what is random in this batch a function of seed, batch and process.
+
+        There is no generator state to save then, and a resumed run goes on exactly.
+        """
+        words = [self._seed or 0, self._batches, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+        self._batches += 1
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the loss of the whole optimizer step, over all processes, and the gradient's norm.
+
+        Raises:
+            FloatingPointError: If either is not finite, naming step, rows and norm.
+        """
+        window, self._window = self._window, []
+        norm = gradient_norm(self.trained().values())
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if not (torch.isfinite(norm) or scaled):  # a loss scaler skips such steps by itself
+            self._stop_at(window, norm.item())
+        rows = sum(len(micro.rows) for micro in window)
+        self.log("grad_norm", norm, batch_size=rows)
+        if not window:
+            return
+        log = {"sync_dist": self.trainer.world_size > 1, "batch_size": rows}
+        mean = torch.stack([micro.losses.mean() for micro in window]).mean()
+        self.log("train_loss", mean, prog_bar=True, **log)  # type: ignore[arg-type]
+        for steps in sorted({micro.steps for micro in window}):
+            losses = [micro.losses.mean() for micro in window if micro.steps == steps]
+            self.log(f"train_loss_{steps}_steps", torch.stack(losses).mean(), **log)  # type: ignore[arg-type]
+
+    def _stop_at(self, window: list[Micro], norm: float) -> None:
+        losses = {row: x for m in window for row, x in zip(m.rows, m.losses.tolist(), strict=True)}
+        if self.trainer.world_size > 1:
+            parts: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, losses)
+            losses = {row: x for part in parts for row, x in part.items()}
+        bad = {row: x for row, x in losses.items() if not math.isfinite(x)}
+        found = ", ".join(f"row {row}: loss {loss:g}" for row, loss in (bad or losses).items())
+        raise FloatingPointError(
+            f"step {self.global_step}: the gradient's norm is {norm}; {found}. No weight was "
+            "changed. Look at these rows' targets, lower the learning rate, or clip gradients "
+            "(trainer.gradient_clip_val: 1)"
+        )
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         target = self.teacher_target(batch)
@@ -381,13 +546,14 @@ class DirectDistill(pl.LightningModule):
 
     # Checkpoints hold what trains
 
-    def _trainable(self) -> list[str]:
-        return [name for name, p in self.named_parameters() if p.requires_grad]
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return what trains, by its name in a checkpoint; unused parameters are among it."""
+        return {name: p for name, p in self.named_parameters() if name in self._trained}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # noqa: ANN401
         """Return the trainable tensors only."""
         full = super().state_dict(*args, **kwargs)
-        return {name: full[name] for name in self._trainable()}
+        return {name: full[name] for name in self.trained()}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
         """Load trainable tensors.
@@ -396,19 +562,41 @@ class DirectDistill(pl.LightningModule):
             ValueError: If they are not exactly this module's, naming what differs.
         """
         if strict:
-            check_state(state_dict, self._trainable(), "the checkpoint")
+            check_state(state_dict, self.trained(), "the checkpoint")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the version, and the undistilled losses, which need the pretrained weights."""
+        """Note what a resumed run needs beside Lightning's own notes."""
         checkpoint["lit_distill"] = {
             "version": lit_distill.__version__,
             "undistilled_losses": self._undistilled_losses,
+            "seed": self._seed,
+            "batches": self._batches,
         }
+        if self.trainer.optimizers:
+            schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            checkpoint["lit_distill"] |= {
+                "optimizer": class_path(self.optimizers(use_pl_optimizer=False)),
+                "lr_scheduler": class_path(schedulers[0] if schedulers else None),
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the undistilled losses, and report settings that differ from the checkpoint's."""
-        self._undistilled_losses = dict(checkpoint["lit_distill"]["undistilled_losses"])
+        """Take up the notes, and report settings that differ from the checkpoint's.
+
+        Raises:
+            ValueError: If the checkpoint can't be resumed from.
+        """
+        notes = checkpoint["lit_distill"]
+        self._undistilled_losses = dict(notes["undistilled_losses"])
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            if "optimizer_states" not in checkpoint:
+                raise ValueError(
+                    "the checkpoint holds weights only (ModelCheckpoint.save_weights_only): "
+                    "training can't go on from it"
+                )
+            self._seed, self._batches, self._resumed = notes["seed"], notes["batches"], notes
+            if self.trainer.optimizers:  # sharded: made before the checkpoint is read
+                self._refuse_another("optimizer", class_path(self.trainer.optimizers[0]))
         saved = checkpoint["hyper_parameters"]
         for name, value in self.hparams.items():
             if name in saved and saved[name] != value:
@@ -416,3 +604,17 @@ class DirectDistill(pl.LightningModule):
                     f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
                     f"going on with {value!r}"
                 )
+
+
+class Micro(NamedTuple):
+    """One batch of an optimizer step: its number of steps, its rows and their losses."""
+
+    steps: int
+    rows: list[int]
+    losses: Tensor
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the 2-norm of all gradients together, of sharded ones too; () float32."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return whole(torch.nn.utils.get_total_norm(grads))

@@ -66,7 +66,8 @@ def test_training_closes_part_of_the_gap(trained):
 def test_a_checkpoint_holds_what_trains_and_no_code(trained):
     model, _, path = trained
     checkpoint = torch.load(path, weights_only=True)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    trainable = set(model.trained())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} < trainable
     assert set(checkpoint["state_dict"]) == trainable
     if model.hparams["lora"]:
         assert all("lora" in name for name in trainable)
@@ -178,7 +179,8 @@ def test_frozen_weights_are_bfloat16_and_trained_ones_float32(pairs, tmp_path):
     model = module(torch_dtype="bfloat16")
     trainer = pl.Trainer(max_steps=2, precision="bf16-mixed", default_root_dir=tmp_path, **QUIET)
     trainer.fit(model, datamodule=data(pairs, batch_size=4))
-    kinds = {(p.requires_grad, p.dtype) for p in model.denoisers.parameters()}
+    trained = model.trained()
+    kinds = {(name in trained, p.dtype) for name, p in model.named_parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
     assert torch.isfinite(trainer.callback_metrics["train_loss"])
 
