@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -102,11 +103,12 @@ class EMA(Callback):
         assert isinstance(pl_module, DirectDistill)
         if not self.average:
             return
-        model = {name: whole(p.detach()).cpu() for name, p in pl_module.trained().items()}
-        other = {name: whole(average).cpu() for name, average in self.average.items()}
-        average, weights = (model, other) if self.swapped else (other, model)
-        checkpoint["state_dict"] = average
-        checkpoint["ema"] = {"weights": weights, "updates": self.updates}
+        average: Mapping[str, Tensor] = self.average
+        weights: Mapping[str, Tensor] = pl_module.trained()
+        if self.swapped:
+            average, weights = weights, average
+        checkpoint["state_dict"] = _gather(average, trainer)
+        checkpoint["ema"] = {"weights": _gather(weights, trainer), "updates": self.updates}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -125,6 +127,12 @@ class EMA(Callback):
         for name, parameter in trained.items():
             self.average[name] = whole(parameter.detach()).clone()
             assign(parameter, saved["weights"][name])
+
+
+def _gather(tensors: Mapping[str, Tensor], trainer: pl.Trainer) -> dict[str, Tensor]:
+    """Return whole tensors on the host, on the process that writes the checkpoint."""
+    full = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in full if trainer.is_global_zero}
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_distill.adapters import check_state, make_trainable, read_checkpoint
 from lit_distill.families import denoisers, load_pipeline, pipeline_source
@@ -33,24 +34,58 @@ class FSDP2(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what trains, whole; on process 0 only."""
+        module: Any = self.lightning_module
+        return self._gather(module.trained())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's state, whole, as it is without sharding; on process 0 only."""
+        content = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return content | {"state": {i: self._gather(s) for i, s in content["state"].items()}}
+
+    def _gather(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        gathered = {}
+        for name, tensor in tensors.items():
+            full = whole(tensor.detach()) if isinstance(tensor, Tensor) else tensor
+            if self.is_global_zero:
+                gathered[name] = full.cpu() if isinstance(full, Tensor) else full
+        return gathered
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:  # noqa: ANN401
         """Load weights and optimizer state into the shards, and return the rest.
 
-        The file is mapped, not read: process 0 hands out one tensor at a time.
+        The file is mapped, not read, and handed out one tensor at a time.
 
         Raises:
             ValueError: If it is no checkpoint of this package, or does not fit.
         """
         path = Path(self.broadcast(checkpoint_path))
+        content = read_checkpoint(path, mmap=True)
         module: Any = self.lightning_module
-        state = read_checkpoint(path, mmap=True)["state_dict"]
-        check_state(state, module.trained(), f"checkpoint {path}")
-        # Names were compared; strict loading would also ask for the frozen weights.
-        module.strict_loading = False
-        try:
-            return super().load_checkpoint(path, weights_only=True)
-        finally:
-            module.strict_loading = True
+        trained = module.trained()
+        state = content.pop("state_dict")
+        check_state(state, trained, f"checkpoint {path}")
+        for name, parameter in trained.items():
+            assign(parameter, state[name])
+        for optimizer, saved in zip(
+            self.optimizers, content.get("optimizer_states", []), strict=False
+        ):
+            _load_optimizer(optimizer, saved)
+        return content
+
+
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load state as an optimizer of whole parameters saved it."""
+    state = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in saved["state"].items():
+        like = parameters[index]
+        state[index] = {
+            name: shard_like(like, value) if getattr(value, "shape", None) == like.shape else value
+            for name, value in entries.items()
+        }
+    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 
 
 StrategyRegistry.register("fsdp2", FSDP2, "FSDP2 over all processes, one checkpoint file")
@@ -91,7 +126,7 @@ def load_sharded(
         dtypes = {}
     (dtypes,) = _broadcast(dtypes)
     for key, denoiser in denoisers(pipe).items():
-        denoiser.to(dtypes[key])
+        nn.Module.to(denoiser, dtypes[key])  # diffusers' own talks of what it keeps in float32
     make_trainable(pipe, lora)
     for key, denoiser in denoisers(pipe).items():
         shard(denoiser, mesh, dtypes[key])
@@ -141,10 +176,10 @@ def shard(denoiser: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the pipeline's own: timesteps may be float32
     )
-    for block in repeated_blocks(denoiser):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # Without the root, parameters outside the blocks get each process's own gradient.
-    fully_shard(denoiser, mesh=mesh, mp_policy=policy)
+    # The root comes last: without it, parameters outside the blocks get each process's own
+    # gradient. It reshards after a forward too, which no backward may follow (validation, EMA).
+    for module in [*repeated_blocks(denoiser), denoiser]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     whole = [n for n, p in denoiser.named_parameters() if not isinstance(p, DTensor)]
     if whole:
         raise RuntimeError(f"{type(denoiser).__name__}: {whole[:3]} were not sharded")
@@ -177,11 +212,17 @@ def whole(tensor: Tensor) -> Tensor:
     return gather() if gather else tensor
 
 
+def shard_like(like: Tensor, value: Tensor) -> Tensor:
+    """Return a whole tensor, the same on every process, sharded and placed as `like` is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(like.device)
+    if isinstance(like, DTensor):
+        value = distribute_tensor(value, like.device_mesh, like.placements)
+    return value
+
+
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
     """Write a whole tensor, the same on every process, into a possibly sharded one."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-    target.copy_(value)
+    target.copy_(shard_like(target, value))
