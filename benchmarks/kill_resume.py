@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,11 +108,15 @@ def kill(folder: Path, seconds: float, rng: random.Random, saving: bool) -> dict
         saving and not any(checkpoint_of(folder).parent.glob(".*.part")) and process.poll() is None
     ):
         pass
-    os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    saving = any(checkpoint_of(folder).parent.glob(".*.part"))
+    hit = any(checkpoint_of(folder).parent.glob(".*.part"))
     step = read(folder)["global_step"]
-    return {"killed after s": round(delay, 3), "while saving": saving, "went on at step": step}
+    if step == STEPS:  # too late: it was done
+        shutil.rmtree(folder / "checkpoints")
+        return kill(folder, seconds, rng, saving)
+    return {"killed after s": round(delay, 3), "while saving": hit, "went on at step": step}
 
 
 def equal(one: dict[str, Any], two: dict[str, Any]) -> bool:

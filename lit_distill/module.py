@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
@@ -466,8 +467,8 @@ class DirectDistill(pl.LightningModule):
         """
         window, self._window = self._window, []
         norm = gradient_norm(self.trained().values())
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if not (torch.isfinite(norm) or scaled):  # a loss scaler skips such steps by itself
+        # A loss scaler skips such steps by itself.
+        if not (torch.isfinite(norm) or self._scales_gradients()):
             self._stop_at(window, norm.item())
         rows = sum(len(micro.rows) for micro in window)
         self.log("grad_norm", norm, batch_size=rows)
@@ -479,6 +480,26 @@ class DirectDistill(pl.LightningModule):
         for steps in sorted({micro.steps for micro in window}):
             losses = [micro.losses.mean() for micro in window if micro.steps == steps]
             self.log(f"train_loss_{steps}_steps", torch.stack(losses).mean(), **log)  # type: ignore[arg-type]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is told to, with fused optimizers too.
+
+        Lightning refuses those under every mixed precision, but only float16 scales gradients.
+        """
+        if gradient_clip_val and not self._scales_gradients():
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            plugin = self.trainer.precision_plugin
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _scales_gradients(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _stop_at(self, window: list[Micro], norm: float) -> None:
         losses = {row: x for m in window for row, x in zip(m.rows, m.losses.tolist(), strict=True)}

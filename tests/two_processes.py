@@ -1,19 +1,20 @@
-"""Two gloo processes on the CPU, run by test_training.py through Lightning's own launcher.
+"""Two gloo processes on the CPU through Lightning's own launcher; test_training.py runs it once.
 
-Every check trains the same two batches in one process alone (rank 0's launcher runs it before the
-processes are started) and in both, and prints a line of JSON with the largest relative difference:
+    python tests/two_processes.py PAIRS OUT [strategy...]
 
-    python tests/two_processes.py PAIRS OUT ddp|fsdp2
+Process 0 prints a line of JSON for every check. PAIRS are pairs of the embedded pipeline; OUT holds
+checkpoints of one process, `one_lora.ckpt` and `one_full.ckpt` (step 2), and gets those of two.
 """
 
-import copy
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lit_distill import DirectDistill, DistillDataModule
@@ -22,82 +23,69 @@ from lit_distill.ema import EMA
 from lit_distill.module import WarmupCosine
 from lit_distill.sharding import whole
 
-
-NCASES = int(os.environ.get("NCASES", "99"))
+LORA = {"r": 4}
 CASES = {
-    "lora none": {"lora": {"r": 4}, "checkpointing": "none"},
-    "lora block": {"lora": {"r": 4}, "checkpointing": "block"},
-    "lora step": {"lora": {"r": 4}, "checkpointing": "step"},
-    "lora nested": {"lora": {"r": 4}, "checkpointing": "nested"},
-    "lora truncated": {"lora": {"r": 4}, "checkpointing": "nested", "grad_steps": 2},
-    "lora online teacher": {"lora": {"r": 4}, "checkpointing": "block"},
+    "lora none": {"lora": LORA, "checkpointing": "none"},
+    "lora block": {"lora": LORA, "checkpointing": "block"},
+    "lora step": {"lora": LORA, "checkpointing": "step"},
+    "lora nested": {"lora": LORA, "checkpointing": "nested"},
+    "lora truncated": {"lora": LORA, "checkpointing": "nested", "grad_steps": 2},
+    "lora online teacher": {"lora": LORA, "checkpointing": "block"},
     "full none": {"lora": None, "checkpointing": "none"},
+    "full block": {"lora": None, "checkpointing": "block"},
+    "full step": {"lora": None, "checkpointing": "step"},
     "full nested": {"lora": None, "checkpointing": "nested"},
 }
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-QUIET |= {"enable_model_summary": False, "enable_checkpointing": False}
-QUIET |= {"use_distributed_sampler": False, "max_steps": 2, "num_sanity_val_steps": 0}
+QUIET |= {"enable_model_summary": False, "use_distributed_sampler": False}
 
 
 class Grads(pl.Callback):
-    """Keeps the whole gradients of every optimizer step."""
-
-    def __init__(self):
-        self.grads = []
+    """Keeps the whole gradient of the last optimizer step."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.grads.append(
-            {
-                name: whole(p.grad).clone()
-                for name, p in pl_module.trained().items()
-                if p.grad is not None
-            }
-        )
+        grads = {name: p.grad for name, p in pl_module.trained().items()}
+        self.grads = {name: whole(g).clone() for name, g in grads.items() if g is not None}
 
 
 class Fixed(DistillDataModule):
-    """Rows 0 to 15 in order: batches of 8 for one process, of 4 for each of two."""
+    """The first 8 rows: one batch for one process, a half for each of two."""
 
     def train_dataloader(self):
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        rows = range(rank, 16, world)
-        items = [self.train_set[row] for row in rows]
+        items = [self.train_set[row] for row in range(rank, 8, world)]
         if self.online:
             items = [item | {"latents": None, "image": None} for item in items]
         return DataLoader(items, batch_size=8 // world, collate_fn=collate)
 
 
-def fit(pairs, case, strategy, devices, **trainer_options):
-    options = dict(CASES[case])
+def weights_of(module):
+    return {name: whole(p.detach()).clone() for name, p in module.trained().items()}
+
+
+def one_step(pairs, case, strategy, devices):
+    """Return gradient and weights after an optimizer step on 8 rows."""
     torch.manual_seed(0)
     module = DirectDistill(
         "tiny-digits",
         torch_dtype="float32",
         preflight=False,
         teacher_num_inference_steps=4,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
-        **options,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        **CASES[case],
     )
-    data = Fixed(str(Path(pairs) / "train/metadata.csv"), batch_size=8)
+    data = Fixed(str(Path(pairs) / "train/metadata.csv"))
     data.online = "online" in case
     grads = Grads()
-    ema = EMA(0.5)
-    trainer = pl.Trainer(
-        strategy=strategy,
-        devices=devices,
-        callbacks=[grads, ema],
-        gradient_clip_val=1.0,
-        **QUIET | trainer_options,
-    )
+    options = QUIET | {"enable_checkpointing": False, "max_steps": 1, "callbacks": [grads]}
+    trainer = pl.Trainer(strategy=strategy, devices=devices, gradient_clip_val=0.01, **options)
     trainer.fit(module, datamodule=data)
-    weights = {name: whole(p.detach()).clone() for name, p in module.trained().items()}
-    return grads.grads, weights
+    return grads.grads, weights_of(module)
 
 
-def resume(pairs, out, strategy, devices, name, max_steps, ckpt_path=None):
-    """Train with the real loader, schedule and average; save a checkpoint and return the weights."""
+def train(pairs, path, strategy, devices, lora, max_steps, ckpt_path=None, callbacks=()):
+    """Train with the real loader, dropout, schedule and average; save `path`; return weights."""
     torch.manual_seed(0)
-    lora = {"r": 4, "lora_dropout": 0.1} if "lora" in name else None
     module = DirectDistill(
         "tiny-digits",
         torch_dtype="float32",
@@ -107,45 +95,72 @@ def resume(pairs, out, strategy, devices, name, max_steps, ckpt_path=None):
         lr_scheduler=lambda optimizer: WarmupCosine(optimizer, 2, 20),
     )
     data = DistillDataModule(str(Path(pairs) / "train/metadata.csv"), batch_size=8 // devices)
-    options = QUIET | {"max_steps": max_steps, "callbacks": [EMA(0.9)]}
+    options = QUIET | {"max_steps": max_steps, "callbacks": [EMA(0.9), *callbacks]}
+    options |= {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
     trainer = pl.Trainer(strategy=strategy, devices=devices, gradient_clip_val=1.0, **options)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    path = Path(out) / f"{strategy}_{devices}_{name.replace(' ', '_')}_{max_steps}.ckpt"
     trainer.save_checkpoint(path)
-    return path, {name: whole(p.detach()).clone() for name, p in module.trained().items()}
+    return weights_of(module)
+
+
+class Signal(pl.Callback):
+    """Sends a signal to one process, in the middle of its third batch."""
+
+    def __init__(self, number, rank):
+        self.number, self.rank = number, rank
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_step == 2 and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.number)
 
 
 def difference(found, expected):
+    """Return the relative difference of two dictionaries of tensors, in the 2-norm."""
     assert found.keys() == expected.keys()
-    error = sum((found[k] - expected[k]).double().square().sum() for k in found)
-    return (error / sum(expected[k].double().square().sum() for k in found)).sqrt().item()
+    error = sum((found[k] - expected[k]).double().square().sum() for k in expected)
+    return (error / sum(expected[k].double().square().sum() for k in expected)).sqrt().item()
 
 
-def main(pairs, out, strategy):
+def resume(pairs, out, strategy, report):
+    """Compare interrupted runs with the uninterrupted one."""
+    for name, lora in (("lora", {"r": 4, "lora_dropout": 0.1}), ("full", None)):
+        stem = f"{out}/{strategy}_{name}"
+        uninterrupted = train(pairs, f"{stem}_end.ckpt", strategy, 2, lora, 5)
+        train(pairs, f"{stem}.ckpt", strategy, 2, lora, 2)
+        resumed = train(pairs, f"{stem}_end.ckpt", strategy, 2, lora, 5, f"{stem}.ckpt")
+        report(f"{name} resumed", difference(resumed, uninterrupted))
+    resumed = train(pairs, f"{stem}_end.ckpt", strategy, 2, None, 5, f"{out}/one_full.ckpt")
+    report("full of one process resumed", difference(resumed, uninterrupted))
+
+
+def stop(pairs, out, strategy, report):
+    """One process gets SIGTERM: both save and end after the step."""
+    folder = Path(out) / f"{strategy}_stopped"
+    saver = ModelCheckpoint(folder, filename="stopped", save_on_exception=True)
+    callbacks = [Signal(signal.SIGTERM, rank=1), saver]
+    try:
+        train(pairs, folder / "end.ckpt", strategy, 2, None, 5, callbacks=callbacks)
+    except SystemExit as end:
+        report("stopped", str(end))
+
+
+def main(pairs, out, *strategies):
     expected = {}
     if "LOCAL_RANK" not in os.environ:  # before Lightning makes this process the first of two
-        for case in list(CASES)[:NCASES]:
-            expected[case] = copy.deepcopy(fit(pairs, case, "auto", 1))
-    for case in list(CASES)[:NCASES]:
-        grads, weights = fit(pairs, case, strategy, 2)
-        if case in expected:
-            record = {
-                "case": case,
-                "gradient": max(map(difference, grads, expected[case][0])),
-                "weights": difference(weights, expected[case][1]),
-            }
-            print(json.dumps(record), flush=True)
-    for name in ("lora", "full"):
-        _, uninterrupted = resume(pairs, out, strategy, 2, f"{name} whole", 5)
-        half, _ = resume(pairs, out, strategy, 2, name, 2)
-        _, resumed = resume(pairs, out, strategy, 2, name, 5, half)
-        record = {"case": f"{name} resumed", "weights": difference(resumed, uninterrupted)}
-        if Path(out, f"auto_1_{name}_2.ckpt").is_file():  # of one process, made by the test
-            one = Path(out, f"auto_1_{name}_2.ckpt")
-            _, resumed = resume(pairs, out, strategy, 2, f"{name} of one", 5, one)
-            record["of one"] = difference(resumed, uninterrupted)
-        if expected:
-            print(json.dumps(record), flush=True)
+        expected = {case: one_step(pairs, case, "auto", 1) for case in CASES}
+    first = bool(expected)
+    for strategy in strategies:
+
+        def report(case, *values, strategy=strategy):
+            if first:
+                print(json.dumps([f"{strategy} {case}", *values]), flush=True)
+
+        for case in CASES:
+            found = one_step(pairs, case, strategy, 2)
+            if first:
+                report(case, *map(difference, found, expected[case]))
+        resume(pairs, out, strategy, report)
+        stop(pairs, out, strategy, report)
 
 
 if __name__ == "__main__":
