@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -25,6 +25,7 @@ def compute_in(module: nn.Module, dtypes: Mapping[str, torch.dtype], default: to
         dtypes: Data type of each parameter in inference, by name.
         default: Data type of parameters that `dtypes` does not name, such as adapters.
     """
+    _report_dtype(module, default)
     for prefix, owner in module.named_modules():
         wanted = {
             name: dtypes.get(f"{prefix}.{name}".lstrip("."), default)
@@ -33,6 +34,16 @@ def compute_in(module: nn.Module, dtypes: Mapping[str, torch.dtype], default: to
         }
         if any(dtype != torch.float32 for dtype in wanted.values()):
             owner.forward = _with_casts(owner, owner.forward, wanted)
+
+
+def _report_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let ``module.dtype``, to which pipelines cast what they pass in, be that of inference."""
+    kind = type(module)
+    if isinstance(getattr(kind, "dtype", None), property) and dtype != torch.float32:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        module.__class__ = type(
+            kind.__name__, (kind,), names | {"dtype": property(lambda _: dtype)}
+        )
 
 
 def _with_casts(
