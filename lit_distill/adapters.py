@@ -143,6 +143,10 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
+        if not mmap:
+            with zipfile.ZipFile(path) as archive:  # torch does not look at checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"its part {damaged} is damaged")
         checkpoint: dict[str, Any] = torch.load(
             path, map_location="cpu", weights_only=True, mmap=mmap
         )
