@@ -41,7 +41,7 @@ model:
     class_path: torch.optim.AdamW
     init_args: {{lr: 1.0e-3}}
   lr_scheduler:
-    class_path: lit_distill.module.WarmupCosine
+    class_path: lit_distill.schedule.WarmupCosine
     init_args: {{num_warmup_steps: 5}}
 data:
   metadata_path: {pairs}/metadata.csv

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 import lit_distill
@@ -27,51 +24,15 @@ from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.precision import compute_in
 from lit_distill.preflight import preflight
-from lit_distill.resume import (
-    AtomicCheckpointIO,
-    StopOnSignal,
-    class_path,
-    keep_optimizer_settings,
-    keep_schedule_settings,
-    plain_settings,
-    schedule_settings,
-)
+from lit_distill.resume import AtomicCheckpointIO, Run, StopOnSignal
 from lit_distill.rollout import Checkpointing, draw, rollout
-from lit_distill.sharding import load_sharded, whole
+from lit_distill.schedule import WarmupCosine
+from lit_distill.sharding import load_sharded
+from lit_distill.steps import OptimizerStep, gradient_norm
 from lit_distill.unused import freeze_unused
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-class WarmupCosine(LRScheduler):
-    """Learning rate that rises linearly, then falls to zero along a half cosine.
-
-    Args:
-        optimizer: The optimizer.
-        num_warmup_steps: Optimizer steps of the rise.
-        num_training_steps: Optimizer steps in all; null: as many as the trainer will make.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        num_warmup_steps: int = 20,
-        num_training_steps: int | None = None,
-    ) -> None:
-        self.num_warmup_steps = num_warmup_steps
-        self.num_training_steps = num_training_steps
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float | Tensor]:
-        """Return the learning rate of each parameter group at the current step."""
-        step = self.last_epoch
-        if step < self.num_warmup_steps:
-            factor = (step + 1) / (self.num_warmup_steps + 1)
-        else:
-            rest = max(1, (self.num_training_steps or math.inf) - self.num_warmup_steps)
-            factor = (1 + math.cos(math.pi * min(1.0, (step - self.num_warmup_steps) / rest))) / 2
-        return [factor * base for base in self.base_lrs]
 
 
 class DirectDistill(pl.LightningModule):
@@ -142,11 +103,8 @@ class DirectDistill(pl.LightningModule):
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
         self._trained: set[str] = set()
-        self._window: list[Micro] = []  # batches of the running optimizer step
-        self._seed: int | None = None
-        self._batches = 0
-        self._resumed: dict[str, Any] = {}
-        self._configured: tuple[list[dict[str, Any]], dict[str, Any]] = ([], {})
+        self._step = OptimizerStep()
+        self._run = Run()
 
     # Set-up
 
@@ -167,6 +125,7 @@ class DirectDistill(pl.LightningModule):
                 "bf16-mixed (trained weights are float32, model.torch_dtype sets the arithmetic)"
             )
         self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        self._run.begin()
 
     def configure_model(self) -> None:
         """Load the pipeline, freeze it and make the student trainable; once."""
@@ -255,8 +214,8 @@ class DirectDistill(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Place the pipeline and switch on the dropout of adapters, if they have any."""
         self._place()
-        if self._seed is None:
-            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
+        if self._run.seed is None:
+            self._run.seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         if self.hparams["preflight"] and isinstance(
             getattr(self.trainer, "datamodule", None), DistillDataModule
         ):
@@ -274,13 +233,8 @@ class DirectDistill(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Go on with this run's settings where loading a checkpoint has changed them; say so."""
-        self._window.clear()
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        scheduler: Any = self.lr_schedulers()
-        changed = keep_optimizer_settings(optimizer, scheduler, self._configured[0])  # type: ignore[arg-type]
-        if scheduler is not None:
-            changed += keep_schedule_settings(scheduler, self._configured[1])
-        for name, configured, saved in changed:
+        self._step = OptimizerStep()
+        for name, configured, saved in self._run.keep_settings():
             rank_zero_warn(
                 f"the optimizer's or schedule's {name}={configured!r} differs from the "
                 f"checkpoint's {saved!r}; going on with {configured!r}"
@@ -291,27 +245,17 @@ class DirectDistill(pl.LightningModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        self._refuse_another("optimizer", class_path(optimizer))
-        self._configured = (plain_settings(optimizer), {})
-        scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
-        self._refuse_another("lr_scheduler", class_path(scheduler))
-        if scheduler is None:
+        self._run.configure(optimizer)
+        if self.lr_scheduler is None:
             return optimizer
+        scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupCosine) and scheduler.num_training_steps is None:
             scheduler.num_training_steps = int(self.trainer.estimated_stepping_batches)
-        self._configured = (self._configured[0], schedule_settings(scheduler))
+        self._run.configure(optimizer, scheduler)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    def _refuse_another(self, kind: str, found: str | None) -> None:
-        saved = self._resumed.get(kind, found)
-        if saved != found:
-            raise ValueError(
-                f"model.{kind} is {found}, but the checkpoint's is {saved}, whose state it can't "
-                f"take: go on with {saved}, or begin a new run"
-            )
 
     # Teacher and student
 
@@ -396,7 +340,7 @@ class DirectDistill(pl.LightningModule):
         Returns:
             Final latents (B, ...) and B images.
         """
-        with self.undistilled() if undistilled else ExitStack():
+        with self._own_dtype(), self.undistilled() if undistilled else ExitStack():
             return draw(
                 self.pipe,
                 num_inference_steps=num_inference_steps or batch["num_inference_steps"],
@@ -444,42 +388,28 @@ class DirectDistill(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the student's rollout against the teacher's target."""
-        self._seed_dropout()
+        self._run.seed_batch(self.global_rank)
         target = self.teacher_target(batch)
         losses = self.compare(self.student_rollout(batch), target, batch)
-        self._window.append(Micro(batch["num_inference_steps"], batch["row"], losses.detach()))
+        self._step.add(batch["num_inference_steps"], batch["row"], losses.detach())
         return losses.mean()
-
-    def _seed_dropout(self) -> None:
-        """Make what is random in this batch a function of seed, batch and process.
-
-        There is no generator state to save then, and a resumed run goes on exactly.
-        """
-        words = [self._seed or 0, self._batches, self.global_rank]
-        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
-        self._batches += 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the loss of the whole optimizer step, over all processes, and the gradient's norm.
 
         Raises:
-            FloatingPointError: If either is not finite, naming step, rows and norm.
+            FloatingPointError: If the norm is not finite, naming step, rows and losses.
         """
-        window, self._window = self._window, []
         norm = gradient_norm(self.trained().values())
         # A loss scaler skips such steps by itself.
         if not (torch.isfinite(norm) or self._scales_gradients()):
-            self._stop_at(window, norm.item())
-        rows = sum(len(micro.rows) for micro in window)
+            self._step.refuse(self.global_step, norm.item())
+        logged, rows = self._step.finish()
         self.log("grad_norm", norm, batch_size=rows)
-        if not window:
-            return
-        log = {"sync_dist": self.trainer.world_size > 1, "batch_size": rows}
-        mean = torch.stack([micro.losses.mean() for micro in window]).mean()
-        self.log("train_loss", mean, prog_bar=True, **log)  # type: ignore[arg-type]
-        for steps in sorted({micro.steps for micro in window}):
-            losses = [micro.losses.mean() for micro in window if micro.steps == steps]
-            self.log(f"train_loss_{steps}_steps", torch.stack(losses).mean(), **log)  # type: ignore[arg-type]
+        for name, mean in logged.items():
+            sync = self.trainer.world_size > 1
+            bar = name == "train_loss"
+            self.log(name, mean, prog_bar=bar, sync_dist=sync, batch_size=rows)
 
     def configure_gradient_clipping(
         self,
@@ -500,20 +430,6 @@ class DirectDistill(pl.LightningModule):
 
     def _scales_gradients(self) -> bool:
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
-
-    def _stop_at(self, window: list[Micro], norm: float) -> None:
-        losses = {row: x for m in window for row, x in zip(m.rows, m.losses.tolist(), strict=True)}
-        if self.trainer.world_size > 1:
-            parts: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, losses)
-            losses = {row: x for part in parts for row, x in part.items()}
-        bad = {row: x for row, x in losses.items() if not math.isfinite(x)}
-        found = ", ".join(f"row {row}: loss {loss:g}" for row, loss in (bad or losses).items())
-        raise FloatingPointError(
-            f"step {self.global_step}: the gradient's norm is {norm}; {found}. No weight was "
-            "changed. Look at these rows' targets, lower the learning rate, or clip gradients "
-            "(trainer.gradient_clip_val: 1)"
-        )
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         target = self.teacher_target(batch)
@@ -591,15 +507,8 @@ class DirectDistill(pl.LightningModule):
         checkpoint["lit_distill"] = {
             "version": lit_distill.__version__,
             "undistilled_losses": self._undistilled_losses,
-            "seed": self._seed,
-            "batches": self._batches,
+            **self._run.notes(),
         }
-        if self.trainer.optimizers:
-            schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-            checkpoint["lit_distill"] |= {
-                "optimizer": class_path(self.optimizers(use_pl_optimizer=False)),
-                "lr_scheduler": class_path(schedulers[0] if schedulers else None),
-            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the notes, and report settings that differ from the checkpoint's.
@@ -615,9 +524,7 @@ class DirectDistill(pl.LightningModule):
                     "the checkpoint holds weights only (ModelCheckpoint.save_weights_only): "
                     "training can't go on from it"
                 )
-            self._seed, self._batches, self._resumed = notes["seed"], notes["batches"], notes
-            if self.trainer.optimizers:  # sharded: made before the checkpoint is read
-                self._refuse_another("optimizer", class_path(self.trainer.optimizers[0]))
+            self._run.resume(notes)
         saved = checkpoint["hyper_parameters"]
         for name, value in self.hparams.items():
             if name in saved and saved[name] != value:
@@ -625,17 +532,3 @@ class DirectDistill(pl.LightningModule):
                     f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
                     f"going on with {value!r}"
                 )
-
-
-class Micro(NamedTuple):
-    """One batch of an optimizer step: its number of steps, its rows and their losses."""
-
-    steps: int
-    rows: list[int]
-    losses: Tensor
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the 2-norm of all gradients together, of sharded ones too; () float32."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return whole(torch.nn.utils.get_total_norm(grads))

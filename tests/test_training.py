@@ -20,10 +20,10 @@ from lit_distill import DirectDistill, DistillDataModule, load_student, rollout
 from lit_distill.adapters import make_trainable
 from lit_distill.ema import EMA
 from lit_distill.families import denoisers
-from lit_distill.module import WarmupCosine
 from lit_distill.monitor import TrainingMonitor
 from lit_distill.precision import compute_in
 from lit_distill.resume import AtomicCheckpointIO
+from lit_distill.schedule import WarmupCosine
 from lit_distill.unused import freeze_unused
 
 
