@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import inspect
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,12 @@ STATE_PREFIX = "denoisers."
 """Where a checkpoint's state dict holds the denoisers: ``denoisers.transformer.<parameter>``."""
 
 
-def make_trainable(pipe: DiffusionPipeline, lora: dict[str, Any] | None) -> None:
+def make_trainable(
+    pipe: DiffusionPipeline,
+    lora: dict[str, Any] | None,
+    freeze: Sequence[str] = (),
+    train_mode: Sequence[str] = (),
+) -> None:
     """Freeze the pipeline, then unfreeze what is trained, in float32.
 
     Args:
@@ -32,9 +38,13 @@ def make_trainable(pipe: DiffusionPipeline, lora: dict[str, Any] | None) -> None
         lora: Fields of `peft.LoraConfig` (``r``, ``lora_alpha``, ``target_modules``, ...) for an
             adapter on every denoiser; by default all attention and MLP linears of the repeated
             blocks are adapted, with ``lora_alpha = r``. None trains the denoisers' own weights.
+        freeze: Patterns of parameters that stay frozen all the same, as in
+            ``transformer.transformer_blocks.59.txt_mlp.*``.
+        train_mode: Patterns of modules that are put into training mode, but for their dropout.
 
     Raises:
-        ValueError: If `lora` has an unknown field, or names a module that no denoiser has.
+        ValueError: If `lora` has an unknown field, or names a module that no denoiser has, or a
+            pattern fits nothing.
     """
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
@@ -49,6 +59,51 @@ def make_trainable(pipe: DiffusionPipeline, lora: dict[str, Any] | None) -> None
             # At lr 1e-5 most bfloat16 weights are too coarse to take a step; float32 ones move.
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    freeze_parameters(pipe, freeze)
+    set_training_mode(pipe, train_mode)
+
+
+def set_training_mode(
+    pipe: DiffusionPipeline, patterns: Sequence[str], training: bool = True
+) -> None:
+    """Put modules of the denoisers whose names fit into training mode, but for their dropout.
+
+    Raises:
+        ValueError: If a pattern fits none, naming the nearest ones.
+    """
+    modules = {
+        f"{key}.{name}": module
+        for key, denoiser in denoisers(pipe).items()
+        for name, module in denoiser.named_modules()
+    }
+    for pattern in patterns:
+        found = fnmatch.filter(modules, pattern)
+        if not found:
+            raise ValueError(f"model.train_mode: no module is called {_near(pattern, modules)}")
+        for module in (child for name in found for child in modules[name].modules()):
+            module.training = training and not isinstance(module, nn.Dropout)
+
+
+def freeze_parameters(pipe: DiffusionPipeline, patterns: Sequence[str]) -> None:
+    """Freeze the denoisers' trained parameters whose names fit one of the patterns.
+
+    Raises:
+        ValueError: If a pattern fits none, naming the nearest ones.
+    """
+    trained = {
+        f"{key}.{name}": parameter
+        for key, denoiser in denoisers(pipe).items()
+        for name, parameter in denoiser.named_parameters()
+        if parameter.requires_grad
+    }
+    for pattern in patterns:
+        found = fnmatch.filter(trained, pattern)
+        if not found:
+            raise ValueError(
+                f"model.freeze: no trained parameter is called {_near(pattern, trained)}"
+            )
+        for name in found:
+            trained[name].requires_grad_(False)
 
 
 def _add_lora(denoiser: Any, lora: dict[str, Any]) -> None:  # noqa: ANN401
@@ -85,10 +140,11 @@ def _near(name: str, names: Any) -> str:  # noqa: ANN401
 
 
 def default_target_modules(denoiser: nn.Module) -> list[str]:
-    """Return the attention and MLP linears of the denoiser's repeated blocks, as name endings.
+    """Return the names of the attention and MLP linears of the denoiser's repeated blocks.
 
     Repeated blocks are lists of modules of one class. Linears that embed, normalise or modulate
-    are left out.
+    are left out. Full names: an ending such as ``attn.to_out`` is a linear in one kind of Flux2's
+    blocks and a list in the other.
     """
     blocks = [
         name
@@ -97,15 +153,15 @@ def default_target_modules(denoiser: nn.Module) -> list[str]:
         and len({type(child) for child in module}) == 1
         and any(True for _ in module[0].children())
     ]
-    endings = set()
+    targets = []
     for name, module in denoiser.named_modules():
         inside = [block for block in blocks if name.startswith(f"{block}.")]
         if not isinstance(module, nn.Linear) or not inside:
             continue
         ending = name.removeprefix(max(inside, key=len) + ".").partition(".")[2]
         if ending and not any(word in ending for word in ("norm", "mod", "emb")):
-            endings.add(ending)
-    return sorted(endings)
+            targets.append(name)
+    return targets
 
 
 @contextmanager
@@ -212,7 +268,7 @@ def load_student(
         torch_dtype=torch_dtype or hyper["torch_dtype"],
     )
     dtypes = {name: denoiser.dtype for name, denoiser in denoisers(pipe).items()}
-    make_trainable(pipe, hyper["lora"])
+    make_trainable(pipe, hyper["lora"], hyper["freeze"], hyper["train_mode"])
     state: dict[str, Tensor] = content["state_dict"]
     own = {
         f"{STATE_PREFIX}{name}.{key}": parameter

@@ -1,4 +1,4 @@
-"""The command `lit-distill`: LightningCLI with two subcommands more."""
+"""The command `lit-distill`: LightningCLI with three subcommands more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_distill.module import DirectDistill
 
 
 class DistillTrainer(pl.Trainer):
-    """Lightning's Trainer, which can also generate pairs and export students."""
+    """Lightning's Trainer, which can also generate pairs, check pipelines and export students."""
 
     def generate(
         self,
@@ -43,7 +43,8 @@ class DistillTrainer(pl.Trainer):
         Args:
             model: Which pipeline to draw with; only its name, revision, torch_dtype and
                 call_kwargs matter.
-            datamodule: Not used.
+            datamodule: Only its call_columns matter: fields of the prompts that are arguments of
+                the pipeline's call.
             prompts: Text file with a prompt a line, or .csv or .jsonl with a field prompt.
             out: Folder to write to.
             seeds_per_prompt: How often every prompt is drawn, each time with a seed of its own.
@@ -65,6 +66,7 @@ class DistillTrainer(pl.Trainer):
             revision=hyper["revision"],
             torch_dtype=hyper["torch_dtype"],
             call_kwargs=model.call_kwargs,
+            call_columns=datamodule.call_columns if datamodule else {},
             num_inference_steps=num_inference_steps,
             cfg_scale=cfg_scale,
             height=height,
@@ -74,10 +76,42 @@ class DistillTrainer(pl.Trainer):
             student_num_inference_steps=student_num_inference_steps,
             student_cfg_scale=student_cfg_scale,
         )
-        pairs = plan_pairs(read_prompts(prompts), seeds_per_prompt, first_seed, limit)
+        rows = read_prompts(prompts, teacher.call_columns)
+        pairs = plan_pairs(rows, seeds_per_prompt, first_seed, limit)
         metadata = generate_pairs(self, teacher, pairs, out)
         if self.is_global_zero:
             print(f"{len(pairs)} pairs: {metadata}")
+
+    def preflight(
+        self,
+        model: DirectDistill,
+        datamodule: DistillDataModule | None = None,
+        *,
+        prompt: str = "a photo of a cat that sleeps on a green sofa",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 4,
+    ) -> None:
+        """Check that a pipeline can be distilled, by a few small draws, and say what to set.
+
+        Runs where trainer.accelerator says, in the pipeline's torch_dtype.
+
+        Args:
+            model: The pipeline, what is trained of it, and its call_kwargs.
+            datamodule: Not used.
+            prompt: A typical prompt.
+            height: Height in pixels; default: the pipeline's own. Small sizes are quick.
+            width: Width in pixels; default: the pipeline's own.
+            num_inference_steps: The student's steps.
+        """
+        model.configure_model()
+        size = {} if height is None else {"height": height}
+        size |= {} if width is None else {"width": width}
+        report = model.preflight(
+            self, prompt=prompt, num_inference_steps=num_inference_steps, **size
+        )
+        print(report)
+        report.raise_failures()
 
     def export(
         self,
@@ -102,13 +136,14 @@ class DistillTrainer(pl.Trainer):
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI with the subcommands `generate` and `export`."""
+    """LightningCLI with the subcommands `generate`, `preflight` and `export`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and the arguments of theirs that are not options."""
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "generate": own, "export": own}
+        further = {"generate": own, "preflight": own, "export": own}
+        return {**LightningCLI.subcommands(), **further}
 
     def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401
         """Set this project's defaults."""

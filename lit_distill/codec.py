@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_distill.families import denoisers, guidance_kwargs
+from lit_distill.families import denoisers, guidance
 from lit_distill.rollout import replaced_forward, undecorated_call, watched_scheduler
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class _Tail:
 
     def __init__(self, pipe: DiffusionPipeline, call_kwargs: dict[str, Any]) -> None:
         self.pipe = pipe
-        self.call_kwargs = call_kwargs | guidance_kwargs(pipe, 1.0, 1, call_kwargs)
+        self.call_kwargs = call_kwargs
         self.latent_shape = torch.Size()
         self.z_shape = torch.Size()
         self._prediction: Any = None
@@ -160,12 +160,15 @@ class _Tail:
             if done < total - 1:
                 return sample
             self.latent_shape = sample.shape[1:]
-            probe = latents.to(sample.device, torch.float64)
+            # Single precision whatever the pipeline's: a position has to survive the way, and
+            # Z-Image insists on it.
+            probe = latents.to(sample.device, torch.float32)
             if probe.numel() == 1:
                 return probe.expand(sample.shape)
             return probe.view(sample.shape)
 
         with ExitStack() as stack:
+            off = stack.enter_context(guidance(self.pipe, 1.0, 1, self.call_kwargs))
             stack.enter_context(watched_scheduler(self.pipe, tap))
             for denoiser in denoisers(self.pipe).values():
                 stack.enter_context(replaced_forward(denoiser, self._predict_once(denoiser)))
@@ -180,6 +183,7 @@ class _Tail:
                     output_type="pt",
                     return_dict=False,
                     **self.call_kwargs,
+                    **off,
                 )
             except _CapturedError as captured:
                 self.z_shape = captured.z.shape[1:]

@@ -1,9 +1,8 @@
-"""Pairs to learn from: a metadata table in, batches of one size, step count and guidance out."""
+"""Pairs to learn from: batches of one size, step count and guidance, from a metadata table."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,16 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-REQUIRED_COLUMNS = ("prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale")
+from lit_distill.metadata import check_sizes, hold_out, read_image, read_metadata, read_picture
+
 LATENTS_KEY = "latents"
 """Name of the tensor in a file of the ``latents`` column."""
-
-MAX_PROBLEMS = 50
 
 
 class Batch(TypedDict):
@@ -34,6 +31,7 @@ class Batch(TypedDict):
         num_inference_steps: The student's.
         cfg_scale: The student's, 1 = off.
         size: (height, width) in pixels; None: the pipeline's own default.
+        call: Further arguments of the pipeline's call: B pictures or texts, or a number for all.
         image: The teacher's images, (B, 3, height, width), range [0, 1], or None.
         latents: The teacher's exact final latents, (B, ...), or None.
         row: B row numbers as a spreadsheet shows them, the header being row 1.
@@ -45,269 +43,10 @@ class Batch(TypedDict):
     num_inference_steps: int
     cfg_scale: float
     size: tuple[int, int] | None
+    call: dict[str, Any]
     image: Tensor | None
     latents: Tensor | None
     row: list[int]
-
-
-class MetadataError(ValueError):
-    """A metadata table can't be used; the message lists every problem found, up to 50."""
-
-
-class Problems:
-    """Collects what is wrong with a table, so that one error can show it all."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[str] = []
-
-    def add(self, text: str, row: int | None = None, image: str = "") -> None:
-        """Note one problem; `row` is the spreadsheet's row number."""
-        place = "" if row is None else f" row {row}"
-        shown = f" (image={image!r})" if image else ""
-        self.lines.append(f"{self.path.name}{place}{shown}: {text}")
-
-    def check(self) -> None:
-        """Raise what was collected.
-
-        Raises:
-            MetadataError: If there was any problem.
-        """
-        if not self.lines:
-            return
-        more = len(self.lines) - MAX_PROBLEMS
-        shown = self.lines[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
-        count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"
-        raise MetadataError("\n".join([f"{count} in {self.path}:", *shown]))
-
-
-def read_metadata(path: str | Path, base_path: str | Path | None = None) -> pd.DataFrame:
-    """Read and check a metadata CSV.
-
-    Columns: ``prompt``, ``seed``, ``rand_device``, ``num_inference_steps``, ``cfg_scale`` (the last
-    two are the student's) and ``image`` or ``latents``, files relative to `base_path`. Optional:
-    ``height``, ``width``. Others stay text. A file made for DiffSynth-Studio works unchanged.
-
-    Args:
-        path: CSV file, UTF-8 with or without byte order mark.
-        base_path: Folder that ``image`` and ``latents`` are relative to; default: the CSV's.
-
-    Returns:
-        One row a pair, in the file's order, with a column ``row``, the number a spreadsheet shows
-        (header = 1); ``image`` and ``latents`` are full paths, empty where not given; ``height``
-        and ``width`` are 0 where not given.
-
-    Raises:
-        FileNotFoundError: If there is no such CSV.
-        MetadataError: Naming every row, column and value that can't be used (up to 50).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"metadata file {path} does not exist")
-    try:
-        # Everything is text until its declared type says otherwise: pandas would make NaN of a
-        # prompt "NA" and floats of a column of seeds with a blank.
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise MetadataError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    problems = Problems(path)
-    for column in REQUIRED_COLUMNS:
-        if column not in raw:
-            problems.add(f"column {column!r} is missing; found {', '.join(map(repr, raw.columns))}")
-    if not {"image", "latents"} & set(raw.columns):
-        problems.add("a column 'image' or 'latents' is needed; found neither")
-    if raw.empty:
-        problems.add("the table has no rows")
-    problems.check()
-
-    raw["row"] = np.arange(2, len(raw) + 2)
-    for column in ("image", "latents", "height", "width"):
-        if column not in raw:
-            raw[column] = ""
-    table = raw.copy()
-    parse = _ColumnParser(raw, problems)
-    table["seed"] = parse.integers("seed", 0, 2**63 - 1)
-    table["num_inference_steps"] = parse.integers("num_inference_steps", 1, 10_000)
-    table["cfg_scale"] = parse.numbers("cfg_scale", 1.0)
-    for column in ("height", "width"):
-        table[column] = parse.integers(column, 1, 2**20, blank=0)
-    parse.texts("prompt", lambda text: text.strip() != "", "a text that is not empty")
-    parse.texts("rand_device", _can_draw, "cpu, or cuda (or cuda:N) where there is such a GPU")
-    base = Path(base_path) if base_path is not None else path.parent
-    for column in ("image", "latents"):
-        given = table[column] != ""
-        table.loc[given, column] = [str(base / name) for name in table.loc[given, column]]
-        exists = [name == "" or Path(name).is_file() for name in table[column]]
-        parse.reject(column, ~np.array(exists), f"a file below {base}")
-    problems.check()
-    return table
-
-
-class _ColumnParser:
-    """Parses text columns by declared type and notes what does not fit."""
-
-    def __init__(self, raw: pd.DataFrame, problems: Problems) -> None:
-        self.raw = raw
-        self.problems = problems
-
-    def reject(self, column: str, bad: Any, accepted: str) -> None:  # noqa: ANN401
-        for index in np.flatnonzero(bad):
-            record = self.raw.iloc[index]
-            self.problems.add(
-                f"{column} must be {accepted}, got {record[column]!r}",
-                int(record["row"]),
-                "" if column == "image" else record["image"],
-            )
-
-    def integers(self, column: str, low: int, high: int, blank: int | None = None) -> pd.Series:
-        text = self.raw[column].str.strip()
-        if blank is not None:
-            text = text.mask(text == "", str(blank))
-        # At most 19 digits fit int64; those above its limit turn negative and are caught below.
-        whole = text.str.fullmatch(r"\d{1,19}")
-        values = pd.Series(0, index=text.index, dtype="int64")
-        values[whole] = text[whole].astype("uint64").astype("int64")
-        bad = ~whole | (values < (low if blank is None else blank)) | (values > high)
-        self.reject(column, bad.to_numpy(), f"an integer >= {low} and <= {high}")
-        return values
-
-    def numbers(self, column: str, low: float) -> pd.Series:
-        values = pd.to_numeric(self.raw[column], errors="coerce").astype("float64")
-        bad = ~(np.isfinite(values.to_numpy()) & (values.to_numpy() >= low))
-        self.reject(column, bad, f"a number >= {low:g}")
-        return values
-
-    def texts(self, column: str, good: Callable[[str], bool], accepted: str) -> None:
-        verdict = {text: good(text) for text in self.raw[column].unique()}
-        fits = np.array([verdict[text] for text in self.raw[column]])
-        self.reject(column, ~fits, accepted)
-
-
-def _can_draw(device: str) -> bool:
-    """Whether a generator of this device can be made here."""
-    try:
-        torch.Generator(device)
-    except RuntimeError:  # an unknown name, or no such device in this machine
-        return False
-    return True
-
-
-def read_image(path: str | Path) -> Tensor:
-    """Read an image as it is: never resized, EXIF rotation applied.
-
-    Args:
-        path: A file that Pillow reads, in 8-bit grey, palette, RGB or opaque RGBA.
-
-    Returns:
-        (3, height, width), float32, range [0, 1].
-
-    Raises:
-        ValueError: If it can't be read, is truncated, has transparent pixels, or is of a kind
-            (CMYK, 16-bit, ...) whose conversion would be a guess.
-    """
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from error
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if np.asarray(image.getchannel("A")).min() < 255:
-            raise ValueError(f"{path} has transparent pixels; flatten it onto a background first")
-    elif image.mode not in ("RGB", "L", "P", "1"):
-        raise ValueError(f"{path} has colour mode {image.mode}; save it as 8-bit RGB first")
-    array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Return (height, width) from an image's header, EXIF rotation applied.
-
-    Raises:
-        ValueError: If it is not an image.
-    """
-    try:
-        with Image.open(path) as file:
-            width, height = file.size
-            turned = file.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable image ({error})") from error
-    return (width, height) if turned else (height, width)
-
-
-def check_sizes(
-    table: pd.DataFrame,
-    path: Path,
-    *,
-    height: int | None,
-    width: int | None,
-    max_pixels: int | None,
-) -> pd.DataFrame:
-    """Fill in ``height`` and ``width`` of every row and refuse what does not fit.
-
-    Images are never resized: a target must be what the teacher drew.
-
-    Args:
-        table: As `read_metadata` returns it.
-        path: The CSV, for messages.
-        height: With `width`, the size in pixels that every row must have.
-        width: See `height`.
-        max_pixels: Largest area in pixels; smaller images of any size are accepted.
-
-    Returns:
-        The table; rows of unknown size (no image, no columns) get `height` and `width`, or 0, the
-        pipeline's own default.
-
-    Raises:
-        MetadataError: Naming every row whose size does not fit, its size and the limit.
-    """
-    problems = Problems(path)
-    fixed = (height, width) if height and width else None
-    sizes = np.zeros((len(table), 2), dtype=np.int64)
-    # Lists, not `iloc`: a hundred times faster on a large table.
-    columns = [table[name].tolist() for name in ("row", "image", "height", "width")]
-    for index, (row, image, *listed) in enumerate(zip(*columns, strict=True)):
-        size = (int(listed[0]), int(listed[1]))
-        if size == (0, 0) and image:
-            try:
-                size = image_size(image)
-            except ValueError as error:
-                problems.add(f"image: {error}", row, image)
-                continue
-        if size == (0, 0):
-            size = fixed or size
-        elif fixed and size != fixed:
-            problems.add(
-                f"the image is {size[0]}x{size[1]} (height x width), but height and width are set "
-                f"to {height}x{width}; images are never resized",
-                row,
-                image,
-            )
-        elif max_pixels and size[0] * size[1] > max_pixels:
-            problems.add(
-                f"the image is {size[0]}x{size[1]} = {size[0] * size[1]} pixels, more than "
-                f"max_pixels={max_pixels}; images are never resized",
-                row,
-                image,
-            )
-        sizes[index] = size
-    problems.check()
-    return table.assign(height=sizes[:, 0], width=sizes[:, 1])
-
-
-def hold_out(prompts: pd.Series, fraction: float, seed: int) -> pd.Series:
-    """Mark about `fraction` of the prompts, the same ones for a seed however the table grows.
-
-    Returns:
-        Boolean, True for held-out rows; all rows of a prompt are on one side.
-    """
-
-    def draw(prompt: str) -> float:
-        digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
-
-    return prompts.map({prompt: draw(prompt) < fraction for prompt in prompts.unique()})
 
 
 class PairDataset(Dataset[dict[str, Any]]):
@@ -316,7 +55,7 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __init__(self, table: pd.DataFrame) -> None:
         self.table = table
         fields = ["row", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale"]
-        fields += ["height", "width", "image", "latents"]
+        fields += ["height", "width", "image", "latents", "call"]
         self.columns = {name: table[name].to_numpy() for name in fields}
 
     def __len__(self) -> int:
@@ -341,11 +80,11 @@ class PairDataset(Dataset[dict[str, Any]]):
                     f"row {row['row']}: {row['image']} is {image.shape[1]}x{image.shape[2]} (height"
                     f" x width), but the table says {row['height']}x{row['width']}"
                 )
-        return row | {"image": image, "latents": latents}
+        return row | {"image": image, "latents": latents, "call": open_pictures(row["call"])}
 
     def buckets(self) -> list[np.ndarray]:
         """Return the indices of rows that may share a batch, one array a bucket."""
-        keys = ["height", "width", "num_inference_steps", "cfg_scale", "rand_device"]
+        keys = ["height", "width", "num_inference_steps", "cfg_scale", "rand_device", "call_key"]
         kind = np.where(self.table["latents"] != "", 2, np.where(self.table["image"] != "", 1, 0))
         groups = self.table.assign(kind=kind).groupby([*keys, "kind"], sort=True)
         return [np.sort(index) for index in groups.indices.values()]
@@ -362,10 +101,39 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
         "num_inference_steps": int(first["num_inference_steps"]),
         "cfg_scale": float(first["cfg_scale"]),
         "size": None if size == (0, 0) else size,
+        "call": collate_calls([row["call"] for row in rows]),
         "image": None if first["image"] is None else torch.stack([r["image"] for r in rows]),
         "latents": None if first["latents"] is None else torch.stack([r["latents"] for r in rows]),
         "row": [int(row["row"]) for row in rows],
     }
+
+
+def open_pictures(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's call arguments with pictures in place of their paths."""
+    return {k: read_picture(v) if isinstance(v, Path) else v for k, v in call.items()}
+
+
+def collate_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the call arguments of a batch: a number common to all, or a list of all else."""
+    return {
+        name: value if isinstance(value, int | float) else [call[name] for call in calls]
+        for name, value in calls[0].items()
+    }
+
+
+def split_batch(batch: Batch, size: int | None) -> list[Batch]:
+    """Return the batch in parts of at most `size` rows; None: in one part."""
+    rows = len(batch["row"])
+    if size is None or size >= rows:
+        return [batch]
+
+    def part(value: Any, start: int) -> Any:  # noqa: ANN401
+        if isinstance(value, dict):
+            return {name: part(entry, start) for name, entry in value.items()}
+        # The size is a tuple; what is one for each row is a list or a tensor.
+        return value[start : start + size] if isinstance(value, list | Tensor) else value
+
+    return [part(batch, start) for start in range(0, rows, size)]
 
 
 class BucketBatchSampler:
@@ -501,7 +269,9 @@ class DistillDataModule(pl.LightningDataModule):
         metadata_path: CSV of the training pairs.
         val_metadata_path: CSV of held-out pairs, for validate, test and predict.
         val_fraction: Without `val_metadata_path`: hold out about this share of the prompts.
-        base_path: Folder that image and latents paths are relative to; default: the CSV's.
+        base_path: Folder that files are relative to; default: the CSV's.
+        call_columns: Columns that are arguments of the pipeline's call, argument to column, such as
+            {image: edit_image} for an edit pipeline. Paths of pictures, numbers or texts.
         height: With `width`, the size in pixels that every image must have.
         width: See `height`.
         max_pixels: Largest area of an image in pixels. Without height, width and max_pixels
@@ -522,6 +292,7 @@ class DistillDataModule(pl.LightningDataModule):
         val_metadata_path: str | None = None,
         val_fraction: float = 0.0,
         base_path: str | None = None,
+        call_columns: dict[str, str] | None = None,
         height: int | None = None,
         width: int | None = None,
         max_pixels: int | None = None,
@@ -547,6 +318,7 @@ class DistillDataModule(pl.LightningDataModule):
         self.val_metadata_path = val_metadata_path
         self.val_fraction = val_fraction
         self.base_path = base_path
+        self.call_columns = call_columns or {}
         self.height = height
         self.width = width
         self.max_pixels = max_pixels
@@ -582,7 +354,8 @@ class DistillDataModule(pl.LightningDataModule):
 
     def _read(self, path: str) -> pd.DataFrame:
         limits = {"height": self.height, "width": self.width, "max_pixels": self.max_pixels}
-        return check_sizes(read_metadata(path, self.base_path), Path(path), **limits)
+        table = read_metadata(path, self.base_path, self.call_columns)
+        return check_sizes(table, Path(path), **limits)
 
     def _loader(self, dataset: PairDataset, train: bool) -> PairLoader:
         trainer = self.trainer

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import lightning.pytorch as pl
 import pandas as pd
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from lit_distill.data import LATENTS_KEY
+from lit_distill.data import LATENTS_KEY, collate_calls, open_pictures
 from lit_distill.families import load_pipeline
+from lit_distill.metadata import Problems, call_key, read_calls
 from lit_distill.rollout import draw
 
 if TYPE_CHECKING:
@@ -34,12 +36,20 @@ METADATA_FILE = "metadata.csv"
 PROVENANCE_FILE = "provenance.json"
 
 
+class Prompt(NamedTuple):
+    """What to draw: a text, and further arguments of the pipeline's call that go with it."""
+
+    text: str
+    call: dict[str, Any]
+
+
 class Pair(NamedTuple):
     """One row to draw: its place in the data set, its prompt, and the seed of its noise."""
 
     number: int
     prompt: str
     seed: int
+    call: dict[str, Any]
 
     def files(self, out: Path) -> tuple[Path, Path]:
         """Return the paths of its image and its latents."""
@@ -64,6 +74,7 @@ class Teacher:
         rand_device: Device whose generator draws the noise.
         batch_size: Prompts a batch; part of the result, since sums depend on it in the last bit.
         call_kwargs: Further arguments of the pipeline's call, e.g. ``negative_prompt``.
+        call_columns: Arguments of the pipeline's call that every row brings, and their columns.
         student_num_inference_steps: Written to the CSV for the student.
         student_cfg_scale: Written to the CSV for the student.
     """
@@ -78,6 +89,7 @@ class Teacher:
     rand_device: str = "cpu"
     batch_size: int = 1
     call_kwargs: dict[str, Any] = field(default_factory=dict)
+    call_columns: dict[str, str] = field(default_factory=dict)
     student_num_inference_steps: int = 4
     student_cfg_scale: float = 1.0
 
@@ -91,32 +103,45 @@ class Teacher:
                 raise ValueError(f"{name} must be >= 1 (1 = off), got {getattr(self, name)}")
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -> list[Prompt]:
     """Read prompts from a .csv or .jsonl file (field ``prompt``) or a text file, one a line.
+
+    Args:
+        path: The file.
+        call_columns: Further fields that are arguments of the pipeline's call, argument -> field:
+            pictures, relative to the file's folder, numbers or texts.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no prompt, or has no field ``prompt``.
+        ValueError: If it holds no prompt, or lacks a field, or a picture can't be read.
     """
     path = Path(path)
+    call_columns = call_columns or {}
     if not path.is_file():
         raise FileNotFoundError(f"prompts file {path} does not exist")
     if path.suffix == ".csv":
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     elif path.suffix == ".jsonl":
-        table = pd.read_json(path, lines=True, dtype=False)
+        table = pd.read_json(path, lines=True, dtype=False).astype(str)
     else:
         table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8-sig").splitlines()})
-    if "prompt" not in table:
-        raise ValueError(f"{path} has no field 'prompt'; found {', '.join(map(repr, table))}")
-    prompts = [str(prompt).strip() for prompt in table["prompt"] if str(prompt).strip()]
-    if not prompts:
+    for name in ("prompt", *call_columns.values()):
+        if name not in table:
+            raise ValueError(f"{path} has no field {name!r}; found {', '.join(map(repr, table))}")
+    first = 2 if path.suffix == ".csv" else 1
+    table = table.assign(row=range(first, first + len(table)), image="")
+    table = table[table["prompt"].str.strip() != ""]
+    if table.empty:
         raise ValueError(f"{path} holds no prompt")
-    return prompts
+    problems = Problems(path)
+    calls = read_calls(table, call_columns, path.parent, problems)
+    problems.check()
+    texts = table["prompt"].str.strip()
+    return [Prompt(text, call) for text, call in zip(texts, calls, strict=True)]
 
 
 def plan_pairs(
-    prompts: list[str], seeds_per_prompt: int, first_seed: int = 0, limit: int | None = None
+    prompts: list[Prompt], seeds_per_prompt: int, first_seed: int = 0, limit: int | None = None
 ) -> list[Pair]:
     """Return the rows to draw: every prompt once, then every prompt again, each with its own seed.
 
@@ -135,7 +160,9 @@ def plan_pairs(
     if first_seed < 0:
         raise ValueError(f"first_seed must be >= 0, got {first_seed}")
     rows = enumerate(prompt for _ in range(seeds_per_prompt) for prompt in prompts)
-    return [Pair(index, prompt, first_seed + index) for index, prompt in rows][:limit]
+    return [Pair(index, prompt.text, first_seed + index, prompt.call) for index, prompt in rows][
+        :limit
+    ]
 
 
 def generate_pairs(
@@ -170,7 +197,7 @@ def generate_pairs(
 
 def _claim(out: Path, teacher: Teacher, pairs: list[Pair]) -> None:
     """Write the provenance file, or compare with the one that is there."""
-    rows = json.dumps(pairs, ensure_ascii=False)
+    rows = json.dumps(pairs, ensure_ascii=False, default=lambda path: path.name)
     facts = asdict(teacher) | {
         "rows": len(pairs),
         "rows_sha256": hashlib.sha256(rows.encode()).hexdigest(),
@@ -211,9 +238,12 @@ def _whole(path: Path) -> Iterator[Path]:
 
 def _write_metadata(path: Path, teacher: Teacher, pairs: list[Pair], out: Path) -> None:
     files = [pair.files(out) for pair in pairs]
+    # A file of several frames is no target to train on: the exact latents are.
+    with Image.open(files[0][0]) as first:
+        kind = "video" if getattr(first, "is_animated", False) else "image"
     table = pd.DataFrame(
         {
-            "image": [image.relative_to(out).as_posix() for image, _ in files],
+            kind: [image.relative_to(out).as_posix() for image, _ in files],
             "prompt": [pair.prompt for pair in pairs],
             "seed": [pair.seed for pair in pairs],
             "rand_device": teacher.rand_device,
@@ -225,10 +255,19 @@ def _write_metadata(path: Path, teacher: Teacher, pairs: list[Pair], out: Path) 
             "teacher_model": teacher.model,
             "teacher_num_inference_steps": teacher.num_inference_steps,
             "teacher_cfg_scale": f"{teacher.cfg_scale:g}",
+            **{
+                column: [_as_text(pair.call[argument], out) for pair in pairs]
+                for argument, column in teacher.call_columns.items()
+            },
         }
     )
     with _whole(path) as temporary:
         table.to_csv(temporary, index=False)
+
+
+def _as_text(value: Any, out: Path) -> Any:  # noqa: ANN401
+    """Return a call argument as the CSV holds it: paths relative to the CSV's folder."""
+    return os.path.relpath(value, out) if isinstance(value, Path) else value
 
 
 class _Draws(pl.LightningModule):
@@ -240,8 +279,15 @@ class _Draws(pl.LightningModule):
         super().__init__()
         self.teacher = teacher
         self.out = out
+        alike: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            alike.setdefault(call_key(pair.call), []).append(pair)
         size = teacher.batch_size
-        batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        batches = [
+            group[start : start + size]
+            for group in alike.values()
+            for start in range(0, len(group), size)
+        ]
         # Whole batches are drawn again, since another batch would give other last bits.
         self.batches = [
             batch
@@ -273,13 +319,15 @@ class _Draws(pl.LightningModule):
             prompt=[pair.prompt for pair in batch],
             **size,
             **teacher.call_kwargs,
+            **collate_calls([open_pictures(pair.call) for pair in batch]),
         )
         for pair, image, final in zip(batch, images, latents, strict=True):
             self._write(pair, image, final)
 
     def _write(self, pair: Pair, image: Any, latents: torch.Tensor) -> None:  # noqa: ANN401
         image_path, latents_path = pair.files(self.out)
-        facts = asdict(self.teacher) | {"prompt": pair.prompt, "seed": pair.seed}
+        call = {argument: _as_text(value, self.out) for argument, value in pair.call.items()}
+        facts = asdict(self.teacher) | {"prompt": pair.prompt, "seed": pair.seed, "call": call}
         note = PngInfo()
         note.add_itxt("lit_distill", json.dumps(facts, ensure_ascii=False))
         if not latents_path.is_file():
@@ -287,4 +335,11 @@ class _Draws(pl.LightningModule):
                 save_file({LATENTS_KEY: latents.cpu().contiguous()}, temporary)
         if not image_path.is_file():
             with _whole(image_path) as temporary:
-                image.save(temporary, format="PNG", pnginfo=note)
+                # A video is an animated PNG: lossless, one file, and any browser plays it.
+                first, *rest = image if isinstance(image, list) else [image]
+                first.save(
+                    temporary,
+                    format="PNG",
+                    pnginfo=note,
+                    **({"save_all": True, "append_images": rest, "duration": 62} if rest else {}),
+                )

@@ -11,25 +11,30 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 import lit_distill
-from lit_distill.adapters import adapters_off, check_state, make_trainable
+from lit_distill.adapters import (
+    adapters_off,
+    check_state,
+    freeze_parameters,
+    make_trainable,
+    set_training_mode,
+)
 from lit_distill.codec import LatentCodec
-from lit_distill.data import Batch, DistillDataModule
-from lit_distill.encode import PromptEncoder
+from lit_distill.data import Batch, DistillDataModule, collate, split_batch
+from lit_distill.encode import EncodeOnce
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.precision import compute_in
-from lit_distill.preflight import preflight
+from lit_distill.preflight import Report, preflight, preflight_size
 from lit_distill.resume import AtomicCheckpointIO, Run, StopOnSignal
 from lit_distill.rollout import Checkpointing, draw, rollout
 from lit_distill.schedule import WarmupCosine
 from lit_distill.sharding import load_sharded
 from lit_distill.steps import OptimizerStep, gradient_norm
-from lit_distill.unused import freeze_unused
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -60,8 +65,15 @@ class DirectDistill(pl.LightningModule):
             neither image nor latents.
         teacher_cfg_scale: Guidance of the online teacher, 1 = off.
         call_kwargs: Fixed arguments of the pipeline's call, for teacher and student alike.
-        preflight: Check before training, by two draws of two steps, that the rollout with gradients
-            is the pipeline and that guidance can be switched off.
+        freeze: Patterns of parameters that are not trained, such as
+            "transformer.transformer_blocks.59.txt_mlp.*".
+        train_mode: Patterns of modules that are put into training mode, but for their dropout, for
+            those (HiDream's experts) that compute without gradients in evaluation mode.
+        rollout_batch_size: Samples that are drawn together; null: the whole batch. 1 is for
+            pipelines that pad prompts of different length without masking the padding.
+        preflight: Check before training, by a few small draws, that the pipeline can be distilled;
+            checkpointing, freeze, train_mode and rollout_batch_size are changed, with a warning,
+            where it can't be with what is set.
         compile: Compile the denoiser's repeated blocks with torch.compile.
     """
 
@@ -83,6 +95,9 @@ class DirectDistill(pl.LightningModule):
         teacher_num_inference_steps: int = 50,
         teacher_cfg_scale: float = 4.0,
         call_kwargs: dict[str, Any] | None = None,
+        freeze: list[str] | None = None,
+        train_mode: list[str] | None = None,
+        rollout_batch_size: int | None = None,
         preflight: bool = True,
         compile: bool = False,
     ) -> None:
@@ -93,6 +108,9 @@ class DirectDistill(pl.LightningModule):
             raise ValueError(
                 f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}"
             )
+        if rollout_batch_size is not None and rollout_batch_size < 1:
+            raise ValueError(f"model.rollout_batch_size must be >= 1, got {rollout_batch_size}")
+        self.hparams.update(freeze=list(freeze or []), train_mode=list(train_mode or []))
         self.loss = loss or LatentMSE()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -102,7 +120,6 @@ class DirectDistill(pl.LightningModule):
         self._undistilled_losses: dict[str, float] = {}
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
-        self._trained: set[str] = set()
         self._step = OptimizerStep()
         self._run = Run()
 
@@ -131,56 +148,44 @@ class DirectDistill(pl.LightningModule):
         """Load the pipeline, freeze it and make the student trainable; once."""
         if hasattr(self, "denoisers"):
             return
-        # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
-        self.pipe = self._trainable_pipeline()
-        PromptEncoder(self.pipe)
+        # Lightning makes the accelerator the default device here, and schedulers that are built
+        # there can't compute their schedules, for which they use numpy.
+        with torch.device("cpu"):
+            # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
+            self.pipe = self._sharded() if self._device_mesh is not None else self._whole()
+            EncodeOnce(self.pipe)
+            # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
+            self._apply_preflight()
+            if self.hparams["compile"]:
+                for denoiser in denoisers(self.pipe).values():
+                    denoiser.compile_repeated_blocks(fullgraph=True)
         self.denoisers = nn.ModuleDict(denoisers(self.pipe))
-        self._trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._freeze_unused()
 
-    def _trainable_pipeline(self) -> DiffusionPipeline:
-        if self._device_mesh is not None:
-            pipe = load_sharded(
-                self._name(),
-                self._device_mesh["data_parallel"],
-                revision=self.hparams["revision"],
-                torch_dtype=self.hparams["torch_dtype"],
-                lora=self.hparams["lora"],
-                device=self.trainer.strategy.root_device,
-            )
-        else:
-            pipe = self._load_pipeline()
-            dtypes = {
-                key: {name: p.dtype for name, p in denoiser.named_parameters()}
-                for key, denoiser in denoisers(pipe).items()
-            }
-            make_trainable(pipe, self.hparams["lora"])
-            if not self.hparams["compile"]:  # whose tracing can't follow the casts
-                for key, denoiser in denoisers(pipe).items():
-                    compute_in(denoiser, dtypes[key], DTYPES[self.hparams["torch_dtype"]])
-        if self.hparams["compile"]:
-            for denoiser in denoisers(pipe).values():
-                denoiser.compile_repeated_blocks(fullgraph=True)
+    def _trains(self) -> dict[str, Any]:
+        return {name: self.hparams[name] for name in ("lora", "freeze", "train_mode")}
+
+    def _whole(self) -> DiffusionPipeline:
+        pipe = self._load_pipeline()
+        dtypes = {
+            key: {name: p.dtype for name, p in denoiser.named_parameters()}
+            for key, denoiser in denoisers(pipe).items()
+        }
+        make_trainable(pipe, **self._trains())
+        if not self.hparams["compile"]:  # whose tracing can't follow the casts
+            for key, denoiser in denoisers(pipe).items():
+                compute_in(denoiser, dtypes[key], DTYPES[self.hparams["torch_dtype"]])
         return pipe
 
-    def _freeze_unused(self) -> None:
-        """Freeze what gets no gradient, before DDP wraps this module and waits for it.
-
-        It is done under every strategy, so that a checkpoint fits them all.
-        """
-        if not isinstance(getattr(self.trainer, "datamodule", None), DistillDataModule):
-            return
-        self._place(self.trainer.strategy.root_device)
-        with self._own_dtype():
-            frozen = freeze_unused(
-                self.pipe, checkpointing=self.hparams["checkpointing"], **self._example()
-            )
-        if frozen:
-            shown = ", ".join(frozen[:3]) + (", ..." if len(frozen) > 3 else "")
-            rank_zero_info(
-                f"{len(frozen)} parameters get no gradient and stay as they are: {shown}"
-            )
+    def _sharded(self) -> DiffusionPipeline:
+        assert self._device_mesh is not None
+        return load_sharded(
+            self._name(),
+            self._device_mesh["data_parallel"],
+            revision=self.hparams["revision"],
+            torch_dtype=self.hparams["torch_dtype"],
+            trains=self._trains(),
+            device=self.trainer.strategy.root_device,
+        )
 
     def _own_dtype(self) -> Any:  # noqa: ANN401
         """Keep a trainer's autocast out where the denoiser computes in half precision itself."""
@@ -188,6 +193,45 @@ class DirectDistill(pl.LightningModule):
         if self.hparams["torch_dtype"] == "float32" or compiled:
             return ExitStack()
         return torch.autocast(self.device.type, enabled=False)
+
+    def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
+        """Return what preflight sees, on the trainer's device and in its precision."""
+        self._place(trainer.strategy.root_device)
+        with trainer.precision_plugin.forward_context(), self._own_dtype():
+            mode = self.hparams["checkpointing"]
+            return preflight(self.pipe, checkpointing=mode, **{**self.call_kwargs, **call})
+
+    def _apply_preflight(self) -> None:
+        """Check the pipeline before training; take up the settings that avoid what was found."""
+        trainer = self._trainer
+        if not self.hparams["preflight"] or trainer is None or trainer.state.fn != "fit":
+            return
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, DistillDataModule):
+            return
+        report = self.preflight(trainer, **self._example(data))
+        report.raise_failures()
+        for finding in report.findings:
+            if finding.verdict == "avoidable":
+                rank_zero_warn(
+                    f"{report.pipeline}, {finding.check}: {finding.seen}. "
+                    f"{finding.remedy} It is done for this run."
+                )
+        freeze_parameters(self.pipe, report.settings.get("freeze", []))
+        set_training_mode(self.pipe, report.settings.get("train_mode", []))
+        for name, value in report.settings.items():
+            known = self.hparams[name]
+            self.hparams[name] = known + value if isinstance(value, list) else value
+
+    def _example(self, data: DistillDataModule) -> dict[str, Any]:
+        """Return the first training row as arguments of `preflight`, at a small size."""
+        assert data.train_set is not None
+        batch = collate([data.train_set[0] | {"image": None, "latents": None}])
+        call = self._call(batch) | {"prompt": batch["prompt"][0]}
+        del call["generator"]
+        if batch["size"] is not None:
+            call |= dict(zip(("height", "width"), preflight_size(*batch["size"]), strict=True))
+        return call | {"num_inference_steps": batch["num_inference_steps"]}
 
     def _name(self) -> str:
         name: str | None = self.hparams["pretrained_model_name_or_path"]
@@ -216,20 +260,9 @@ class DirectDistill(pl.LightningModule):
         self._place()
         if self._run.seed is None:
             self._run.seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
-        if self.hparams["preflight"] and isinstance(
-            getattr(self.trainer, "datamodule", None), DistillDataModule
-        ):
-            preflight(self.pipe, **self._example())
         for name, module in self.denoisers.named_modules():
             if name.endswith("lora_dropout"):
                 module.train()
-
-    def _example(self) -> dict[str, Any]:
-        """Return call arguments of the first training row, its size above all."""
-        table = self.trainer.datamodule.train_set.table  # type: ignore[attr-defined]
-        row = table.iloc[0]
-        size = {"height": int(row["height"]), "width": int(row["width"])} if row["height"] else {}
-        return {"prompt": [row["prompt"]], **size, **self.call_kwargs}
 
     def on_train_start(self) -> None:
         """Go on with this run's settings where loading a checkpoint has changed them; say so."""
@@ -263,15 +296,23 @@ class DirectDistill(pl.LightningModule):
         size = dict(zip(("height", "width"), batch["size"] or (), strict=False))
         device = batch["rand_device"]
         generators = [torch.Generator(device).manual_seed(seed) for seed in batch["seed"]]
-        return {"prompt": batch["prompt"], "generator": generators, **size, **self.call_kwargs}
+        given = {"prompt": batch["prompt"], "generator": generators, **size}
+        return {**self.call_kwargs, **given, **batch["call"]}
+
+    def _rollout(self, batch: Batch, **options: Any) -> Tensor:  # noqa: ANN401
+        """Return final latents, of as many samples at a time as the pipeline draws rightly."""
+        parts = split_batch(batch, self.hparams["rollout_batch_size"])
+        with self._own_dtype():
+            drawn = [rollout(self.pipe, **self._call(part), **options) for part in parts]
+        return torch.cat(drawn)
 
     def codec(self, batch: Batch) -> LatentCodec:
         """Return the codec of the batch's resolution; learned on first use."""
         size = batch["size"]
         if size not in self._codecs:
-            known = dict(zip(("height", "width"), size or (), strict=False))
-            prompt = batch["prompt"][0]
-            self._codecs[size] = LatentCodec(self.pipe, prompt=prompt, **known, **self.call_kwargs)
+            call = self._call(split_batch(batch, 1)[0])
+            del call["generator"]
+            self._codecs[size] = LatentCodec(self.pipe, **call)
         return self._codecs[size]
 
     @torch.no_grad()
@@ -302,24 +343,21 @@ class DirectDistill(pl.LightningModule):
                 "teacher to draw one: make pairs first with `lit-distill generate`"
             )
         with adapters_off(self.denoisers):
-            return rollout(
-                self.pipe,
+            return self._rollout(
+                batch,
                 num_inference_steps=self.hparams["teacher_num_inference_steps"],
                 cfg_scale=self.hparams["teacher_cfg_scale"],
-                **self._call(batch),
             ).float()
 
     def student_rollout(self, batch: Batch) -> Tensor:
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""
-        with self._own_dtype():
-            return rollout(
-                self.pipe,
-                num_inference_steps=batch["num_inference_steps"],
-                cfg_scale=batch["cfg_scale"],
-                grad_steps=self.hparams["grad_steps"],
-                checkpointing=self.hparams["checkpointing"],
-                **self._call(batch),
-            )
+        return self._rollout(
+            batch,
+            num_inference_steps=batch["num_inference_steps"],
+            cfg_scale=batch["cfg_scale"],
+            grad_steps=self.hparams["grad_steps"],
+            checkpointing=self.hparams["checkpointing"],
+        )
 
     def draw(
         self,
@@ -341,12 +379,16 @@ class DirectDistill(pl.LightningModule):
             Final latents (B, ...) and B images.
         """
         with self._own_dtype(), self.undistilled() if undistilled else ExitStack():
-            return draw(
-                self.pipe,
-                num_inference_steps=num_inference_steps or batch["num_inference_steps"],
-                cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
-                **self._call(batch),
-            )
+            drawn = [
+                draw(
+                    self.pipe,
+                    num_inference_steps=num_inference_steps or batch["num_inference_steps"],
+                    cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
+                    **self._call(part),
+                )
+                for part in split_batch(batch, self.hparams["rollout_batch_size"])
+            ]
+        return torch.cat([part for part, _ in drawn]), [one for _, part in drawn for one in part]
 
     @contextmanager
     def undistilled(self) -> Iterator[None]:
@@ -484,8 +526,8 @@ class DirectDistill(pl.LightningModule):
     # Checkpoints hold what trains
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Return what trains, by its name in a checkpoint; unused parameters are among it."""
-        return {name: p for name, p in self.named_parameters() if name in self._trained}
+        """Return what trains, by its name in a checkpoint."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # noqa: ANN401
         """Return the trainable tensors only."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 def compute_in(module: nn.Module, dtypes: Mapping[str, torch.dtype], default: torch.dtype) -> None:
-    """Let every submodule that owns trainable parameters compute with casts of them.
+    """Let every submodule that owns float32 parameters compute with casts of them.
 
     Args:
         module: The network, changed in place; its parameters, and so its state dict, are not.
@@ -30,7 +30,7 @@ def compute_in(module: nn.Module, dtypes: Mapping[str, torch.dtype], default: to
         wanted = {
             name: dtypes.get(f"{prefix}.{name}".lstrip("."), default)
             for name, parameter in owner.named_parameters(recurse=False)
-            if parameter.requires_grad
+            if parameter.dtype == torch.float32
         }
         if any(dtype != torch.float32 for dtype in wanted.values()):
             owner.forward = _with_casts(owner, owner.forward, wanted)

@@ -1,72 +1,403 @@
-"""Checks before training that a pipeline can be distilled the way this package does it."""
+"""Checks, before any long work, that a pipeline can be distilled the way this package does it.
+
+They need nothing but the pipeline and a prompt, and take a few draws of a few steps. What can be
+avoided by a setting of `DirectDistill` is not an error: the report names the setting.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from lit_distill.families import denoisers
-from lit_distill.rollout import draw, replaced_forward, rollout
+from lit_distill.adapters import set_training_mode
+from lit_distill.families import denoisers, guidance
+from lit_distill.rollout import Checkpointing, Steps, run, silenced
+from lit_distill.sharding import whole
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+BY_THRIFT: tuple[Checkpointing, ...] = ("nested", "step", "block", "none")
+"""Checkpointing modes, the one that stores least first."""
 
 
 class PreflightError(RuntimeError):
     """The pipeline failed a check; the message names it, what was seen and the remedy."""
 
 
-def preflight(pipe: DiffusionPipeline, *, seed: int = 0, **call_kwargs: Any) -> None:  # noqa: ANN401
-    """Draw one sample in two steps, twice, and compare.
+class Finding(NamedTuple):
+    """What one check saw.
 
-    Checks that the rollout with gradients on ends in the latents of the pipeline without, and that
-    without guidance the denoiser is called once a step.
+    Attributes:
+        check: What is to hold.
+        verdict: ``"ok"``, ``"avoidable"`` by the setting in `remedy`, or ``"failed"``.
+        seen: What was found.
+        remedy: What to do about it.
+    """
+
+    check: str
+    verdict: Literal["ok", "avoidable", "failed"]
+    seen: str
+    remedy: str = ""
+
+
+@dataclass
+class Report:
+    """What all checks saw.
+
+    Attributes:
+        pipeline: Name of the pipeline's class.
+        findings: One entry a check.
+        settings: Arguments of `DirectDistill` that avoid what is avoidable: ``checkpointing``,
+            ``freeze``, ``rollout_batch_size``.
+    """
+
+    pipeline: str
+    findings: list[Finding] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def raise_failures(self) -> None:
+        """Raise what can't be avoided.
+
+        Raises:
+            PreflightError: Naming every failed check, what was seen and what to do.
+        """
+        failed = [finding for finding in self.findings if finding.verdict == "failed"]
+        if failed:
+            lines = [f"{self.pipeline} did not pass preflight:"]
+            lines += [f"  {f.check}: {f.seen}. {f.remedy}".rstrip() for f in failed]
+            raise PreflightError("\n".join(lines))
+
+    def __str__(self) -> str:
+        lines = [f"{self.pipeline}:"]
+        for finding in self.findings:
+            lines.append(f"  {finding.verdict:9}  {finding.check}: {finding.seen}")
+            if finding.remedy:
+                lines.append(f"{'':13}{finding.remedy}")
+        return "\n".join(lines)
+
+
+def preflight(
+    pipe: DiffusionPipeline,
+    *,
+    prompt: str,
+    num_inference_steps: int = 4,
+    checkpointing: Checkpointing = "none",
+    seed: int = 0,
+    **call_kwargs: Any,  # noqa: ANN401
+) -> Report:
+    """Check that a pipeline can be distilled, by drawing from it.
+
+    1. The rollout ends in the latents of the plain `pipe()`.
+    2. Without guidance there is one denoiser call a step.
+    3. A batch of two prompts of different length equals two draws of one.
+    4. Checkpointing leaves the gradient as it is, each mode by itself.
+    5. Every trainable parameter gets a gradient, and a finite one.
 
     Args:
         pipe: The pipeline, its trainable parameters requiring gradients.
+        prompt: A typical prompt.
+        num_inference_steps: The student's steps: a denoiser of Wan 2.2 may only see some of them.
+        checkpointing: The mode that is going to be used.
         seed: Seed of the noise.
-        **call_kwargs: Arguments of the pipeline's call for one sample, ``prompt`` among them.
+        **call_kwargs: Further arguments of the pipeline's call for one sample; lists hold one
+            entry. Small ``height`` and ``width`` make it quick.
 
-    Raises:
-        PreflightError: Naming the check that failed.
+    Returns:
+        The report; nothing is raised and nothing of the pipeline changed.
     """
-    calls = 0
+    checks = _Checks(pipe, prompt, num_inference_steps, seed, call_kwargs)
+    report = Report(type(pipe).__name__)
+    report.findings += checks.draws_what_the_pipeline_draws()
+    if report.findings[0].verdict == "failed":
+        return report  # whatever else is seen follows from that
+    if not any(parameter.requires_grad for _, parameter in checks.parameters):
+        nothing = "no parameter of the denoiser requires gradients"
+        report.findings.append(Finding("something is trained", "failed", nothing))
+        return report
+    report.findings.append(checks.batches_equal_singles(report.settings))
+    report.findings.append(checks.checkpointing_keeps_the_gradient(checkpointing, report.settings))
+    usable = report.settings.get("checkpointing", checkpointing)
+    report.findings.append(checks.every_parameter_is_reached(usable, report.settings))
+    return report
 
-    def counted(forward: Any) -> Any:  # noqa: ANN401
-        def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            nonlocal calls
-            calls += 1
-            return forward(*args, **kwargs)
 
-        return call
+def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
+    """Return a size of about the same shape with no side above `edge`, in multiples of 64 pixels.
 
-    def arguments() -> dict[str, Any]:
-        generator = [torch.Generator().manual_seed(seed)]
-        return {"num_inference_steps": 2, "generator": generator, **call_kwargs}
+    The checks see at it what they would see at the full size, in a fraction of the time.
+    """
+    longest = max(height, width)
+    if longest <= edge:
+        return height, width
+    return tuple(max(64, round(side * edge / longest / 64) * 64) for side in (height, width))  # type: ignore[return-value]
 
-    expected, _ = draw(pipe, **arguments())
-    with ExitStack() as stack:
-        for denoiser in denoisers(pipe).values():
-            stack.enter_context(replaced_forward(denoiser, counted(denoiser.forward)))
+
+class _Checks:
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        prompt: str,
+        num_inference_steps: int,
+        seed: int,
+        call_kwargs: dict[str, Any],
+    ) -> None:
+        self.pipe = pipe
+        self.prompt = prompt
+        first = prompt.split()[:1]
+        self.short = first[0] if first and first != [prompt] else "a cat, sleeping"
+        self.num_inference_steps = num_inference_steps
+        self.seed = seed
+        self.single = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
+        self.call_kwargs = call_kwargs
+        self.modules = {
+            f"{key}.{name}".rstrip("."): module
+            for key, denoiser in denoisers(pipe).items()
+            for name, module in denoiser.named_modules()
+        }
+        self.parameters = [
+            (f"{key}.{name}", parameter)
+            for key, denoiser in denoisers(pipe).items()
+            for name, parameter in denoiser.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    def _arguments(self, prompts: Sequence[str] = (), first: int = 0) -> dict[str, Any]:
+        prompts = prompts or [self.prompt]
+        seeds = range(self.seed + first, self.seed + first + len(prompts))
+        return {
+            "prompt": list(prompts),
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "num_inference_steps": self.num_inference_steps,
+            "output_type": "latent",
+            **{
+                key: value * len(prompts) if isinstance(value, list) else value
+                for key, value in self.call_kwargs.items()
+            },
+        }
+
+    @torch.no_grad()
+    def _draw(self, prompts: Sequence[str] = (), first: int = 0) -> tuple[Steps, Any]:
+        return run(self.pipe, cfg_scale=1.0, **self._arguments(prompts, first))
+
+    def draws_what_the_pipeline_draws(self) -> list[Finding]:
+        check = "the rollout draws what pipe() draws"
+        arguments = self._arguments()
+        try:
+            with silenced(self.pipe), guidance(self.pipe, 1.0, 1, self.call_kwargs) as given:
+                expected = self.pipe(**arguments, **given, return_dict=False)[0]
+            steps, found = self._draw()
+        except Exception as error:  # whatever the pipeline throws is what the user has to see
+            return [Finding(check, "failed", _described(error))]
+        if torch.equal(found, expected):
+            equality = Finding(check, "ok", "equal bit for bit")
+        elif (apart := _apart(found, expected)) <= (1e-5 if self.single else 2e-2):
+            equality = Finding(check, "ok", f"equal up to rounding, {apart:.0e}")
+        else:
+            remedy = "Train with dropout off, and with a pipeline that repeats a seed's image."
+            equality = Finding(
+                check, "failed", f"two draws of a seed differ by {apart:.0e}", remedy
+            )
+        return [equality, self._one_call_a_step(steps)]
+
+    def _one_call_a_step(self, steps: Steps) -> Finding:
+        check = "without guidance one denoiser call a step"
+        seen = f"{steps.calls} calls in {steps.done} steps"
+        if steps.calls <= steps.done:
+            return Finding(check, "ok", seen)
+        remedy = (
+            "Switch off its other kinds of guidance in model.call_kwargs, or add a line to "
+            "lit_distill.families.QUIRKS."
+        )
+        return Finding(check, "failed", seen, remedy)
+
+    def _gradient(
+        self,
+        checkpointing: Checkpointing,
+        grad_steps: int | None = None,
+        prompts: Sequence[str] = (),
+    ) -> list[Tensor | None]:
+        """Return the norm of every parameter's gradient; None: no gradient reached it.
+
+        Norms are compared, not gradients, so that a large model's are held only once.
+        """
         with torch.enable_grad():
-            found = rollout(pipe, **arguments())
-    name = type(pipe).__name__
-    if not found.requires_grad:
-        raise PreflightError(
-            f"{name}: no gradient reaches the end of the rollout; is a trainable parameter used?"
-        )
-    # Attention may take another kernel when it records a graph: equal up to rounding.
-    error = ((found - expected).abs().max() / expected.abs().max()).item()
-    if not error <= (1e-4 if found.dtype == torch.float32 else 5e-2):
-        raise PreflightError(
-            f"{name}: two draws of one seed differ by {error:.1e} of the largest value; "
-            "train with dropout off, or, if the pipeline itself is not deterministic here, with "
-            "preflight: false"
-        )
-    if calls >= 4:  # schedulers of higher order take a third
-        raise PreflightError(
-            f"{name}: {calls} denoiser calls in 2 steps with guidance off; this family needs a "
-            "line in lit_distill.families.QUIRKS"
-        )
+            steps, _ = run(
+                self.pipe,
+                cfg_scale=1.0,
+                checkpointing=checkpointing,
+                grad_steps=grad_steps,
+                **self._arguments(prompts),
+            )
+            latents = steps.latents.float()
+            weights = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.seed))
+            loss = (latents * weights.to(latents.device)).sum()
+        if not loss.requires_grad:
+            return [None] * len(self.parameters)
+        own = [parameter.grad for _, parameter in self.parameters]
+        for _, parameter in self.parameters:
+            parameter.grad = None
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return [
+                None if parameter.grad is None else whole(parameter.grad.float().norm())
+                for _, parameter in self.parameters
+            ]
+        finally:
+            for (_, parameter), kept in zip(self.parameters, own, strict=True):
+                parameter.grad = kept
+
+    def checkpointing_keeps_the_gradient(
+        self, chosen: Checkpointing, settings: dict[str, Any]
+    ) -> Finding:
+        check = "checkpointing keeps the gradient"
+        # A padded prompt, for Chroma's checkpointing loses the padding's mask; two steps are enough
+        # to see it, and bound what "none" stores.
+        batched = "rollout_batch_size" not in settings
+        prompts = [self.prompt, self.short] if batched else [self.short]
+        expected = self._gradient("none", 2, prompts)
+        wrong: dict[Checkpointing, str] = {}
+        for mode in BY_THRIFT[:-1]:
+            try:
+                found = self._gradient(mode, 2, prompts)
+            except Exception as error:  # diffusers' own checkpointing fails in many ways
+                wrong[mode] = _described(error)
+                continue
+            if (apart := _norms_apart(found, expected)) > (1e-4 if self.single else 5e-3):
+                wrong[mode] = f"another gradient, by {apart:.0e}"
+        agree = [mode for mode in BY_THRIFT if mode not in wrong]
+        seen = "; ".join([f"fine: {', '.join(agree)}", *(f"{m}: {w}" for m, w in wrong.items())])
+        if chosen not in wrong:
+            return Finding(check, "ok", seen)
+        # The thriftiest of those that recompute no more than the chosen one does.
+        settings["checkpointing"] = next(m for m in agree if chosen == "nested" or m != "nested")
+        remedy = f"Set model.checkpointing: {settings['checkpointing']}."
+        return Finding(check, "avoidable", seen, remedy)
+
+    def every_parameter_is_reached(self, mode: Checkpointing, settings: dict[str, Any]) -> Finding:
+        check = "every trained parameter gets a gradient"
+        names = [name for name, _ in self.parameters]
+        with self._watched() as blind:
+            gradient = self._gradient(mode)
+        inner = bool(blind) and all("." in name for name in blind)
+        avoided = self._training_mode(mode, blind) if inner else None
+        remedies = []
+        if avoided is not None:
+            settings["train_mode"], gradient = avoided
+            remedies.append(f"Set model.train_mode: {settings['train_mode']}.")
+        dead = [name for name, norm in zip(names, gradient, strict=True) if norm is None]
+        if dead:
+            settings["freeze"] = _patterns(dead, set(names) - set(dead))
+            remedies.append(f"Set model.freeze: {settings['freeze']}.")
+        norms = zip(names, gradient, strict=True)
+        if bad := [name for name, norm in norms if norm is not None and not norm.isfinite()]:
+            seen = f"that of {bad[0]} and {len(bad) - 1} others is not finite"
+            return Finding(check, "failed", seen, "Try torch_dtype bfloat16 or float32.")
+        if len(dead) == len(names):
+            return Finding(check, "failed", "none does", "Is what is trained used at all?")
+        seen = f"{len(names) - len(dead)} of {len(names)} do"
+        if blind:
+            seen += f"; none passes through {blind[0]} and {len(blind) - 1} other modules"
+            seen += "" if avoided is None else " in evaluation mode"
+        return Finding(check, "avoidable" if dead or blind else "ok", seen, " ".join(remedies))
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[str]]:
+        """Note the outermost modules with weights that compute while no graph is recorded."""
+        blind: list[str] = []
+        with ExitStack() as stack:
+            for name, module in self.modules.items():
+
+                def note(module: nn.Module, args: Any, name: str = name) -> None:  # noqa: ANN401
+                    inner = any(name.startswith(f"{outer}.") for outer in blind)
+                    if not torch.is_grad_enabled() and not inner and name not in blind:
+                        blind.append(name)
+
+                if any(True for _ in module.parameters()):
+                    stack.enter_context(module.register_forward_pre_hook(note))
+            yield blind
+
+    def _training_mode(
+        self, mode: Checkpointing, blind: list[str]
+    ) -> tuple[list[str], list[Tensor | None]] | None:
+        """Return modules whose training mode lets the gradient through, and the gradient then.
+
+        None, if the gradient still does not pass, or something else changes.
+        """
+        owners = {self._owner(name): None for name in blind}
+        patterns = _patterns(list(owners), set(self.modules) - set(owners))
+        expected = self._draw()[0].latents
+        set_training_mode(self.pipe, patterns)
+        try:
+            with self._watched() as still:
+                gradient = self._gradient(mode)
+            apart = _apart(self._draw()[0].latents, expected)
+        except Exception:  # its training mode is not made for this
+            return None
+        finally:
+            set_training_mode(self.pipe, patterns, training=False)
+        fits = not still and apart <= (1e-5 if self.single else 2e-2)
+        return (patterns, gradient) if fits else None
+
+    def _owner(self, name: str) -> str:
+        """Return the nearest module around one that is called itself: not a list of modules."""
+        parent = name.rpartition(".")[0]
+        lists = (nn.ModuleList, nn.ModuleDict)
+        return self._owner(parent) if isinstance(self.modules[parent], lists) else parent
+
+    def batches_equal_singles(self, settings: dict[str, Any]) -> Finding:
+        check = "a batch of two equals two draws of one"
+        prompts = [self.prompt, self.short]
+        try:
+            both = self._draw(prompts)[0].latents
+            singles = [self._draw([p], first=i)[0].latents for i, p in enumerate(prompts)]
+            apart = _apart(both, torch.cat(singles))
+            if apart <= (1e-3 if self.single else 1e-1):
+                return Finding(check, "ok", f"equal up to rounding, {apart:.0e}")
+            seen = f"prompts of different length differ by {apart:.0e}"
+        except Exception as error:  # some pipelines take one prompt only
+            seen = _described(error)
+        settings["rollout_batch_size"] = 1
+        return Finding(check, "avoidable", seen, "Set model.rollout_batch_size: 1.")
+
+
+def _described(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """Return the relative difference of two tensors; infinite where there is no number."""
+    if found.shape != expected.shape:
+        return float("inf")
+    norm = expected.double().norm()
+    apart = ((found.double() - expected.double()).norm() / norm.clamp(min=1e-30)).item()
+    return apart if apart == apart else float("inf")
+
+
+def _norms_apart(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
+    if [norm is None for norm in found] != [norm is None for norm in expected]:
+        return float("inf")
+    norms = [[norm for norm in norms if norm is not None] for norms in (found, expected)]
+    return _apart(*map(torch.stack, norms)) if norms[0] else 0.0
+
+
+def _patterns(names: list[str], others: set[str]) -> list[str]:
+    """Return short patterns that fit the names and none of the others."""
+    patterns: dict[str, None] = {}  # in order
+    for name in names:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
+        free = (p for p in prefixes if not any(other.startswith(p) for other in others))
+        prefix = next(free, None)
+        exact = name if prefix is None else prefix + "*"
+        every = re.sub(r"\.\d+(?=\.)", ".*", exact)  # of all blocks at once
+        patterns[exact if fnmatch.filter(others, every) else every] = None
+    return list(patterns)

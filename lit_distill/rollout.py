@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from lit_distill.families import denoisers, guidance_kwargs
+from lit_distill.families import denoisers, guidance
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -73,7 +73,7 @@ def rollout(
         ValueError: If an argument is out of range or the pipeline cannot take it.
         RuntimeError: If the pipeline never called its scheduler's `step`.
     """
-    return _run(
+    steps, _ = run(
         pipe,
         num_inference_steps=num_inference_steps,
         generator=generator,
@@ -82,7 +82,8 @@ def rollout(
         checkpointing=checkpointing,
         output_type="latent",
         **call_kwargs,
-    )[0]
+    )
+    return steps.latents
 
 
 @torch.no_grad()
@@ -104,12 +105,13 @@ def draw(
         **call_kwargs: Passed to the pipeline's `__call__`: ``prompt``, ``height``, ...
 
     Returns:
-        What `rollout` returns, and the list of B `PIL.Image.Image` that the pipeline made of it.
+        What `rollout` returns, and what the pipeline made of it: a list of B `PIL.Image.Image`, or
+        of B lists of frames.
 
     Raises:
         ValueError: If an argument is out of range or the pipeline cannot take it.
     """
-    return _run(
+    steps, images = run(
         pipe,
         num_inference_steps=num_inference_steps,
         generator=generator,
@@ -117,9 +119,10 @@ def draw(
         output_type="pil",
         **call_kwargs,
     )
+    return steps.latents, images
 
 
-def _run(
+def run(
     pipe: DiffusionPipeline,
     *,
     num_inference_steps: int,
@@ -129,7 +132,8 @@ def _run(
     grad_steps: int | None = None,
     checkpointing: Checkpointing = "none",
     **call_kwargs: Any,  # noqa: ANN401
-) -> tuple[Tensor, Any]:
+) -> tuple[Steps, Any]:
+    """Run the pipeline as `rollout` does; return its finished steps and what it returned itself."""
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be >= 1, got {num_inference_steps}")
     if grad_steps is not None and not grad_steps >= 1:
@@ -139,10 +143,12 @@ def _run(
             f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, "
             f"got {checkpointing!r}"
         )
-    call_kwargs |= guidance_kwargs(pipe, cfg_scale, len(generator), call_kwargs)
-    if cfg_scale == 1:
-        call_kwargs.pop("negative_prompt", None)  # unused, and QwenImage warns about it
+    # Lists are copied, for Z-Image's pipeline writes its chat template into the caller's prompts.
+    call_kwargs = {k: list(v) if isinstance(v, list) else v for k, v in call_kwargs.items()}
     with ExitStack() as stack:
+        call_kwargs |= stack.enter_context(guidance(pipe, cfg_scale, len(generator), call_kwargs))
+        if cfg_scale == 1:
+            call_kwargs.pop("negative_prompt", None)  # unused, and QwenImage warns about it
         steps = stack.enter_context(watched_scheduler(pipe))
         for denoiser in denoisers(pipe).values():
             stack.enter_context(_tapped_denoiser(denoiser, steps, grad_steps, checkpointing))
@@ -153,9 +159,9 @@ def _run(
             return_dict=False,
             **call_kwargs,
         )
-    if steps.latents is None:
+    if not steps.done:
         raise RuntimeError(f"{type(pipe).__name__} never called scheduler.step")
-    return steps.latents, output[0]
+    return steps, output[0]
 
 
 def undecorated_call(pipe: DiffusionPipeline) -> Callable[..., Any]:
@@ -163,23 +169,38 @@ def undecorated_call(pipe: DiffusionPipeline) -> Callable[..., Any]:
     call = inspect.unwrap(type(pipe).__call__)
 
     def silent(**kwargs: Any) -> Any:  # noqa: ANN401
-        config = getattr(pipe, "_progress_bar_config", None)
-        pipe.set_progress_bar_config(**(config or {}) | {"disable": True})
-        try:
+        with silenced(pipe):
             return call(pipe, **kwargs)
-        finally:
-            pipe._progress_bar_config = config or {}
 
     return silent
 
 
+@contextmanager
+def silenced(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Switch the pipeline's progress bar off."""
+    config = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**(config or {}) | {"disable": True})
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = config or {}
+
+
 class Steps:
-    """Where a running pipeline is: steps `done` out of `total`, and the `latents` after them."""
+    """Where a running pipeline is.
+
+    Attributes:
+        done: Steps that the scheduler has made.
+        calls: Calls of a denoiser, not counting recomputation.
+        latents: The output of the last step, once there is one.
+    """
+
+    latents: Tensor
 
     def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
         self.scheduler = scheduler
         self.done = 0
-        self.latents: Tensor | None = None
+        self.calls = 0
 
     @property
     def total(self) -> int:
@@ -260,6 +281,7 @@ def _tapped_denoiser(
         run = _with_block_checkpointing(denoiser, original)
 
     def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        steps.calls += 1
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
         # Steps are counted by the scheduler: guidance may call the denoiser twice a step.

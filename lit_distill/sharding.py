@@ -97,7 +97,7 @@ def load_sharded(
     *,
     revision: str | None,
     torch_dtype: str,
-    lora: dict[str, Any] | None,
+    trains: dict[str, Any],
     device: torch.device,
 ) -> DiffusionPipeline:
     """Return a pipeline whose trainable denoisers are sharded over the mesh.
@@ -110,7 +110,7 @@ def load_sharded(
         mesh: One-dimensional mesh of all processes.
         revision: Branch, tag or commit.
         torch_dtype: Data type of the frozen weights, and of the arithmetic.
-        lora: As `make_trainable` takes it.
+        trains: Arguments of `make_trainable`.
         device: Where this process's shards go.
     """
     full: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def load_sharded(
     if mesh.get_rank() == 0:
         pipe = load_pipeline(name, revision=revision, torch_dtype=torch_dtype)
         dtypes = {k: v.dtype for k, v in denoisers(pipe).items()}
-        make_trainable(pipe, lora)  # draws the adapters just as without sharding
+        make_trainable(pipe, **trains)  # draws the adapters just as without sharding
         full = denoisers(pipe)
         pipe.register_modules(**empty)
     else:
@@ -127,13 +127,12 @@ def load_sharded(
     (dtypes,) = _broadcast(dtypes)
     for key, denoiser in denoisers(pipe).items():
         nn.Module.to(denoiser, dtypes[key])  # diffusers' own talks of what it keeps in float32
-    make_trainable(pipe, lora)
+    make_trainable(pipe, **trains)
     for key, denoiser in denoisers(pipe).items():
         shard(denoiser, mesh, dtypes[key])
         denoiser._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         _hand_out(full[key].state_dict() if full else {}, denoiser)
         full.pop(key, None)
-        denoiser.eval()
     return pipe
 
 

@@ -126,3 +126,14 @@ def test_examples_run(pairs, tmp_path):
     infer = [sys.executable, "examples/infer.py", str(TINY), str(tmp_path), "a red seven"]
     subprocess.run([*infer, str(tmp_path / "image.png"), "32"], check=True, cwd=ROOT)
     assert Image.open(tmp_path / "image.png").size == (32, 32)
+
+
+def test_preflight_prints_what_it_saw(capsys):
+    tiny = ["--model.pretrained_model_name_or_path", "tiny-digits"]
+    tiny += ["--model.torch_dtype", "float32", "--trainer.accelerator", "cpu"]
+    started = time.monotonic()
+    main(["preflight", *tiny, "--model.lora", "{r: 4}", "--trainer.logger", "false"])
+    assert time.monotonic() - started < 30  # about 2 s where nothing else runs
+    found = capsys.readouterr().out
+    assert "QwenImagePipeline:\n  ok         the rollout draws what pipe() draws" in found
+    assert "model.freeze: ['transformer.transformer_blocks.3.attn.to_add_out.*'" in found

@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from lit_distill import DistillDataModule
-from lit_distill.data import BucketBatchSampler, MetadataError, hold_out, read_image, read_metadata
+from lit_distill.data import BucketBatchSampler
+from lit_distill.metadata import MetadataError, hold_out, read_image, read_metadata
 
 HEADER = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
 
@@ -145,3 +146,37 @@ def test_held_out_rows_come_from_the_first_every_time(pairs):
     data.setup("validate")
     loader = data.val_dataloader()
     assert next(iter(loader))["row"] == next(iter(loader))["row"] == [2, 3]
+
+
+def test_call_columns_are_pictures_numbers_or_texts(write):
+    header = HEADER + ",edit,strength,style"
+    rows = ["a.png,x,1,cpu,4,1,b.png,0.5,oil", "a.png,y,2,cpu,4,1,b.png,0.5,ink"]
+    rows += ["a.png,z,3,cpu,4,1,a.png,0.5,oil", "a.png,w,4,cpu,4,1,b.png,0.7,oil"]
+    columns = {"image": "edit", "strength": "strength", "prompt_2": "style"}
+    path = write(*rows, header=header)
+    data = DistillDataModule(str(path), call_columns=columns, batch_size=4)
+    data.setup("fit")
+    batches = {tuple(sorted(batch["row"])): batch["call"] for batch in data.train_dataloader()}
+    assert set(batches) == {(2, 3), (4,), (5,)}  # by size of picture, and by number
+    call = batches[2, 3]
+    assert [picture.size for picture in call["image"]] == [(48, 32)] * 2
+    assert call["strength"] == 0.5
+    assert sorted(call["prompt_2"]) == ["ink", "oil"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("c.png", r"row 3 \(image='a.png'\): edit must be a picture below .*, got 'c.png'"),
+        ("", r"row 3 \(image='a.png'\): edit must be a picture below .*, got ''"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_is_named(write, cell, message):
+    path = write("a.png,x,1,cpu,4,1,b.png", f"a.png,x,2,cpu,4,1,{cell}", header=HEADER + ",edit")
+    with pytest.raises(MetadataError, match=message):
+        read_metadata(path, call_columns={"image": "edit"})
+
+
+def test_a_call_column_that_is_missing_is_named(write):
+    with pytest.raises(MetadataError, match="column 'edit' is missing"):
+        read_metadata(write("a.png,x,1,cpu,4,1"), call_columns={"image": "edit"})

@@ -9,8 +9,10 @@ from conftest import ROOT
 from PIL import Image
 from pipelines import CALL_KWARGS, build
 
-from lit_distill import DirectDistill, DistillDataModule, export_student, families, load_student
+import lit_distill.module
+from lit_distill import DirectDistill, DistillDataModule, export_student, load_student
 from lit_distill.adapters import adapters_off, default_target_modules, make_trainable
+from lit_distill.data import split_batch
 from lit_distill.preflight import PreflightError, preflight
 from lit_distill.schedule import WarmupCosine
 
@@ -66,8 +68,7 @@ def test_training_closes_part_of_the_gap(trained):
 def test_a_checkpoint_holds_what_trains_and_no_code(trained):
     model, _, path = trained
     checkpoint = torch.load(path, weights_only=True)
-    trainable = set(model.trained())
-    assert {name for name, p in model.named_parameters() if p.requires_grad} < trainable
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(checkpoint["state_dict"]) == trainable
     if model.hparams["lora"]:
         assert all("lora" in name for name in trainable)
@@ -179,9 +180,9 @@ def test_frozen_weights_are_bfloat16_and_trained_ones_float32(pairs, tmp_path):
     model = module(torch_dtype="bfloat16")
     trainer = pl.Trainer(max_steps=2, precision="bf16-mixed", default_root_dir=tmp_path, **QUIET)
     trainer.fit(model, datamodule=data(pairs, batch_size=4))
-    trained = model.trained()
-    kinds = {(name in trained, p.dtype) for name, p in model.named_parameters()}
-    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    for name, parameter in model.denoisers.named_parameters():
+        assert parameter.requires_grad <= ("lora" in name)
+        assert parameter.dtype == (torch.float32 if "lora" in name else torch.bfloat16)
     assert torch.isfinite(trainer.callback_metrics["train_loss"])
 
 
@@ -206,7 +207,8 @@ def test_adapters_off_leaves_what_is_trainable_alone():
 
 def test_default_targets_are_attention_and_mlp():
     targets = default_target_modules(build("QwenImage").transformer)
-    assert {"attn.to_q", "attn.to_out.0", "img_mlp.net.2", "txt_mlp.net.0.proj"} <= set(targets)
+    endings = {name.removeprefix("transformer_blocks.1.") for name in targets}
+    assert {"attn.to_q", "attn.to_out.0", "img_mlp.net.2", "txt_mlp.net.0.proj"} <= endings
     assert not any("mod" in name for name in targets)
 
 
@@ -261,18 +263,58 @@ def test_the_schedule_rises_then_falls_to_zero():
     assert rates[14] == pytest.approx(0.0)
 
 
-def test_preflight_finds_guidance_that_cannot_be_switched_off(monkeypatch):
-    pipe = build("Chroma")
-    preflight(pipe, prompt=["a"], **CALL_KWARGS["Chroma"])
-    always_on = families.Quirk(scale=lambda cfg_scale: cfg_scale + 1)
-    monkeypatch.setitem(families.QUIRKS, "ChromaPipeline", always_on)
-    with pytest.raises(PreflightError, match="4 denoiser calls in 2 steps with guidance off"):
-        preflight(pipe, prompt=["a"], **CALL_KWARGS["Chroma"])
-
-
 def test_preflight_finds_that_nothing_is_trained():
     pipe = build("QwenImage")
     pipe.transformer.requires_grad_(False)
-    pipe.text_encoder.requires_grad_(False)
-    with pytest.raises(PreflightError, match="no gradient reaches the end"):
-        preflight(pipe, prompt=["a"], **CALL_KWARGS["QwenImage"])
+    report = preflight(pipe, prompt="a", **CALL_KWARGS["QwenImage"])
+    with pytest.raises(PreflightError, match="no parameter of the denoiser requires gradients"):
+        report.raise_failures()
+
+
+def test_fit_takes_up_what_preflight_found_and_a_checkpoint_knows_it(pairs, tmp_path):
+    model = module(lora=None)
+    trainer = pl.Trainer(max_steps=1, default_root_dir=tmp_path, **QUIET)
+    with pytest.warns(UserWarning, match=r"gets a gradient: 135 of 141 do\. Set model\.freeze"):
+        trainer.fit(model, datamodule=data(pairs, batch_size=4))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(frozen) == 6 and all("transformer_blocks.3" in name for name in frozen)
+    trainer.save_checkpoint(tmp_path / "student.ckpt")
+    assert not frozen & set(torch.load(tmp_path / "student.ckpt")["state_dict"])
+    again = DirectDistill.load_from_checkpoint(tmp_path / "student.ckpt")
+    assert again.hparams["freeze"] == model.hparams["freeze"]
+    load_student(tmp_path / "student.ckpt")
+
+
+def test_rows_are_drawn_one_by_one_where_batches_are_not_masked(monkeypatch):
+    monkeypatch.setattr(lit_distill.module, "load_pipeline", lambda *_, **__: build("CogView4"))
+    model = module(rollout_batch_size=1, lora=None, call_kwargs={"max_sequence_length": 32})
+    model.configure_model()
+    batch = {
+        "prompt": ["a red cat", "two dogs that run on a long green field"],
+        "seed": [0, 1],
+        "rand_device": "cpu",
+        "num_inference_steps": 2,
+        "cfg_scale": 1.0,
+        "size": (16, 16),
+        "call": {},
+        "image": None,
+        "latents": None,
+        "row": [2, 3],
+    }
+    both = model.student_rollout(batch)
+    singles = [model.student_rollout(part) for part in split_batch(batch, 1)]
+    assert torch.equal(both, torch.cat(singles))
+    latents, images = model.draw(batch)
+    assert torch.equal(latents, both) and len(images) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freeze": ["transformer.nothing.*"]}, "model.freeze: no trained parameter is called"),
+        ({"train_mode": ["transformer.nothing"]}, "model.train_mode: no module is called"),
+    ],
+)
+def test_patterns_that_fit_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        module(**options).configure_model()

@@ -1,0 +1,377 @@
+"""What holds for every family of pipelines, and for one that nobody has heard of."""
+
+import inspect
+
+import lightning.pytorch as pl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from pipelines import CALL_KWARGS, FAMILIES, build
+
+import lit_distill.generate
+import lit_distill.module
+from lit_distill import DirectDistill, DistillDataModule, LatentCodec, rollout
+from lit_distill.adapters import adapters_off, make_trainable
+from lit_distill.encode import EncodeOnce, UnjoinableError
+from lit_distill.families import denoisers, guidance, quirk_of
+from lit_distill.generate import Prompt, Teacher, generate_pairs, plan_pairs
+from lit_distill.preflight import PreflightError, preflight
+from lit_distill.rollout import draw, replaced_forward
+
+ALL = sorted(FAMILIES)
+PROMPTS = ["a red cat", "two dogs that run on a long green field"]
+
+# What preflight has to find, and what it sets; for all other families nothing.
+FOUND = {
+    "Chroma": {"checkpointing": "step"},
+    "HunyuanImage": {"checkpointing": "step"},
+    "CogView4": {"rollout_batch_size": 1},
+    "Kandinsky5": {"rollout_batch_size": 1},
+    "QwenImage": {"freeze": ["attn.to_add_out", "txt_mlp"]},
+    "QwenImageEdit": {"freeze": ["attn.to_add_out", "txt_mlp"]},
+    "HiDreamImage": {
+        "train_mode": [
+            "transformer.double_stream_blocks.*.block.ff_i",
+            "transformer.single_stream_blocks.*.block.ff_i",
+        ]
+    },
+}
+
+
+def generators(n=1, first=0):
+    return [torch.Generator().manual_seed(first + i) for i in range(n)]
+
+
+def call(name, prompts=PROMPTS[:1], steps=3):
+    given = {k: one(v, len(prompts)) for k, v in CALL_KWARGS[name].items()}
+    return {"prompt": list(prompts), "num_inference_steps": steps, **given}
+
+
+def one(value, count):
+    return [value] * count if isinstance(value, Image.Image) else value
+
+
+def trainable(name, lora=None):
+    pipe = build(name)
+    make_trainable(pipe, lora, train_mode=FOUND.get(name, {}).get("train_mode", ()))
+    return pipe
+
+
+def parameters(pipe):
+    found = [p for d in denoisers(pipe).values() for p in d.parameters() if p.requires_grad]
+    return [p for p in found if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_draws_its_own_images_with_one_call_a_step(name):
+    pipe = trainable(name)
+    with guidance(pipe, 1.0, 1, {}) as given:
+        expected = pipe(**call(name), **given, generator=generators(), output_type="pil")[0]
+    calls = []
+
+    def counting(forward):
+        return lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+
+    patches = [replaced_forward(d, counting(d.forward)) for d in denoisers(pipe).values()]
+    for patch in patches:
+        patch.__enter__()
+    latents, images = draw(pipe, **call(name), generator=generators())
+    for patch in patches:
+        patch.__exit__(None, None, None)
+    # PNDM (SD 1.5's scheduler) takes one step more than it is asked for.
+    assert len(calls) == (4 if name == "StableDiffusion" else 3)
+    assert np.array_equal(np.asarray(images[0]), np.asarray(expected[0]))
+    again = rollout(pipe, **call(name), generator=generators())
+    assert again.requires_grad
+    assert torch.equal(again, latents)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradient_equals_finite_differences(name):
+    # Kandinsky5 casts to single precision, and its rotations to bfloat16: a coarse step there.
+    coarse = name == "Kandinsky5"
+    pipe = trainable(name).to(dtype=torch.float32 if coarse else torch.float64)
+    latents = rollout(pipe, **call(name, steps=2), generator=generators())
+    torch.manual_seed(0)
+    weights = torch.randn_like(latents)
+    (latents * weights).sum().backward()
+    moved = parameters(pipe)
+    direction = [torch.randn_like(p) * p.std(correction=0).clamp(min=0.01) for p in moved]
+    slope = sum((p.grad * v).sum() for p, v in zip(moved, direction, strict=True)).item()
+
+    def value(step):
+        with torch.no_grad():
+            for p, v in zip(moved, direction, strict=True):
+                p.add_(v, alpha=step)
+            drawn = rollout(pipe, **call(name, steps=2), generator=generators())
+            for p, v in zip(moved, direction, strict=True):
+                p.sub_(v, alpha=step)
+        return (drawn.double() * weights).sum().item()
+
+    # Many families round sigmas or embeddings to single precision: too small a step drowns in it.
+    steps = (1e-2, 3e-2) if coarse else (3e-4, 1e-3, 3e-3)
+    errors = [abs((value(h) - value(-h)) / (2 * h) / slope - 1) for h in steps]
+    assert min(errors) <= (1e-2 if coarse else 1e-3)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_preflight_finds_what_is_wrong_and_nothing_else(name):
+    pipe = build(name)
+    make_trainable(pipe, None)
+    report = preflight(pipe, checkpointing="block", **call(name) | {"prompt": PROMPTS[1]})
+    report.raise_failures()
+    assert report.findings[0].seen == "equal bit for bit"
+    settings = dict(report.settings)
+    patterns = settings.pop("freeze", [])
+    expected = dict(FOUND.get(name, {}))
+    words = expected.pop("freeze", [])
+    assert settings == expected
+    assert bool(patterns) == bool(words)
+    assert all(any(word in pattern for word in words) for pattern in patterns)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_encoding_once_changes_nothing(name):
+    pipe = build(name)
+    with torch.no_grad():
+        own = [
+            rollout(pipe, **call(name, [prompt]), generator=generators(1, first))
+            for first, prompt in enumerate(PROMPTS)
+        ]
+        EncodeOnce(pipe)
+        once = [
+            rollout(pipe, **call(name, [prompt]), generator=generators(1, first))
+            for first, prompt in enumerate(PROMPTS)
+        ]
+        assert torch.equal(torch.cat(own), torch.cat(once))
+        if "rollout_batch_size" in FOUND.get(name, {}):
+            with pytest.raises(UnjoinableError, match=r"set model\.rollout_batch_size: 1"):
+                rollout(pipe, **call(name, PROMPTS), generator=generators(2))
+        else:
+            both = rollout(pipe, **call(name, PROMPTS), generator=generators(2))
+            torch.testing.assert_close(both, torch.cat(own), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_codec_inverts_the_tail(name):
+    """With a VAE whose encoder returns what its decoder was given."""
+    pipe = build(name)
+    given = call(name)
+    del given["num_inference_steps"]
+    codec = LatentCodec(pipe, **given)
+    latents = torch.randn(2, *codec.latent_shape, generator=generators()[0])
+    captured = {}
+
+    class Echo:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def decode(self, z, return_dict):
+            captured["z"] = z
+            return (torch.zeros(len(z), 3, *([1] * (z.ndim == 5)), 8, 8),)
+
+        def encode(self, pixels):
+            return type("Output", (), {"latent": captured["z"]})()
+
+    codec.vae = Echo()
+    codec.decode(latents)
+    again = codec.encode(torch.zeros(2, 3, 8, 8))
+    assert (again - latents).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_two_steps_of_training_lower_the_loss(name, tmp_path, monkeypatch):
+    """From prompts to pairs to a LoRA, all through the Trainer; and the LoRA off is the base."""
+    for module in (lit_distill.module, lit_distill.generate):
+        monkeypatch.setattr(module, "load_pipeline", lambda source, **options: build(source))
+    given = dict(CALL_KWARGS[name])
+    picture = given.pop("image", None)
+    columns = {} if picture is None else {"image": "edit_image"}
+    if picture is not None:
+        picture.save(tmp_path / "edit.png")
+    size = {key: given.pop(key) for key in ("height", "width")}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "enable_checkpointing": False}
+    teacher = Teacher(
+        name,
+        torch_dtype="float32",
+        num_inference_steps=6,
+        cfg_scale=1.0,
+        call_kwargs=given,
+        call_columns=columns,
+        student_num_inference_steps=3,
+        **size,
+    )
+    prompt = Prompt(PROMPTS[0], {"image": tmp_path / "edit.png"} if columns else {})
+    metadata = generate_pairs(pl.Trainer(**quiet), teacher, plan_pairs([prompt], 1), tmp_path / "p")
+    assert pd.read_csv(metadata).columns[0] == ("video" if "num_frames" in given else "image")
+
+    losses = []
+
+    class Losses(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            losses.append(trainer.callback_metrics["train_loss"].item())
+
+    model = DirectDistill(
+        name,
+        torch_dtype="float32",
+        lora={"r": 4},
+        checkpointing="block",
+        call_kwargs=given,
+        optimizer=lambda params: torch.optim.Adam(params, lr=1e-3),
+    )
+    data = DistillDataModule(str(metadata), call_columns=columns, repeat=3)
+    trainer = pl.Trainer(max_steps=3, callbacks=[Losses()], use_distributed_sampler=False, **quiet)
+    trainer.fit(model, datamodule=data)
+    assert losses[2] < losses[0]
+    batch = next(iter(data.train_dataloader()))
+    with torch.no_grad(), adapters_off(model.denoisers):
+        off = model.student_rollout(batch)
+    base = DirectDistill(name, torch_dtype="float32", call_kwargs=given, checkpointing="none")
+    base.configure_model()
+    assert torch.equal(off, base.student_rollout(batch))
+
+
+def test_hardly_any_family_needs_a_line_in_the_table():
+    ordinary = [name for name in ALL if quirk_of(build(name)) == quirk_of(build("QwenImage"))]
+    assert len(ordinary) >= len(ALL) - 1
+
+
+# A pipeline that nobody has heard of --------------------------------------------------------------
+
+
+class Painter(ModelMixin, ConfigMixin):
+    """A denoiser that knows neither transformers' blocks nor their names."""
+
+    @register_to_config
+    def __init__(self, width: int = 16, words: int = 8):
+        super().__init__()
+        self.read = torch.nn.Linear(words, width)
+        self.look = torch.nn.Linear(4, width)
+        self.paint = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(width, width)) for _ in "ab"
+        )
+        self.show = torch.nn.Linear(width, 4)
+
+    def forward(self, strokes, noise_level, words):
+        hidden = self.look(strokes) + self.read(words).unsqueeze(1) + noise_level.view(-1, 1, 1)
+        for layer in self.paint:
+            hidden = hidden + layer(hidden.tanh())
+        return self.show(hidden)
+
+
+class InventedPipeline(DiffusionPipeline):
+    """Packs latents channels-last in reversed order, embeds texts by itself, guides by doubling."""
+
+    def __init__(self, painter, vae, scheduler):
+        super().__init__()
+        self.register_modules(painter=painter, vae=vae, scheduler=scheduler)
+
+    def words(self, prompt):
+        counts = [[text.count(letter) for letter in "aeiouxyz"] for text in prompt]
+        return torch.tensor(counts, device=self.device, dtype=self.painter.dtype)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt,
+        height=16,
+        width=16,
+        num_inference_steps=30,
+        guidance_scale=3.0,
+        generator=None,
+        output_type="pil",
+        return_dict=True,
+    ):
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        shape = (len(texts), height * width // 4, 4)
+        strokes = randn_tensor(shape, generator=generator, device=self.device)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            level = (t / 1000).expand(len(texts))
+            velocity = self.painter(strokes, level, self.words(texts))
+            if guidance_scale > 1:
+                blind = self.painter(strokes, level, self.words([""] * len(texts)))
+                velocity = blind + guidance_scale * (velocity - blind)
+            strokes = self.scheduler.step(velocity, t, strokes, return_dict=False)[0]
+        if output_type == "latent":
+            return (strokes,)
+        z = strokes.flip(1).transpose(1, 2).reshape(len(texts), 4, height // 2, width // 2)
+        pictures = self.vae.decode(z * 3 - 0.5, return_dict=False)[0]
+        pictures = (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        if output_type == "pil":
+            pictures = self.numpy_to_pil(pictures.float().cpu().numpy())
+        return ImagePipelineOutput(pictures) if return_dict else (pictures,)
+
+
+def invented():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[4, 8],
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    pipe = InventedPipeline(Painter(), vae.eval(), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_an_invented_pipeline_trains_unchanged(tmp_path, monkeypatch):
+    for module in (lit_distill.module, lit_distill.generate):
+        monkeypatch.setattr(module, "load_pipeline", lambda source, **options: invented())
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "enable_checkpointing": False}
+    teacher = Teacher("invented", torch_dtype="float32", cfg_scale=3.0, num_inference_steps=20)
+    pairs = plan_pairs([Prompt(text, {}) for text in PROMPTS], 8)
+    metadata = generate_pairs(pl.Trainer(**quiet), teacher, pairs, tmp_path)
+    assert len(pd.read_csv(metadata)) == 16
+    model = DirectDistill(
+        "invented",
+        torch_dtype="float32",
+        checkpointing="block",  # which this denoiser does not have: preflight takes another
+        optimizer=lambda params: torch.optim.Adam(params, lr=3e-3),
+    )
+    data = DistillDataModule(str(metadata), str(metadata), batch_size=8, repeat=20)
+    trainer = pl.Trainer(max_epochs=1, use_distributed_sampler=False, **quiet)
+    trainer.fit(model, datamodule=data)
+    assert model.hparams["checkpointing"] == "step"
+    assert trainer.callback_metrics["val_gap_closed"] > 0.3
+
+
+def test_an_unknown_pipeline_whose_other_guidance_stays_on_is_named():
+    class Stubborn(InventedPipeline):
+        @torch.no_grad()
+        def __call__(self, *args, guidance_scale=1.0, **kwargs):
+            own = inspect.unwrap(InventedPipeline.__call__)
+            return own(self, *args, guidance_scale=guidance_scale + 2, **kwargs)
+
+    pipe = invented()
+    pipe.__class__ = Stubborn
+    report = preflight(pipe, prompt=PROMPTS[0], num_inference_steps=3)
+    with pytest.raises(PreflightError, match="one denoiser call a step: 6 calls in 3 steps"):
+        report.raise_failures()
+
+
+def test_a_call_within_a_call_that_switches_gradients_off_is_found():
+    class Derived(InventedPipeline):
+        def __call__(self, *args, guidance_scale=1.0, **kwargs):
+            return super().__call__(*args, guidance_scale=guidance_scale, **kwargs)
+
+    pipe = invented()
+    pipe.__class__ = Derived
+    report = preflight(pipe, prompt=PROMPTS[0], num_inference_steps=3)
+    with pytest.raises(PreflightError, match="every trained parameter gets a gradient: none does"):
+        report.raise_failures()
+
+
+def test_the_documented_table_is_the_tested_one():
+    from families_table import DOC, split, table
+
+    assert split(DOC.read_text(encoding="utf-8"))[1] == table()
