@@ -33,8 +33,6 @@ CASES = {
     "lora truncated": {"lora": LORA, "checkpointing": "nested", "grad_steps": 2},
     "lora online teacher": {"lora": LORA, "checkpointing": "block"},
     "full none": {"lora": None, "checkpointing": "none"},
-    "full block": {"lora": None, "checkpointing": "block"},
-    "full step": {"lora": None, "checkpointing": "step"},
     "full nested": {"lora": None, "checkpointing": "nested"},
 }
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -70,7 +68,7 @@ def one_step(pairs, case, strategy, devices):
     module = DirectDistill(
         "tiny-digits",
         torch_dtype="float32",
-        preflight=False,  # `train` has it, and lets it find what is not used
+        preflight=False,
         freeze=UNUSED,
         teacher_num_inference_steps=4,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
@@ -85,7 +83,7 @@ def one_step(pairs, case, strategy, devices):
     return grads.grads, weights_of(module)
 
 
-def train(pairs, path, strategy, devices, lora, max_steps, ckpt_path=None, callbacks=()):
+def train(pairs, path, strategy, devices, lora, max_steps, ckpt_path=None, **options):
     """Train with the real loader, dropout, schedule and average; save `path`; return weights."""
     torch.manual_seed(0)
     module = DirectDistill(
@@ -93,13 +91,22 @@ def train(pairs, path, strategy, devices, lora, max_steps, ckpt_path=None, callb
         torch_dtype="float32",
         lora=lora,
         checkpointing="none",
+        preflight=options.get("preflight", False),
+        freeze=[] if options.get("preflight") else UNUSED,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler=lambda optimizer: WarmupCosine(optimizer, 2, 20),
     )
     data = DistillDataModule(str(Path(pairs) / "train/metadata.csv"), batch_size=8 // devices)
-    options = QUIET | {"max_steps": max_steps, "callbacks": [EMA(0.9), *callbacks]}
-    options |= {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
-    trainer = pl.Trainer(strategy=strategy, devices=devices, gradient_clip_val=1.0, **options)
+    callbacks = options.get("callbacks", [])
+    trainer = pl.Trainer(
+        strategy=strategy,
+        devices=devices,
+        gradient_clip_val=1.0,
+        max_steps=max_steps,
+        callbacks=[EMA(0.9), *callbacks],
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        **QUIET,
+    )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     trainer.save_checkpoint(path)
     return weights_of(module)
@@ -136,12 +143,16 @@ def resume(pairs, out, strategy, report):
 
 
 def stop(pairs, out, strategy, report):
-    """One process gets SIGTERM: both save and end after the step."""
+    """One process gets SIGTERM: both save and end after the step.
+
+    What gets no gradient is left for preflight to find and freeze.
+    """
     folder = Path(out) / f"{strategy}_stopped"
     saver = ModelCheckpoint(folder, filename="stopped", save_on_exception=True)
     callbacks = [Signal(signal.SIGTERM, rank=1), saver]
     try:
-        train(pairs, folder / "end.ckpt", strategy, 2, None, 5, callbacks=callbacks)
+        options = {"callbacks": callbacks, "preflight": True}
+        train(pairs, folder / "end.ckpt", strategy, 2, None, 5, **options)
     except SystemExit as end:
         report("stopped", str(end))
 
