@@ -10,13 +10,14 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from torch.utils.data import DataLoader
 
 from lit_distill.callbacks import ImageGrid, ImageWriter
+from lit_distill.checkpoints import read_checkpoint
 from lit_distill.curves import plot_curves, read_logs
 from lit_distill.data import DistillDataModule
 from lit_distill.export import ExportFormat, export_student
 from lit_distill.generate import Teacher, generate_pairs, plan_pairs, read_prompts
 from lit_distill.module import DirectDistill
 from lit_distill.report import ReportWriter
-from lit_distill.student import prompt_batches, read_checkpoint
+from lit_distill.student import prompt_batches
 from lit_distill.ways import Candidate
 
 

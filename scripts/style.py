@@ -128,4 +128,4 @@ if __name__ == "__main__":
         "export: one LoRA with style and few steps, for the plain pipeline",
         ["export", "--ckpt_path", checkpoint, "--out", str(OUT / "lora"), *cpu],
     )
-    print(f"\nLook at the report named above and at {OUT / 'lora/samples.png'}")
+    print(f"\nLook at {OUT / 'report/report.html'} and {OUT / 'lora/samples.png'}")
