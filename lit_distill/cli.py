@@ -1,21 +1,93 @@
-"""The command `lit-distill`: LightningCLI with three subcommands more."""
+"""The command `lit-distill`: LightningCLI with a few subcommands more."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningCLI
+from torch.utils.data import DataLoader
 
-from lit_distill.adapters import ExportFormat, export_student
-from lit_distill.callbacks import Comparison, ImageWriter
+from lit_distill.callbacks import ImageGrid, ImageWriter
+from lit_distill.curves import plot_curves, read_logs
 from lit_distill.data import DistillDataModule
+from lit_distill.export import ExportFormat, export_student
 from lit_distill.generate import Teacher, generate_pairs, plan_pairs, read_prompts
 from lit_distill.module import DirectDistill
+from lit_distill.report import ReportWriter
+from lit_distill.student import prompt_batches, read_checkpoint
+from lit_distill.ways import Candidate
 
 
 class DistillTrainer(pl.Trainer):
-    """Lightning's Trainer, which can also generate pairs, check pipelines and export students."""
+    """Lightning's Trainer, which can also generate pairs, check pipelines, report and export."""
+
+    def test(  # type: ignore[override]
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,  # noqa: ANN401
+        ckpt_path: str | None = None,
+        verbose: bool = False,
+        datamodule: pl.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        *,
+        out: str | None = None,
+        compare: list[str | Candidate] | None = None,
+        undistilled: list[tuple[int, float]] | None = None,
+        gallery: int = 48,
+        logs: str | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Draw the held-out rows with teacher, undistilled pipeline and student; write a report.
+
+        The folder holds report.html (one file, opens offline: summary, curves, gallery,
+        provenance), metrics.json, metrics.csv, rows.csv, grid.png and all images.
+
+        Args:
+            model: Which pipeline, unless a checkpoint says so.
+            dataloaders: Not used by the command.
+            ckpt_path: Checkpoint (.ckpt) of the student.
+            verbose: Also print Lightning's own table.
+            datamodule: The held-out rows.
+            weights_only: Passed on to torch.load.
+            out: Folder to write to; default: report in trainer.default_root_dir.
+            compare: Checkpoints (.ckpt), or hub ids or folders of pipelines, drawn beside the
+                student; or mappings with path, lora, num_inference_steps, cfg_scale and name, e.g.
+                '[{lora: their/lora, num_inference_steps: 8, name: theirs}]'.
+            undistilled: Steps and guidance of further ways to draw with the undistilled pipeline;
+                default: the student's steps and twice as many, with the teacher's guidance.
+            gallery: Largest number of rows in the page: half of them the worst, half the best.
+            logs: Folder with the logs of the run, for the curves; default: beside the checkpoint.
+        """
+        if not any(isinstance(callback, ReportWriter) for callback in self.callbacks):  # type: ignore[attr-defined]
+            report = ReportWriter(out, compare, undistilled, gallery, logs)
+            self.callbacks.append(report)  # type: ignore[attr-defined]
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def plot(
+        self,
+        model: DirectDistill,
+        datamodule: DistillDataModule | None = None,
+        *,
+        logs: str | list[str],
+        out: str = "curves.png",
+        metrics: list[str] | None = None,
+    ) -> None:
+        """Draw the curves that runs have logged with TensorBoardLogger or CSVLogger as a PNG.
+
+        Args:
+            model: Not used.
+            datamodule: Not used.
+            logs: Folder of a run, or a list of such folders: '[runs/a, runs/b]'.
+            out: PNG file to write.
+            metrics: Names of what to draw, e.g. '[train_loss, val_gap_closed]'; default: the
+                training loss and what was validated.
+        """
+        folders = [logs] if isinstance(logs, str) else logs
+        figure = plot_curves({folder: read_logs(folder) for folder in folders}, metrics)
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150)
+        print(f"curves: {out}")
 
     def generate(
         self,
@@ -41,8 +113,8 @@ class DistillTrainer(pl.Trainer):
         Started again after an interruption it goes on where it was.
 
         Args:
-            model: Which pipeline to draw with; only its name, revision, torch_dtype and
-                call_kwargs matter.
+            model: Which pipeline to draw with: teacher_model, or else the pretrained one with
+                teacher_lora; of the other settings only torch_dtype and call_kwargs matter.
             datamodule: Only its call_columns matter: fields of the prompts that are arguments of
                 the pipeline's call.
             prompts: Text file with a prompt a line, or .csv or .jsonl with a field prompt.
@@ -62,8 +134,9 @@ class DistillTrainer(pl.Trainer):
         """
         hyper = model.hparams
         teacher = Teacher(
-            model=hyper["pretrained_model_name_or_path"],
-            revision=hyper["revision"],
+            model=hyper["teacher_model"] or hyper["pretrained_model_name_or_path"],
+            lora=hyper["teacher_lora"],
+            revision=None if hyper["teacher_model"] else hyper["revision"],
             torch_dtype=hyper["torch_dtype"],
             call_kwargs=model.call_kwargs,
             call_columns=datamodule.call_columns if datamodule else {},
@@ -81,6 +154,52 @@ class DistillTrainer(pl.Trainer):
         metadata = generate_pairs(self, teacher, pairs, out)
         if self.is_global_zero:
             print(f"{len(pairs)} pairs: {metadata}")
+
+    def predict(  # type: ignore[override]
+        self,
+        model: DirectDistill | None = None,
+        dataloaders: Any = None,  # noqa: ANN401
+        datamodule: DistillDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        prompts: str | None = None,
+        num_inference_steps: int | None = None,
+        cfg_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+        first_seed: int = 0,
+    ) -> Any:  # noqa: ANN401
+        """Draw the student's images of a file of prompts, or of held-out rows.
+
+        Args:
+            model: The model.
+            dataloaders: Loaders of batches; default: those of `datamodule`.
+            datamodule: Brings the held-out rows.
+            return_predictions: Whether to return the images.
+            ckpt_path: Checkpoint (.ckpt) of a run.
+            weights_only: As in Trainer.fit.
+            prompts: Text file with a prompt a line, or .csv or .jsonl with a field prompt; default:
+                the rows of data.val_metadata_path.
+            num_inference_steps: Steps for prompts; default: those of training.
+            cfg_scale: Guidance for prompts, 1 = off; default: that of training.
+            height: Height in pixels for prompts; default: that of training.
+            width: Width in pixels for prompts; default: that of training.
+            batch_size: Prompts a batch.
+            first_seed: Seed of the first prompt; the others count up from it.
+        """
+        if prompts is not None:
+            noted = read_checkpoint(ckpt_path)["lit_distill"]["facts"] if ckpt_path else {}
+            asked = {"num_inference_steps": num_inference_steps, "cfg_scale": cfg_scale}
+            asked |= {"height": height, "width": width}
+            wanted = {name: value for name, value in asked.items() if value is not None}
+            rows = read_prompts(prompts, datamodule.call_columns if datamodule else {})
+            batches = prompt_batches(rows, noted | wanted, batch_size, first_seed)
+            dataloaders, datamodule = DataLoader(batches, batch_size=None), None  # type: ignore[arg-type]
+        return super().predict(
+            model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only
+        )
 
     def preflight(
         self,
@@ -121,28 +240,45 @@ class DistillTrainer(pl.Trainer):
         ckpt_path: str,
         out: str,
         format: ExportFormat = "diffusers",
+        dtype: str | None = None,
+        max_shard_size: str = "5GB",
+        push_to_hub: str | None = None,
     ) -> None:
-        """Write the student of a checkpoint in a form that plain diffusers loads.
+        """Write the student of a checkpoint for other tools, load it back and compare its image.
 
         Args:
             model: Not used: the checkpoint says all.
             datamodule: Not used.
             ckpt_path: Checkpoint (.ckpt) of a run.
             out: Folder to write to.
-            format: diffusers: pytorch_lora_weights.safetensors for pipe.load_lora_weights, or a
-                pipeline folder when the whole denoiser was trained.
+            format: diffusers, comfyui, kohya, diffsynth or peft for a LoRA file; merged for a
+                pipeline folder (always, when the whole denoiser was trained).
+            dtype: Data type of the tensors: float32, bfloat16 or float16; default: float32 for a
+                LoRA, that of the base model for merged.
+            max_shard_size: Largest file of format merged.
+            push_to_hub: Hub repository (user/name) to upload the folder to; made if missing.
         """
-        print(f"student written to {export_student(ckpt_path, out, format)}")
+        if self.is_global_zero:
+            folder = export_student(
+                ckpt_path,
+                out,
+                format,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                device=self.strategy.root_device,
+                push_to_hub=push_to_hub,
+            )
+            print(f"student written to {folder}, loaded back, and seen to draw the same image")
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI with the subcommands `generate`, `preflight` and `export`."""
+    """LightningCLI with the subcommands `generate`, `preflight`, `plot` and `export`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and the arguments of theirs that are not options."""
         own = {"model", "datamodule"}
-        further = {"generate": own, "preflight": own, "export": own}
+        further = {"generate": own, "preflight": own, "plot": own, "export": own}
         return {**LightningCLI.subcommands(), **further}
 
     def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401
@@ -154,17 +290,20 @@ class DistillCLI(LightningCLI):
                 "trainer.default_root_dir": "runs",
                 # DistillDataModule gives every rank its share of every bucket.
                 "trainer.use_distributed_sampler": False,
+                # The whole of it, before the first step: there the undistilled pipeline's error,
+                # which gap_closed is relative to, costs no second denoiser, and curves start.
+                "trainer.num_sanity_val_steps": -1,
             }
         )
 
     def _parse_ckpt_path(self) -> None:
         # On fit, Lightning would let the checkpoint's settings silently beat the command line's.
-        if self.config.get("subcommand") not in ("fit", "export"):
+        if self.config.get("subcommand") not in ("fit", "export", "plot"):
             super()._parse_ckpt_path()
 
-    def before_test(self) -> None:
-        """Compare teacher, undistilled pipeline and student, unless a Comparison is set up."""
-        self._add_callback(Comparison())
+    def before_fit(self) -> None:
+        """Show images of held-out rows at every validation, unless an ImageGrid is set up."""
+        self._add_callback(ImageGrid())
 
     def before_predict(self) -> None:
         """Write the images, unless an ImageWriter is set up."""

@@ -24,8 +24,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from lit_distill.adapters import base_pipeline
 from lit_distill.data import LATENTS_KEY, collate_calls, open_pictures
-from lit_distill.families import load_pipeline
 from lit_distill.metadata import Problems, call_key, read_calls
 from lit_distill.rollout import draw
 
@@ -65,6 +65,7 @@ class Teacher:
 
     Attributes:
         model: Hub id or folder of the pipeline.
+        lora: LoRA that is fused into it, if any.
         revision: Branch, tag or commit of the hub repository.
         torch_dtype: Data type of the weights.
         num_inference_steps: The teacher's steps.
@@ -80,6 +81,7 @@ class Teacher:
     """
 
     model: str
+    lora: str | None = None
     revision: str | None = None
     torch_dtype: str = "bfloat16"
     num_inference_steps: int = 50
@@ -297,8 +299,13 @@ class _Draws(pl.LightningModule):
 
     def configure_model(self) -> None:
         teacher = self.teacher
-        self.pipe = load_pipeline(
-            teacher.model, revision=teacher.revision, torch_dtype=teacher.torch_dtype
+        self.pipe = base_pipeline(
+            {
+                "pretrained_model_name_or_path": teacher.model,
+                "revision": teacher.revision,
+                "torch_dtype": teacher.torch_dtype,
+                "teacher_lora": teacher.lora,
+            }
         )
 
     def on_predict_start(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -13,27 +14,50 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 import lit_distill
 from lit_distill.adapters import (
     adapters_off,
+    base_pipeline,
+    changed_scheduler,
     check_state,
     freeze_parameters,
+    lora_fields,
     make_trainable,
+    put_lora,
     set_training_mode,
 )
+from lit_distill.cache import EncodingStore
+from lit_distill.card import training_facts
 from lit_distill.codec import LatentCodec
-from lit_distill.data import Batch, DistillDataModule, collate, split_batch
-from lit_distill.encode import EncodeOnce
+from lit_distill.data import (
+    NO_TARGET,
+    Batch,
+    DistillDataModule,
+    collate,
+    open_pictures,
+    split_batch,
+)
+from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
 from lit_distill.families import DTYPES, denoisers, load_pipeline
+from lit_distill.heldout import HeldOut
+from lit_distill.joining import UnjoinableError
+from lit_distill.lora import LoRA, read_lora
 from lit_distill.losses import DistillLoss, LatentMSE
+from lit_distill.metrics import default_metrics
 from lit_distill.precision import compute_in
-from lit_distill.preflight import Report, preflight, preflight_size
+from lit_distill.preflight import (
+    Report,
+    other_prompt,
+    preflight,
+    preflight_size,
+    trial_arguments,
+)
 from lit_distill.resume import AtomicCheckpointIO, Run, StopOnSignal
 from lit_distill.rollout import Checkpointing, draw, rollout
 from lit_distill.schedule import WarmupCosine
-from lit_distill.sharding import load_sharded
+from lit_distill.sharding import empty_denoisers, load_sharded
 from lit_distill.steps import OptimizerStep, gradient_norm
 
 if TYPE_CHECKING:
@@ -55,6 +79,15 @@ class DirectDistill(pl.LightningModule):
         lora: Fields of peft.LoraConfig (r, lora_alpha, target_modules, ...); null trains the whole
             denoiser. Without target_modules all attention and MLP linears of the repeated blocks
             are adapted; without lora_alpha it equals r.
+        init_lora: LoRA to go on from, a file or folder in the layout of diffusers, peft, ComfyUI,
+            kohya or DiffSynth-Studio. It decides rank, alpha and target modules.
+        teacher_lora: LoRA, in any of these layouts, that the teacher has: it is fused into the
+            weights before the student's is added, so that both start from it.
+        teacher_model: Hub id or folder of another pipeline with the same latent space, to be the
+            online teacher; null: the student's own pretrained weights.
+        scheduler: Fields of the scheduler's configuration in which the student's differs from the
+            teacher's, such as {shift_terminal: null}, without which Qwen-Image has no one-step
+            schedule. They travel with the export.
         checkpointing: What the backward pass recomputes instead of storing: none, block (the
             denoiser's blocks), step (each denoiser call) or nested (both: memory flat in steps).
         grad_steps: Back-propagate through the last grad_steps steps only; null: through all.
@@ -75,6 +108,9 @@ class DirectDistill(pl.LightningModule):
             checkpointing, freeze, train_mode and rollout_batch_size are changed, with a warning,
             where it can't be with what is set.
         compile: Compile the denoiser's repeated blocks with torch.compile.
+        metrics: What is measured on held-out rows besides the latent error, by name: any
+            torchmetrics class whose update asks for what lit_distill.evaluation offers. Null: psnr,
+            ssim, sharpness and diversity. {}: nothing, which saves decoding the images.
     """
 
     pipe: DiffusionPipeline
@@ -85,6 +121,10 @@ class DirectDistill(pl.LightningModule):
         revision: str | None = None,
         torch_dtype: str = "bfloat16",
         lora: dict[str, Any] | None = None,
+        init_lora: str | None = None,
+        teacher_lora: str | None = None,
+        teacher_model: str | None = None,
+        scheduler: dict[str, Any] | None = None,
         checkpointing: Checkpointing = "block",
         grad_steps: int | None = None,
         loss: DistillLoss | None = None,
@@ -100,14 +140,25 @@ class DirectDistill(pl.LightningModule):
         rollout_batch_size: int | None = None,
         preflight: bool = True,
         compile: bool = False,
+        metrics: dict[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         # Plain types only: anything else fails to load with weights_only.
-        self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler"])
+        # init_lora only says where to begin: a checkpoint holds the weights and settings itself.
+        self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler", "init_lora"])
+        # Of the command line this is its text, which the checkpoint keeps; objects it can't.
+        if any(isinstance(metric, Metric) for metric in (self.hparams["metrics"] or {}).values()):
+            self.hparams["metrics"] = None
         if torch_dtype not in DTYPES:
             raise ValueError(
                 f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}"
             )
+        if teacher_lora and teacher_model:
+            raise ValueError(
+                "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "
+                "LoRA, fuse the LoRA into the model first"
+            )
+        self.init_lora = init_lora
         if rollout_batch_size is not None and rollout_batch_size < 1:
             raise ValueError(f"model.rollout_batch_size must be >= 1, got {rollout_batch_size}")
         self.hparams.update(freeze=list(freeze or []), train_mode=list(train_mode or []))
@@ -115,13 +166,14 @@ class DirectDistill(pl.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.call_kwargs = call_kwargs or {}
-        self.student_loss = MeanMetric()
-        self.undistilled_loss = MeanMetric()
-        self._undistilled_losses: dict[str, float] = {}
+        self.held_out = HeldOut(default_metrics() if metrics is None else metrics)
+        self._loaded = False
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
         self._step = OptimizerStep()
         self._run = Run()
+        self._teacher: DiffusionPipeline | None = None
+        self._vae: nn.Module | None = None  # where the pipeline has only its shell
 
     # Set-up
 
@@ -152,8 +204,10 @@ class DirectDistill(pl.LightningModule):
         # there can't compute their schedules, for which they use numpy.
         with torch.device("cpu"):
             # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
-            self.pipe = self._sharded() if self._device_mesh is not None else self._whole()
-            EncodeOnce(self.pipe)
+            self.pipe = self._whole() if self._device_mesh is None else self._sharded()
+            self._teacher_scheduler = self.pipe.scheduler
+            self.pipe.scheduler = changed_scheduler(self.pipe, self.hparams["scheduler"])
+            self._encode_ahead()
             # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
             self._apply_preflight()
             if self.hparams["compile"]:
@@ -161,8 +215,14 @@ class DirectDistill(pl.LightningModule):
                     denoiser.compile_repeated_blocks(fullgraph=True)
         self.denoisers = nn.ModuleDict(denoisers(self.pipe))
 
-    def _trains(self) -> dict[str, Any]:
-        return {name: self.hparams[name] for name in ("lora", "freeze", "train_mode")}
+    def _prepare(self, pipe: DiffusionPipeline) -> None:
+        """Make the student trainable."""
+        begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
+        if begin:
+            self.hparams["lora"] = self._fields_of(begin, pipe)
+        settings = (self.hparams[name] for name in ("lora", "freeze", "train_mode"))
+        make_trainable(pipe, *settings)
+        put_lora(pipe, begin)
 
     def _whole(self) -> DiffusionPipeline:
         pipe = self._load_pipeline()
@@ -170,7 +230,7 @@ class DirectDistill(pl.LightningModule):
             key: {name: p.dtype for name, p in denoiser.named_parameters()}
             for key, denoiser in denoisers(pipe).items()
         }
-        make_trainable(pipe, **self._trains())
+        self._prepare(pipe)
         if not self.hparams["compile"]:  # whose tracing can't follow the casts
             for key, denoiser in denoisers(pipe).items():
                 compute_in(denoiser, dtypes[key], DTYPES[self.hparams["torch_dtype"]])
@@ -178,13 +238,14 @@ class DirectDistill(pl.LightningModule):
 
     def _sharded(self) -> DiffusionPipeline:
         assert self._device_mesh is not None
+        options = {name: self.hparams[name] for name in ("revision", "torch_dtype")}
         return load_sharded(
-            self._name(),
+            self._load_pipeline,
+            partial(load_pipeline, self._name(), **options),
+            empty_denoisers(self._name(), self.hparams["revision"]),
+            self._prepare,
             self._device_mesh["data_parallel"],
-            revision=self.hparams["revision"],
-            torch_dtype=self.hparams["torch_dtype"],
-            trains=self._trains(),
-            device=self.trainer.strategy.root_device,
+            self.trainer.strategy.root_device,
         )
 
     def _own_dtype(self) -> Any:  # noqa: ANN401
@@ -193,6 +254,47 @@ class DirectDistill(pl.LightningModule):
         if self.hparams["torch_dtype"] == "float32" or compiled:
             return ExitStack()
         return torch.autocast(self.device.type, enabled=False)
+
+    def _fit_data(self) -> DistillDataModule | None:
+        """Return the data of the training that is about to begin, if it is of this package."""
+        trainer = self._trainer
+        data = getattr(trainer, "datamodule", None)
+        fitting = trainer is not None and trainer.state.fn == "fit"
+        return data if fitting and isinstance(data, DistillDataModule) else None
+
+    def _encode_ahead(self) -> None:
+        """Encode prompts and pictures only once; with a cache all of them now."""
+        data = self._fit_data()
+        if data is None or data.cache_dir is None:
+            EncodeOnce(self.pipe)
+            return
+        device = self.trainer.strategy.root_device
+        for name, component in self.pipe.components.items():
+            if isinstance(component, nn.Module) and name not in denoisers(self.pipe):
+                component.to(device)
+        once = EncodeOnce(self.pipe, EncodingStore(data.cache_dir))
+        sets = [each for each in (data.train_set, data.val_set) if each is not None]
+        encode_ahead(
+            once,
+            sets,
+            self._call,
+            self.hparams["teacher_cfg_scale"],
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            barrier=self.trainer.strategy.barrier,
+        )
+        self._rehearse_preflight(once, data)
+        once.store.flush()
+        for each in sets:
+            each.encoded = partial(encoded_image, once.store, once.identity)
+        self._vae = once.release(device)
+
+    def _rehearse_preflight(self, once: EncodeOnce, data: DistillDataModule) -> None:
+        example = self._example(data)
+        prompt = example.pop("prompt")
+        for prompts in ([prompt], [prompt, other_prompt(prompt)]):
+            with suppress(UnjoinableError):  # which preflight is going to find
+                once.rehearse(cfg_scale=1.0, **trial_arguments(prompts, **example))
 
     def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
         """Return what preflight sees, on the trainer's device and in its precision."""
@@ -203,13 +305,10 @@ class DirectDistill(pl.LightningModule):
 
     def _apply_preflight(self) -> None:
         """Check the pipeline before training; take up the settings that avoid what was found."""
-        trainer = self._trainer
-        if not self.hparams["preflight"] or trainer is None or trainer.state.fn != "fit":
+        data = self._fit_data()
+        if data is None or not self.hparams["preflight"]:
             return
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, DistillDataModule):
-            return
-        report = self.preflight(trainer, **self._example(data))
+        report = self.preflight(self.trainer, **self._example(data))
         report.raise_failures()
         for finding in report.findings:
             if finding.verdict == "avoidable":
@@ -226,7 +325,8 @@ class DirectDistill(pl.LightningModule):
     def _example(self, data: DistillDataModule) -> dict[str, Any]:
         """Return the first training row as arguments of `preflight`, at a small size."""
         assert data.train_set is not None
-        batch = collate([data.train_set[0] | {"image": None, "latents": None}])
+        row = data.train_set.record(0)
+        batch = collate([row | {"call": open_pictures(row["call"])} | NO_TARGET])
         call = self._call(batch) | {"prompt": batch["prompt"][0]}
         del call["generator"]
         if batch["size"] is not None:
@@ -243,11 +343,20 @@ class DirectDistill(pl.LightningModule):
         return name
 
     def _load_pipeline(self) -> DiffusionPipeline:
-        return load_pipeline(
-            self._name(),
-            revision=self.hparams["revision"],
-            torch_dtype=self.hparams["torch_dtype"],
-        )
+        self._name()
+        return base_pipeline(dict(self.hparams))
+
+    def _fields_of(self, begin: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """Return the settings of a LoRA to go on from, with those of `lora` it leaves open."""
+        found = lora_fields(begin, pipe)
+        given = self.hparams["lora"] or {}
+        for name, value in given.items():
+            if name in found and found[name] != value:
+                raise ValueError(
+                    f"model.lora.{name} is {value!r}, but init_lora {self.init_lora} has "
+                    f"{found[name]!r}; leave it out"
+                )
+        return given | found
 
     def _place(self, device: torch.device | None = None) -> None:
         """Move the encoders and the VAE, which Lightning does not know, to the device."""
@@ -273,7 +382,19 @@ class DirectDistill(pl.LightningModule):
                 f"checkpoint's {saved!r}; going on with {configured!r}"
             )
 
-    on_validation_start = on_test_start = on_predict_start = _place
+    on_test_start = on_predict_start = _place
+
+    def on_validation_start(self) -> None:
+        """Place the pipeline, the VAE among it, which pictures need."""
+        if self._vae is not None:
+            self.pipe.__dict__["vae"] = self._vae
+        self._place()
+
+    def on_validation_end(self) -> None:
+        """Let go of the VAE again."""
+        if self._vae is not None:
+            self.pipe.__dict__["vae"] = shell(self._vae, self.device)
+            self._vae.cpu()
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
@@ -299,11 +420,11 @@ class DirectDistill(pl.LightningModule):
         given = {"prompt": batch["prompt"], "generator": generators, **size}
         return {**self.call_kwargs, **given, **batch["call"]}
 
-    def _rollout(self, batch: Batch, **options: Any) -> Tensor:  # noqa: ANN401
+    def _rollout(self, batch: Batch, pipe: DiffusionPipeline, **options: Any) -> Tensor:  # noqa: ANN401
         """Return final latents, of as many samples at a time as the pipeline draws rightly."""
         parts = split_batch(batch, self.hparams["rollout_batch_size"])
         with self._own_dtype():
-            drawn = [rollout(self.pipe, **self._call(part), **options) for part in parts]
+            drawn = [rollout(pipe, **self._call(part), **options) for part in parts]
         return torch.cat(drawn)
 
     def codec(self, batch: Batch) -> LatentCodec:
@@ -320,7 +441,8 @@ class DirectDistill(pl.LightningModule):
         """Return the teacher's final latents for the batch.
 
         The stored exact latents; else the encoded image; else those that the online teacher
-        draws now: the same weights, adapters off, its own steps and guidance.
+        draws now with its own steps and guidance: `teacher_model`, or else the same weights with
+        adapters off.
 
         Returns:
             (B, ...), float32, in the space of `student_rollout`.
@@ -335,24 +457,49 @@ class DirectDistill(pl.LightningModule):
             return self._drawn_target(batch)
 
     def _drawn_target(self, batch: Batch) -> Tensor:
+        if batch["encoded"] is not None:
+            return self.codec(batch).pack(batch["encoded"])
         if batch["image"] is not None:
             return self.codec(batch).encode(batch["image"])
-        if self.hparams["lora"] is None:
+        if self.hparams["lora"] is None and not self.hparams["teacher_model"]:
             raise ValueError(
                 f"row {batch['row'][0]} has neither image nor latents, and full training leaves no "
                 "teacher to draw one: make pairs first with `lit-distill generate`"
             )
-        with adapters_off(self.denoisers):
+        with adapters_off(self.denoisers), self._teacher_schedule():
             return self._rollout(
                 batch,
+                self._teacher_pipeline(),
                 num_inference_steps=self.hparams["teacher_num_inference_steps"],
                 cfg_scale=self.hparams["teacher_cfg_scale"],
             ).float()
+
+    def _teacher_pipeline(self) -> DiffusionPipeline:
+        """Return the pipeline that draws the online teacher's targets; loaded at first use."""
+        if not self.hparams["teacher_model"]:
+            return self.pipe
+        if self._teacher is None:
+            teacher = load_pipeline(
+                self.hparams["teacher_model"], torch_dtype=self.hparams["torch_dtype"]
+            )
+            EncodeOnce(teacher)
+            self._teacher = teacher.to(self.device)
+        return self._teacher
+
+    @contextmanager
+    def _teacher_schedule(self) -> Iterator[None]:
+        """Let the pipeline draw with the pretrained scheduler."""
+        own, self.pipe.scheduler = self.pipe.scheduler, self._teacher_scheduler
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = own
 
     def student_rollout(self, batch: Batch) -> Tensor:
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""
         return self._rollout(
             batch,
+            self.pipe,
             num_inference_steps=batch["num_inference_steps"],
             cfg_scale=batch["cfg_scale"],
             grad_steps=self.hparams["grad_steps"],
@@ -366,6 +513,7 @@ class DirectDistill(pl.LightningModule):
         num_inference_steps: int | None = None,
         cfg_scale: float | None = None,
         undistilled: bool = False,
+        pipe: DiffusionPipeline | None = None,
     ) -> tuple[Tensor, list[Any]]:
         """Draw a batch's prompts and seeds as `pipe()` does.
 
@@ -374,6 +522,7 @@ class DirectDistill(pl.LightningModule):
             num_inference_steps: Steps; default: the rows' own.
             cfg_scale: Guidance; default: the rows' own.
             undistilled: Draw with the pretrained weights instead of the student's.
+            pipe: Draw with this pipeline instead.
 
         Returns:
             Final latents (B, ...) and B images.
@@ -381,7 +530,7 @@ class DirectDistill(pl.LightningModule):
         with self._own_dtype(), self.undistilled() if undistilled else ExitStack():
             drawn = [
                 draw(
-                    self.pipe,
+                    pipe or self.pipe,
                     num_inference_steps=num_inference_steps or batch["num_inference_steps"],
                     cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
                     **self._call(part),
@@ -394,11 +543,15 @@ class DirectDistill(pl.LightningModule):
     def undistilled(self) -> Iterator[None]:
         """Let the pipeline draw with its pretrained weights: adapters off, or a second denoiser.
 
-        After full training the pretrained denoiser is loaded again, at first use.
+        In full training the pretrained denoiser is loaded again, at first use after a step.
         """
         if self.hparams["lora"] is not None:
             with adapters_off(self.denoisers):
                 yield
+            return
+        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
+        if fitting and self.global_step == 0 and not self._loaded:
+            yield  # before the first step the student is the pretrained denoiser
             return
         if not self._base:
             self._base = denoisers(self._load_pipeline())
@@ -410,6 +563,10 @@ class DirectDistill(pl.LightningModule):
             yield
         finally:
             self.pipe.__dict__.update(own)
+
+    def release_undistilled(self) -> None:
+        """Free the second denoiser: it is not kept while training."""
+        self._base.clear()
 
     def compare(self, latents: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each sample, (B,), float32.
@@ -473,51 +630,44 @@ class DirectDistill(pl.LightningModule):
     def _scales_gradients(self) -> bool:
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        target = self.teacher_target(batch)
-        self.student_loss.update(self.compare(self.student_rollout(batch), target, batch))
-        keys = [f"{stage}/{row}" for row in batch["row"]]
-        if any(key not in self._undistilled_losses for key in keys):
-            with self._fast_undistilled():
-                losses = self.compare(self.student_rollout(batch), target, batch)
-            self._undistilled_losses.update(zip(keys, losses.tolist(), strict=True))
-        kept = [self._undistilled_losses[key] for key in keys]
-        self.undistilled_loss.update(torch.tensor(kept, device=self.device))
+    def decode(self, latents: Tensor, batch: Batch) -> Tensor:
+        """Return the images of the batch's final latents, (B, 3, H, W), float32, range [0, 1].
 
-    def _fast_undistilled(self) -> Any:  # noqa: ANN401
-        """Before the first step of full training the denoiser still is the pretrained one."""
-        untrained = self.trainer.state.fn == "fit" and self.global_step == 0
-        return ExitStack() if untrained else self.undistilled()
+        Raises:
+            ValueError: If the pipeline's latents can't be decoded, which metrics {} does without.
+        """
+        try:
+            codec = self.codec(batch)
+        except ValueError as error:
+            raise ValueError(f"{error}; or validate without images: model.metrics: {{}}") from error
+        return codec.decode(latents)
 
-    def _log_evaluation(self, stage: str) -> None:
-        student, undistilled = self.student_loss.compute(), self.undistilled_loss.compute()
-        self.student_loss.reset()
-        self.undistilled_loss.reset()
-        self._base.clear()  # a second denoiser is not kept while training
-        self.log_dict(
-            {
-                f"{stage}_loss": student,
-                f"{stage}_undistilled_loss": undistilled,
-                f"{stage}_ratio": student / undistilled,
-            }
-        )
-        self.log(f"{stage}_gap_closed", 1 - student / undistilled, prog_bar=True)
+    def on_validation_epoch_start(self) -> None:
+        """Start the clock."""
+        self.held_out.start()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Compare the student and the undistilled pipeline with the teacher on held-out rows."""
-        self._evaluate(batch, "val")
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Compare the student and the undistilled pipeline with the teacher on held-out rows.
+
+        Returns:
+            ``draws``, a `lit_distill.evaluation.Draws`, and ``new``, the positions of
+            rows that no process had before.
+        """
+        return self.held_out.step(self, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log val_loss, val_undistilled_loss, their ratio, and val_gap_closed = 1 - ratio."""
-        self._log_evaluation("val")
+        """Log val_gap_closed, val_latent_mse, val_loss, val_seconds and val_<metric>."""
+        self.held_out.finish(self, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Do as in validation."""
-        self._evaluate(batch, "test")
+        return self.held_out.step(self, batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log test_loss, test_undistilled_loss, their ratio, and test_gap_closed = 1 - ratio."""
-        self._log_evaluation("test")
+        """Log test_gap_closed, test_latent_mse, test_loss, test_seconds and test_<metric>."""
+        self.held_out.finish(self, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
         """Return the student's images of the batch, B `PIL.Image.Image`."""
@@ -545,10 +695,11 @@ class DirectDistill(pl.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what a resumed run needs beside Lightning's own notes."""
+        """Note what a resumed run and an export need beside Lightning's own notes."""
         checkpoint["lit_distill"] = {
             "version": lit_distill.__version__,
-            "undistilled_losses": self._undistilled_losses,
+            "undistilled_mse": self.held_out.undistilled_mse,
+            "facts": training_facts(self.trainer) | {"init_lora": self.init_lora},
             **self._run.notes(),
         }
 
@@ -558,8 +709,9 @@ class DirectDistill(pl.LightningModule):
         Raises:
             ValueError: If the checkpoint can't be resumed from.
         """
+        self._loaded = True
         notes = checkpoint["lit_distill"]
-        self._undistilled_losses = dict(notes["undistilled_losses"])
+        self.held_out.undistilled_mse = dict(notes["undistilled_mse"])
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             if "optimizer_states" not in checkpoint:
                 raise ValueError(
@@ -569,7 +721,8 @@ class DirectDistill(pl.LightningModule):
             self._run.resume(notes)
         saved = checkpoint["hyper_parameters"]
         for name, value in self.hparams.items():
-            if name in saved and saved[name] != value:
+            # Metrics may be objects on one side; they change nothing of the student.
+            if name in saved and saved[name] != value and name != "metrics":
                 rank_zero_warn(
                     f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
                     f"going on with {value!r}"

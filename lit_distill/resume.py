@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from lit_distill.adapters import read_checkpoint
+from lit_distill.student import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_distill.adapters import check_state, make_trainable, read_checkpoint
-from lit_distill.families import denoisers, load_pipeline, pipeline_source
+from lit_distill.adapters import check_state
+from lit_distill.families import denoisers, pipeline_source
+from lit_distill.student import read_checkpoint
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -92,12 +94,11 @@ StrategyRegistry.register("fsdp2", FSDP2, "FSDP2 over all processes, one checkpo
 
 
 def load_sharded(
-    name: str,
+    load: Callable[[], DiffusionPipeline],
+    load_rest: Callable[..., DiffusionPipeline],
+    empty: dict[str, Any],
+    prepare: Callable[[DiffusionPipeline], None],
     mesh: DeviceMesh,
-    *,
-    revision: str | None,
-    torch_dtype: str,
-    trains: dict[str, Any],
     device: torch.device,
 ) -> DiffusionPipeline:
     """Return a pipeline whose trainable denoisers are sharded over the mesh.
@@ -106,28 +107,27 @@ def load_sharded(
     never holds them.
 
     Args:
-        name: As `load_pipeline` takes it.
+        load: Loads the whole pipeline; called on process 0.
+        load_rest: Loads it with the components it is given; called on the others.
+        empty: The denoisers without memory, of `empty_denoisers`.
+        prepare: Makes a pipeline's denoisers trainable.
         mesh: One-dimensional mesh of all processes.
-        revision: Branch, tag or commit.
-        torch_dtype: Data type of the frozen weights, and of the arithmetic.
-        trains: Arguments of `make_trainable`.
         device: Where this process's shards go.
     """
     full: dict[str, Any] = {}
-    empty = _empty_denoisers(name, revision)
+    dtypes: dict[str, torch.dtype] = {}
     if mesh.get_rank() == 0:
-        pipe = load_pipeline(name, revision=revision, torch_dtype=torch_dtype)
-        dtypes = {k: v.dtype for k, v in denoisers(pipe).items()}
-        make_trainable(pipe, **trains)  # draws the adapters just as without sharding
+        pipe = load()
+        dtypes = {key: denoiser.dtype for key, denoiser in denoisers(pipe).items()}
+        prepare(pipe)  # draws the adapters just as without sharding
         full = denoisers(pipe)
         pipe.register_modules(**empty)
     else:
-        pipe = load_pipeline(name, revision=revision, torch_dtype=torch_dtype, **empty)
-        dtypes = {}
+        pipe = load_rest(**empty)
     (dtypes,) = _broadcast(dtypes)
     for key, denoiser in denoisers(pipe).items():
         nn.Module.to(denoiser, dtypes[key])  # diffusers' own talks of what it keeps in float32
-    make_trainable(pipe, **trains)
+    prepare(pipe)
     for key, denoiser in denoisers(pipe).items():
         shard(denoiser, mesh, dtypes[key])
         denoiser._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
@@ -142,7 +142,7 @@ def _broadcast(thing: Any) -> list[Any]:  # noqa: ANN401
     return things
 
 
-def _empty_denoisers(name: str, revision: str | None) -> dict[str, Any]:
+def empty_denoisers(name: str, revision: str | None) -> dict[str, Any]:
     """Return the pipeline's denoisers as their configuration describes them, without memory."""
     import diffusers
     from accelerate import init_empty_weights
