@@ -57,7 +57,7 @@ from lit_distill.preflight import (
 from lit_distill.resume import Run, StopOnSignal
 from lit_distill.rollout import Checkpointing, draw, rollout
 from lit_distill.schedule import WarmupCosine
-from lit_distill.sharding import load_sharded
+from lit_distill.sharding import empty_denoisers, load_sharded
 from lit_distill.steps import OptimizerStep, gradient_norm
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class DirectDistill(pl.LightningModule):
         # there can't compute their schedules, for which they use numpy.
         with torch.device("cpu"):
             # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
-            self.pipe = self._sharded() if self._device_mesh is not None else self._whole()
+            self.pipe = self._whole() if self._device_mesh is None else self._sharded()
             self._teacher_scheduler = self.pipe.scheduler
             self.pipe.scheduler = changed_scheduler(self.pipe, self.hparams["scheduler"])
             self._encode_ahead()
@@ -229,14 +229,14 @@ class DirectDistill(pl.LightningModule):
 
     def _sharded(self) -> DiffusionPipeline:
         assert self._device_mesh is not None
+        options = {name: self.hparams[name] for name in ("revision", "torch_dtype")}
         return load_sharded(
-            self._name(),
+            self._load_pipeline,
+            partial(load_pipeline, self._name(), **options),
+            empty_denoisers(self._name(), self.hparams["revision"]),
+            self._prepare,
             self._device_mesh["data_parallel"],
-            revision=self.hparams["revision"],
-            torch_dtype=self.hparams["torch_dtype"],
-            load=self._load_pipeline,
-            prepare=self._prepare,
-            device=self.trainer.strategy.root_device,
+            self.trainer.strategy.root_device,
         )
 
     def _own_dtype(self) -> Any:  # noqa: ANN401
@@ -711,6 +711,7 @@ class DirectDistill(pl.LightningModule):
         Raises:
             ValueError: If the checkpoint can't be resumed from.
         """
+        self._loaded = True
         notes = checkpoint["lit_distill"]
         self.held_out.undistilled_mse = dict(notes["undistilled_mse"])
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_distill.checkpoints import check_state, read_checkpoint
-from lit_distill.families import denoisers, load_pipeline, pipeline_source
+from lit_distill.families import denoisers, pipeline_source
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -93,13 +93,11 @@ StrategyRegistry.register("fsdp2", FSDP2, "FSDP2 over all processes, one checkpo
 
 
 def load_sharded(
-    name: str,
-    mesh: DeviceMesh,
-    *,
-    revision: str | None,
-    torch_dtype: str,
     load: Callable[[], DiffusionPipeline],
-    prepare: Callable[[DiffusionPipeline], Any],
+    load_rest: Callable[..., DiffusionPipeline],
+    empty: dict[str, Any],
+    prepare: Callable[[DiffusionPipeline], None],
+    mesh: DeviceMesh,
     device: torch.device,
 ) -> DiffusionPipeline:
     """Return a pipeline whose trainable denoisers are sharded over the mesh.
@@ -108,25 +106,23 @@ def load_sharded(
     never holds them.
 
     Args:
-        name: As `load_pipeline` takes it.
+        load: Loads the whole pipeline; called on process 0.
+        load_rest: Loads it with the components it is given; called on the others.
+        empty: The denoisers without memory, of `empty_denoisers`.
+        prepare: Makes a pipeline's denoisers trainable.
         mesh: One-dimensional mesh of all processes.
-        revision: Branch, tag or commit.
-        torch_dtype: Data type of the frozen weights, and of the arithmetic.
-        load: Loads the whole pipeline, on process 0.
-        prepare: Makes a pipeline trainable; also one without memory.
         device: Where this process's shards go.
     """
     full: dict[str, Any] = {}
-    empty = _empty_denoisers(name, revision)
+    dtypes: dict[str, torch.dtype] = {}
     if mesh.get_rank() == 0:
         pipe = load()
-        dtypes = {k: v.dtype for k, v in denoisers(pipe).items()}
+        dtypes = {key: denoiser.dtype for key, denoiser in denoisers(pipe).items()}
         prepare(pipe)  # draws the adapters just as without sharding
         full = denoisers(pipe)
         pipe.register_modules(**empty)
     else:
-        pipe = load_pipeline(name, revision=revision, torch_dtype=torch_dtype, **empty)
-        dtypes = {}
+        pipe = load_rest(**empty)
     (dtypes,) = _broadcast(dtypes)
     for key, denoiser in denoisers(pipe).items():
         nn.Module.to(denoiser, dtypes[key])  # diffusers' own talks of what it keeps in float32
@@ -145,7 +141,7 @@ def _broadcast(thing: Any) -> list[Any]:  # noqa: ANN401
     return things
 
 
-def _empty_denoisers(name: str, revision: str | None) -> dict[str, Any]:
+def empty_denoisers(name: str, revision: str | None) -> dict[str, Any]:
     """Return the pipeline's denoisers as their configuration describes them, without memory."""
     import diffusers
     from accelerate import init_empty_weights

@@ -114,7 +114,8 @@ def student_pipeline(
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.requires_grad_(False).copy_(state[key])
-            parameter.data = parameter.data.to(loaded.get(parameter, torch.float32))
+    for parameter, dtype in loaded.items():  # those that `freeze` names were made float32, too
+        parameter.data = parameter.data.to(dtype)
     return pipe
 
 
