@@ -18,11 +18,11 @@ from two_processes import QUIET, Signal, difference, train, weights_of
 
 from lit_distill import DirectDistill, DistillDataModule, load_student, rollout
 from lit_distill.adapters import make_trainable
+from lit_distill.checkpoints import AtomicCheckpointIO
 from lit_distill.ema import EMA
 from lit_distill.families import denoisers
 from lit_distill.monitor import TrainingMonitor
 from lit_distill.precision import compute_in
-from lit_distill.resume import AtomicCheckpointIO
 from lit_distill.schedule import WarmupCosine
 
 
