@@ -401,6 +401,7 @@ SPOILT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:model.lora:UserWarning")  # said before it is refused
 @pytest.mark.parametrize("kind", SPOILT)
 def test_a_spoilt_or_foreign_checkpoint_is_refused_by_name(
     kind, checkpoint, pairs, tmp_path, capsys
