@@ -227,7 +227,7 @@ class DistillTrainer(pl.Trainer):
         model.configure_model()
         size = {} if height is None else {"height": height}
         size |= {} if width is None else {"width": width}
-        report = model.preflight(
+        report = model.backbone.preflight(
             self, prompt=prompt, num_inference_steps=num_inference_steps, **size
         )
         print(report)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -17,47 +16,18 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 import lit_distill
-from lit_distill.adapters import (
-    adapters_off,
-    base_pipeline,
-    changed_scheduler,
-    freeze_parameters,
-    lora_fields,
-    make_trainable,
-    put_lora,
-    set_training_mode,
-)
-from lit_distill.cache import EncodingStore
+from lit_distill.backbone import Backbone
 from lit_distill.card import training_facts
 from lit_distill.checkpoints import AtomicCheckpointIO, check_state
 from lit_distill.codec import LatentCodec
-from lit_distill.data import (
-    NO_TARGET,
-    Batch,
-    DistillDataModule,
-    collate,
-    open_pictures,
-    split_batch,
-)
-from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
-from lit_distill.families import DTYPES, denoisers, load_pipeline
+from lit_distill.data import Batch, DistillDataModule
+from lit_distill.families import DTYPES, denoisers
 from lit_distill.heldout import HeldOut
-from lit_distill.joining import UnjoinableError
-from lit_distill.lora import LoRA, read_lora
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.metrics import default_metrics
-from lit_distill.precision import compute_in
-from lit_distill.preflight import (
-    Report,
-    other_prompt,
-    preflight,
-    preflight_size,
-    trial_arguments,
-)
 from lit_distill.resume import Run, StopOnSignal
-from lit_distill.rollout import Checkpointing, draw, rollout
+from lit_distill.rollout import Checkpointing
 from lit_distill.schedule import WarmupCosine
-from lit_distill.sharding import empty_denoisers, load_sharded
 from lit_distill.steps import OptimizerStep, gradient_norm
 
 if TYPE_CHECKING:
@@ -113,8 +83,6 @@ class DirectDistill(pl.LightningModule):
             ssim, sharpness and diversity. {}: nothing, which saves decoding the images.
     """
 
-    pipe: DiffusionPipeline
-
     def __init__(
         self,
         pretrained_model_name_or_path: str | None = None,
@@ -168,12 +136,14 @@ class DirectDistill(pl.LightningModule):
         self.call_kwargs = call_kwargs or {}
         self.held_out = HeldOut(default_metrics() if metrics is None else metrics)
         self._loaded = False
-        self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
-        self._base: dict[str, nn.Module] = {}
-        self._teacher: DiffusionPipeline | None = None
-        self._vae: nn.Module | None = None  # where the pipeline has only its shell
+        self.backbone = Backbone(self.hparams, init_lora)
         self._step = OptimizerStep()
         self._run = Run()
+
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        """The student's pipeline, once `configure_model` has run."""
+        return self.backbone.pipe
 
     # Set-up
 
@@ -203,171 +173,30 @@ class DirectDistill(pl.LightningModule):
         # Lightning makes the accelerator the default device here, and schedulers that are built
         # there can't compute their schedules, for which they use numpy.
         with torch.device("cpu"):
-            # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
-            self.pipe = self._whole() if self._device_mesh is None else self._sharded()
-            self._teacher_scheduler = self.pipe.scheduler
-            self.pipe.scheduler = changed_scheduler(self.pipe, self.hparams["scheduler"])
-            self._encode_ahead()
+            if self._device_mesh is None:
+                self.backbone.load()
+            else:
+                device = self.trainer.strategy.root_device
+                self.backbone.load(self._device_mesh["data_parallel"], device)
+            data = self._fit_data()
+            self.backbone.encode(data, self._trainer)
             # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
-            self._apply_preflight()
+            if data is not None and self.hparams["preflight"]:
+                self.backbone.check(data, self.trainer)
             if self.hparams["compile"]:
-                for denoiser in denoisers(self.pipe).values():
-                    denoiser.compile_repeated_blocks(fullgraph=True)
+                self.backbone.compile()
         self.denoisers = nn.ModuleDict(denoisers(self.pipe))
-
-    def _whole(self) -> DiffusionPipeline:
-        pipe = self._load_pipeline()
-        dtypes = {
-            key: {name: p.dtype for name, p in denoiser.named_parameters()}
-            for key, denoiser in denoisers(pipe).items()
-        }
-        self._prepare(pipe)
-        if not self.hparams["compile"]:  # whose tracing can't follow the casts
-            for key, denoiser in denoisers(pipe).items():
-                compute_in(denoiser, dtypes[key], DTYPES[self.hparams["torch_dtype"]])
-        return pipe
-
-    def _sharded(self) -> DiffusionPipeline:
-        assert self._device_mesh is not None
-        options = {name: self.hparams[name] for name in ("revision", "torch_dtype")}
-        return load_sharded(
-            self._load_pipeline,
-            partial(load_pipeline, self._name(), **options),
-            empty_denoisers(self._name(), self.hparams["revision"]),
-            self._prepare,
-            self._device_mesh["data_parallel"],
-            self.trainer.strategy.root_device,
-        )
-
-    def _own_dtype(self) -> Any:  # noqa: ANN401
-        """Keep a trainer's autocast out where the denoiser computes in half precision itself."""
-        compiled = self.hparams["compile"] and self._device_mesh is None
-        if self.hparams["torch_dtype"] == "float32" or compiled:
-            return ExitStack()
-        return torch.autocast(self.device.type, enabled=False)
 
     def _fit_data(self) -> DistillDataModule | None:
         """Return the data of the training that is about to begin, if it is of this package."""
         trainer = self._trainer
         data = getattr(trainer, "datamodule", None)
-        fitting = trainer is not None and trainer.state.fn == "fit"
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         return data if fitting and isinstance(data, DistillDataModule) else None
-
-    def _encode_ahead(self) -> None:
-        """Encode prompts and pictures only once; with a cache all of them now."""
-        data = self._fit_data()
-        if data is None or data.cache_dir is None:
-            EncodeOnce(self.pipe)
-            return
-        device = self.trainer.strategy.root_device
-        for name, component in self.pipe.components.items():
-            if isinstance(component, nn.Module) and name not in denoisers(self.pipe):
-                component.to(device)
-        once = EncodeOnce(self.pipe, EncodingStore(data.cache_dir))
-        sets = [each for each in (data.train_set, data.val_set) if each is not None]
-        encode_ahead(
-            once,
-            sets,
-            self._call,
-            self.hparams["teacher_cfg_scale"],
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            barrier=self.trainer.strategy.barrier,
-        )
-        self._rehearse_preflight(once, data)
-        once.store.flush()
-        for each in sets:
-            each.encoded = partial(encoded_image, once.store, once.identity)
-        self._vae = once.release(device)
-
-    def _rehearse_preflight(self, once: EncodeOnce, data: DistillDataModule) -> None:
-        example = self._example(data)
-        prompt = example.pop("prompt")
-        for prompts in ([prompt], [prompt, other_prompt(prompt)]):
-            with suppress(UnjoinableError):  # which preflight is going to find
-                once.rehearse(cfg_scale=1.0, **trial_arguments(prompts, **example))
-
-    def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
-        """Return what preflight sees, on the trainer's device and in its precision."""
-        self._place(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context(), self._own_dtype():
-            mode = self.hparams["checkpointing"]
-            return preflight(self.pipe, checkpointing=mode, **{**self.call_kwargs, **call})
-
-    def _apply_preflight(self) -> None:
-        """Check the pipeline before training; take up the settings that avoid what was found."""
-        data = self._fit_data()
-        if data is None or not self.hparams["preflight"]:
-            return
-        report = self.preflight(self.trainer, **self._example(data))
-        report.raise_failures()
-        for finding in report.findings:
-            if finding.verdict == "avoidable":
-                rank_zero_warn(
-                    f"{report.pipeline}, {finding.check}: {finding.seen}. "
-                    f"{finding.remedy} It is done for this run."
-                )
-        freeze_parameters(self.pipe, report.settings.get("freeze", []))
-        set_training_mode(self.pipe, report.settings.get("train_mode", []))
-        for name, value in report.settings.items():
-            known = self.hparams[name]
-            self.hparams[name] = known + value if isinstance(value, list) else value
-
-    def _example(self, data: DistillDataModule) -> dict[str, Any]:
-        """Return the first training row as arguments of `preflight`, at a small size."""
-        assert data.train_set is not None
-        row = data.train_set.record(0)
-        batch = collate([row | {"call": open_pictures(row["call"])} | NO_TARGET])
-        call = self._call(batch) | {"prompt": batch["prompt"][0]}
-        del call["generator"]
-        if batch["size"] is not None:
-            call |= dict(zip(("height", "width"), preflight_size(*batch["size"]), strict=True))
-        return call | {"num_inference_steps": batch["num_inference_steps"]}
-
-    def _name(self) -> str:
-        name: str | None = self.hparams["pretrained_model_name_or_path"]
-        if not name:
-            raise ValueError(
-                "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
-                "layout, or tiny-digits"
-            )
-        return name
-
-    def _load_pipeline(self) -> DiffusionPipeline:
-        self._name()
-        return base_pipeline(dict(self.hparams))
-
-    def _prepare(self, pipe: DiffusionPipeline) -> None:
-        """Make the pipeline trainable, with the LoRA to go on from in it."""
-        begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
-        if begin:
-            self.hparams["lora"] = self._fields_of(begin, pipe)
-        make_trainable(
-            pipe, **{name: self.hparams[name] for name in ("lora", "freeze", "train_mode")}
-        )
-        put_lora(pipe, begin)
-
-    def _fields_of(self, begin: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
-        """Return the settings of a LoRA to go on from, with those of `lora` it leaves open."""
-        found = lora_fields(begin, pipe)
-        given = self.hparams["lora"] or {}
-        for name, value in given.items():
-            if name in found and found[name] != value:
-                raise ValueError(
-                    f"model.lora.{name} is {value!r}, but init_lora {self.init_lora} has "
-                    f"{found[name]!r}; leave it out"
-                )
-        return given | found
-
-    def _place(self, device: torch.device | None = None) -> None:
-        """Move the encoders and the VAE, which Lightning does not know, to the device."""
-        for component in self.pipe.components.values():
-            if isinstance(component, nn.Module):
-                component.to(device or self.device)
 
     def on_fit_start(self) -> None:
         """Place the pipeline and switch on the dropout of adapters, if they have any."""
-        self._place()
+        self.backbone.place(self.device)
         if self._run.seed is None:
             self._run.seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         for name, module in self.denoisers.named_modules():
@@ -383,19 +212,15 @@ class DirectDistill(pl.LightningModule):
                 f"checkpoint's {saved!r}; going on with {configured!r}"
             )
 
-    on_test_start = on_predict_start = _place
-
     def on_validation_start(self) -> None:
         """Place the pipeline, the VAE among it, which pictures need."""
-        if self._vae is not None:
-            self.pipe.__dict__["vae"] = self._vae
-        self._place()
+        self.backbone.take_vae(self.device)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_validation_end(self) -> None:
         """Let go of the VAE again."""
-        if self._vae is not None:
-            self.pipe.__dict__["vae"] = shell(self._vae, self.device)
-            self._vae.cpu()
+        self.backbone.release_vae(self.device)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
@@ -414,28 +239,9 @@ class DirectDistill(pl.LightningModule):
 
     # Teacher and student
 
-    def _call(self, batch: Batch) -> dict[str, Any]:
-        size = dict(zip(("height", "width"), batch["size"] or (), strict=False))
-        device = batch["rand_device"]
-        generators = [torch.Generator(device).manual_seed(seed) for seed in batch["seed"]]
-        given = {"prompt": batch["prompt"], "generator": generators, **size}
-        return {**self.call_kwargs, **given, **batch["call"]}
-
-    def _rollout(self, batch: Batch, pipe: DiffusionPipeline, **options: Any) -> Tensor:  # noqa: ANN401
-        """Return final latents, of as many samples at a time as the pipeline draws rightly."""
-        parts = split_batch(batch, self.hparams["rollout_batch_size"])
-        with self._own_dtype():
-            drawn = [rollout(pipe, **self._call(part), **options) for part in parts]
-        return torch.cat(drawn)
-
     def codec(self, batch: Batch) -> LatentCodec:
         """Return the codec of the batch's resolution; learned on first use."""
-        size = batch["size"]
-        if size not in self._codecs:
-            call = self._call(split_batch(batch, 1)[0])
-            del call["generator"]
-            self._codecs[size] = LatentCodec(self.pipe, **call)
-        return self._codecs[size]
+        return self.backbone.codec(batch)
 
     @torch.no_grad()
     def teacher_target(self, batch: Batch) -> Tensor:
@@ -454,53 +260,16 @@ class DirectDistill(pl.LightningModule):
         """
         if batch["latents"] is not None:
             return batch["latents"].float()
-        with self._own_dtype():
-            return self._drawn_target(batch)
-
-    def _drawn_target(self, batch: Batch) -> Tensor:
         if batch["encoded"] is not None:
             return self.codec(batch).pack(batch["encoded"])
         if batch["image"] is not None:
             return self.codec(batch).encode(batch["image"])
-        if self.hparams["lora"] is None and not self.hparams["teacher_model"]:
-            raise ValueError(
-                f"row {batch['row'][0]} has neither image nor latents, and full training leaves no "
-                "teacher to draw one: make pairs first with `lit-distill generate`"
-            )
-        with adapters_off(self.denoisers), self._teacher_schedule():
-            return self._rollout(
-                batch,
-                self._teacher_pipeline(),
-                num_inference_steps=self.hparams["teacher_num_inference_steps"],
-                cfg_scale=self.hparams["teacher_cfg_scale"],
-            ).float()
-
-    def _teacher_pipeline(self) -> DiffusionPipeline:
-        """Return the pipeline that draws the online teacher's targets; loaded at first use."""
-        if not self.hparams["teacher_model"]:
-            return self.pipe
-        if self._teacher is None:
-            teacher = load_pipeline(
-                self.hparams["teacher_model"], torch_dtype=self.hparams["torch_dtype"]
-            )
-            EncodeOnce(teacher)
-            self._teacher = teacher.to(self.device)
-        return self._teacher
-
-    @contextmanager
-    def _teacher_schedule(self) -> Iterator[None]:
-        """Let the pipeline draw with the pretrained scheduler."""
-        own, self.pipe.scheduler = self.pipe.scheduler, self._teacher_scheduler
-        try:
-            yield
-        finally:
-            self.pipe.scheduler = own
+        return self.backbone.online_target(batch)
 
     def student_rollout(self, batch: Batch) -> Tensor:
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""
-        return self._rollout(
+        return self.backbone.rollout(
             batch,
-            self.pipe,
             num_inference_steps=batch["num_inference_steps"],
             cfg_scale=batch["cfg_scale"],
             grad_steps=self.hparams["grad_steps"],
@@ -528,17 +297,13 @@ class DirectDistill(pl.LightningModule):
         Returns:
             Final latents (B, ...) and B images.
         """
-        with self._own_dtype(), self.undistilled() if undistilled else ExitStack():
-            drawn = [
-                draw(
-                    pipe or self.pipe,
-                    num_inference_steps=num_inference_steps or batch["num_inference_steps"],
-                    cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
-                    **self._call(part),
-                )
-                for part in split_batch(batch, self.hparams["rollout_batch_size"])
-            ]
-        return torch.cat([part for part, _ in drawn]), [one for _, part in drawn for one in part]
+        with self.undistilled() if undistilled else ExitStack():
+            return self.backbone.draw(
+                batch,
+                pipe,
+                num_inference_steps=num_inference_steps or batch["num_inference_steps"],
+                cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
+            )
 
     @contextmanager
     def undistilled(self) -> Iterator[None]:
@@ -546,28 +311,16 @@ class DirectDistill(pl.LightningModule):
 
         In full training the pretrained denoiser is loaded again, at first use after a step.
         """
-        if self.hparams["lora"] is not None:
-            with adapters_off(self.denoisers):
-                yield
-            return
-        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
-        if fitting and self.global_step == 0 and not self._loaded:
-            yield  # before the first step the student is the pretrained denoiser
-            return
-        if not self._base:
-            self._base = denoisers(self._load_pipeline())
-            for denoiser in self._base.values():
-                denoiser.to(self.device).requires_grad_(False)
-        own = denoisers(self.pipe)
-        self.pipe.__dict__.update(self._base)
-        try:
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        fresh = fitting and self.global_step == 0 and not self._loaded
+        lora = self.hparams["lora"] is not None
+        # Before the first step of full training the student is the pretrained denoiser.
+        with self.backbone.undistilled() if lora or not fresh else ExitStack():
             yield
-        finally:
-            self.pipe.__dict__.update(own)
 
     def release_undistilled(self) -> None:
         """Free the second denoiser: it is not kept while training."""
-        self._base.clear()
+        self.backbone.release_undistilled()
 
     def compare(self, latents: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each sample, (B,), float32.

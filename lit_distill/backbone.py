@@ -1,0 +1,374 @@
+"""The pipeline that is taught, and all that is done to it before and around training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lit_distill.adapters import (
+    adapters_off,
+    base_pipeline,
+    changed_scheduler,
+    freeze_parameters,
+    lora_fields,
+    make_trainable,
+    put_lora,
+    set_training_mode,
+)
+from lit_distill.cache import EncodingStore
+from lit_distill.codec import LatentCodec
+from lit_distill.data import (
+    NO_TARGET,
+    Batch,
+    DistillDataModule,
+    collate,
+    open_pictures,
+    split_batch,
+)
+from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
+from lit_distill.families import DTYPES, denoisers, load_pipeline
+from lit_distill.joining import UnjoinableError
+from lit_distill.lora import LoRA, read_lora
+from lit_distill.precision import compute_in
+from lit_distill.preflight import (
+    Report,
+    other_prompt,
+    preflight,
+    preflight_size,
+    trial_arguments,
+)
+from lit_distill.rollout import draw, rollout
+from lit_distill.sharding import empty_denoisers, load_sharded
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Backbone:
+    """The student's pipeline. No module itself: encoders and VAE stay out of checkpoints and DDP.
+
+    Args:
+        settings: Hyperparameters of `DirectDistill`. What a LoRA to go on from, and preflight,
+            decide is written into them.
+        init_lora: File or folder of the LoRA to go on from.
+
+    Attributes:
+        pipe: The pipeline, once it is loaded.
+    """
+
+    pipe: DiffusionPipeline
+
+    def __init__(self, settings: MutableMapping[str, Any], init_lora: str | None = None) -> None:
+        self.settings = settings
+        self.init_lora = init_lora
+        self._sharded = False
+        self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
+        self._base: dict[str, nn.Module] = {}
+        self._teacher: DiffusionPipeline | None = None
+        self._vae: nn.Module | None = None  # where the pipeline has only its shell
+
+    # Before training
+
+    def load(self, mesh: DeviceMesh | None = None, device: torch.device | None = None) -> None:
+        """Load the pipeline, freeze it, and make the student trainable.
+
+        Args:
+            mesh: Processes that share the denoisers (FSDP2), if any.
+            device: Where a process's share goes.
+        """
+        if mesh is None:
+            pipe = self._whole()
+        else:
+            assert device is not None
+            options = {name: self.settings[name] for name in ("revision", "torch_dtype")}
+            pipe = load_sharded(
+                self._load,
+                partial(load_pipeline, self._name(), **options),
+                empty_denoisers(self._name(), self.settings["revision"]),
+                self._prepare,
+                mesh,
+                device,
+            )
+        self._sharded = mesh is not None
+        self.pipe = pipe
+        self._teacher_scheduler = pipe.scheduler
+        pipe.scheduler = changed_scheduler(pipe, self.settings["scheduler"])
+
+    def _name(self) -> str:
+        name: str | None = self.settings["pretrained_model_name_or_path"]
+        if not name:
+            raise ValueError(
+                "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
+                "layout, or tiny-digits"
+            )
+        return name
+
+    def _load(self) -> DiffusionPipeline:
+        self._name()
+        return base_pipeline(dict(self.settings))
+
+    def _whole(self) -> DiffusionPipeline:
+        pipe = self._load()
+        dtypes = {
+            key: {name: p.dtype for name, p in denoiser.named_parameters()}
+            for key, denoiser in denoisers(pipe).items()
+        }
+        self._prepare(pipe)
+        if not self.settings["compile"]:  # whose tracing can't follow the casts
+            for key, denoiser in denoisers(pipe).items():
+                compute_in(denoiser, dtypes[key], DTYPES[self.settings["torch_dtype"]])
+        return pipe
+
+    def _prepare(self, pipe: DiffusionPipeline) -> None:
+        """Make the pipeline trainable, with the LoRA to go on from in it."""
+        begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
+        if begin:
+            self.settings["lora"] = self._fields_of(begin, pipe)
+        trains = {name: self.settings[name] for name in ("lora", "freeze", "train_mode")}
+        make_trainable(pipe, **trains)
+        put_lora(pipe, begin)
+
+    def _fields_of(self, begin: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """Return the settings of a LoRA to go on from, with those of `lora` it leaves open."""
+        found = lora_fields(begin, pipe)
+        given = self.settings["lora"] or {}
+        for name, value in given.items():
+            if name in found and found[name] != value:
+                raise ValueError(
+                    f"model.lora.{name} is {value!r}, but init_lora {self.init_lora} has "
+                    f"{found[name]!r}; leave it out"
+                )
+        return given | found
+
+    def encode(self, data: DistillDataModule | None, trainer: pl.Trainer | None) -> None:
+        """Have prompts and pictures encoded only once; with a cache all of them now.
+
+        Args:
+            data: The rows to train on, if training is about to begin.
+            trainer: Its trainer.
+        """
+        if data is None or data.cache_dir is None:
+            EncodeOnce(self.pipe)
+            return
+        assert trainer is not None
+        device = trainer.strategy.root_device
+        for name, component in self.pipe.components.items():
+            if isinstance(component, nn.Module) and name not in denoisers(self.pipe):
+                component.to(device)
+        once = EncodeOnce(self.pipe, EncodingStore(data.cache_dir))
+        sets = [each for each in (data.train_set, data.val_set) if each is not None]
+        encode_ahead(
+            once,
+            sets,
+            self.call,
+            self.settings["teacher_cfg_scale"],
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            barrier=trainer.strategy.barrier,
+        )
+        example = self._example(data)
+        prompt = example.pop("prompt")
+        for prompts in ([prompt], [prompt, other_prompt(prompt)]):
+            with suppress(UnjoinableError):  # which preflight is going to find
+                once.rehearse(cfg_scale=1.0, **trial_arguments(prompts, **example))
+        once.store.flush()
+        for each in sets:
+            each.encoded = partial(encoded_image, once.store, once.identity)
+        self._vae = once.release(device)
+
+    def check(self, data: DistillDataModule, trainer: pl.Trainer) -> None:
+        """Run preflight before training; take up the settings that avoid what it finds.
+
+        Raises:
+            PreflightError: If a check fails that no setting avoids.
+        """
+        report = self.preflight(trainer, **self._example(data))
+        report.raise_failures()
+        for finding in report.findings:
+            if finding.verdict == "avoidable":
+                rank_zero_warn(
+                    f"{report.pipeline}, {finding.check}: {finding.seen}. "
+                    f"{finding.remedy} It is done for this run."
+                )
+        freeze_parameters(self.pipe, report.settings.get("freeze", []))
+        set_training_mode(self.pipe, report.settings.get("train_mode", []))
+        for name, value in report.settings.items():
+            known = self.settings[name]
+            self.settings[name] = known + value if isinstance(value, list) else value
+
+    def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
+        """Return what preflight sees, on the trainer's device and in its precision."""
+        self.place(trainer.strategy.root_device)
+        with trainer.precision_plugin.forward_context(), self.own_dtype():
+            fixed = self.settings["call_kwargs"] or {}
+            return preflight(
+                self.pipe, checkpointing=self.settings["checkpointing"], **{**fixed, **call}
+            )
+
+    def _example(self, data: DistillDataModule) -> dict[str, Any]:
+        """Return the first training row as arguments of `preflight`, at a small size."""
+        assert data.train_set is not None
+        row = data.train_set.record(0)
+        batch = collate([row | {"call": open_pictures(row["call"])} | NO_TARGET])
+        call = self.call(batch) | {"prompt": batch["prompt"][0]}
+        del call["generator"]
+        if batch["size"] is not None:
+            call |= dict(zip(("height", "width"), preflight_size(*batch["size"]), strict=True))
+        return call | {"num_inference_steps": batch["num_inference_steps"]}
+
+    def compile(self) -> None:
+        """Compile the denoisers' repeated blocks."""
+        for denoiser in denoisers(self.pipe).values():
+            denoiser.compile_repeated_blocks(fullgraph=True)
+
+    # Where it is
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoisers are."""
+        denoiser = next(iter(denoisers(self.pipe).values()))
+        device: torch.device = next(denoiser.parameters()).device
+        return device
+
+    def place(self, device: torch.device) -> None:
+        """Move all components to the device, those too that Lightning does not know."""
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.to(device)
+
+    def take_vae(self, device: torch.device) -> None:
+        """Put a released VAE back into the pipeline, for pictures; and place all."""
+        if self._vae is not None:
+            self.pipe.__dict__["vae"] = self._vae
+        self.place(device)
+
+    def release_vae(self, device: torch.device) -> None:
+        """Let go of the VAE again, if it was released before training."""
+        if self._vae is not None:
+            self.pipe.__dict__["vae"] = shell(self._vae, device)
+            self._vae.cpu()
+
+    def own_dtype(self) -> Any:  # noqa: ANN401
+        """Keep a trainer's autocast out where the denoiser computes in half precision itself."""
+        compiled = self.settings["compile"] and not self._sharded
+        if self.settings["torch_dtype"] == "float32" or compiled:
+            return ExitStack()
+        return torch.autocast(self.device.type, enabled=False)
+
+    # Draws
+
+    def call(self, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for a batch, but for steps and guidance."""
+        size = dict(zip(("height", "width"), batch["size"] or (), strict=False))
+        device = batch["rand_device"]
+        generators = [torch.Generator(device).manual_seed(seed) for seed in batch["seed"]]
+        given = {"prompt": batch["prompt"], "generator": generators, **size}
+        return {**(self.settings["call_kwargs"] or {}), **given, **batch["call"]}
+
+    def rollout(self, batch: Batch, **options: Any) -> Tensor:  # noqa: ANN401
+        """Return final latents, of as many samples at a time as the pipeline draws rightly.
+
+        Args:
+            batch: The rows.
+            **options: Further arguments of `lit_distill.rollout`.
+        """
+        return self._rollout(self.pipe, batch, **options)
+
+    def _rollout(self, pipe: DiffusionPipeline, batch: Batch, **options: Any) -> Tensor:  # noqa: ANN401
+        parts = split_batch(batch, self.settings["rollout_batch_size"])
+        with self.own_dtype():
+            drawn = [rollout(pipe, **self.call(part), **options) for part in parts]
+        return torch.cat(drawn)
+
+    def draw(
+        self,
+        batch: Batch,
+        pipe: DiffusionPipeline | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, list[Any]]:
+        """Draw as `pipe()` does; return final latents (B, ...) and B images.
+
+        Args:
+            batch: The rows.
+            pipe: Draw with this pipeline instead.
+            **options: Further arguments of `lit_distill.rollout.draw`.
+        """
+        parts = split_batch(batch, self.settings["rollout_batch_size"])
+        with self.own_dtype():
+            drawn = [draw(pipe or self.pipe, **self.call(part), **options) for part in parts]
+        return torch.cat([part for part, _ in drawn]), [one for _, part in drawn for one in part]
+
+    def codec(self, batch: Batch) -> LatentCodec:
+        """Return the codec of the batch's resolution; learned on first use."""
+        size = batch["size"]
+        if size not in self._codecs:
+            call = self.call(split_batch(batch, 1)[0])
+            del call["generator"]
+            with self.own_dtype():
+                self._codecs[size] = LatentCodec(self.pipe, **call)
+        return self._codecs[size]
+
+    def online_target(self, batch: Batch) -> Tensor:
+        """Return the final latents that the online teacher draws now, (B, ...), float32.
+
+        Raises:
+            ValueError: If the whole denoiser is trained, so that no teacher is left in it.
+        """
+        if self.settings["lora"] is None and not self.settings["teacher_model"]:
+            raise ValueError(
+                f"row {batch['row'][0]} has neither image nor latents, and full training leaves no "
+                "teacher to draw one: make pairs first with `lit-distill generate`"
+            )
+        own, self.pipe.scheduler = self.pipe.scheduler, self._teacher_scheduler
+        try:
+            with adapters_off(nn.ModuleDict(denoisers(self.pipe))):
+                return self._rollout(
+                    self._teacher_pipeline(),
+                    batch,
+                    num_inference_steps=self.settings["teacher_num_inference_steps"],
+                    cfg_scale=self.settings["teacher_cfg_scale"],
+                ).float()
+        finally:
+            self.pipe.scheduler = own
+
+    def _teacher_pipeline(self) -> DiffusionPipeline:
+        """Return the pipeline that draws the online teacher's targets; loaded at first use."""
+        if not self.settings["teacher_model"]:
+            return self.pipe
+        if self._teacher is None:
+            teacher = load_pipeline(
+                self.settings["teacher_model"], torch_dtype=self.settings["torch_dtype"]
+            )
+            EncodeOnce(teacher)
+            self._teacher = teacher.to(self.device)
+        return self._teacher
+
+    @contextmanager
+    def undistilled(self) -> Iterator[None]:
+        """Let the pipeline draw with its pretrained weights: adapters off, or a second denoiser."""
+        if self.settings["lora"] is not None:
+            with adapters_off(nn.ModuleDict(denoisers(self.pipe))):
+                yield
+            return
+        if not self._base:
+            self._base = denoisers(self._load())
+            for denoiser in self._base.values():
+                denoiser.to(self.device).requires_grad_(False)
+        own = denoisers(self.pipe)
+        self.pipe.__dict__.update(self._base)
+        try:
+            yield
+        finally:
+            self.pipe.__dict__.update(own)
+
+    def release_undistilled(self) -> None:
+        """Free the second denoiser: it is not kept while training."""
+        self._base.clear()
