@@ -9,7 +9,7 @@ from conftest import ROOT
 from PIL import Image
 from pipelines import CALL_KWARGS, build
 
-import lit_distill.module
+import lit_distill.adapters
 from lit_distill import DirectDistill, DistillDataModule, export_student, load_student
 from lit_distill.adapters import adapters_off, default_target_modules, make_trainable
 from lit_distill.data import split_batch
@@ -285,7 +285,7 @@ def test_fit_takes_up_what_preflight_found_and_a_checkpoint_knows_it(pairs, tmp_
 
 
 def test_rows_are_drawn_one_by_one_where_batches_are_not_masked(monkeypatch):
-    monkeypatch.setattr(lit_distill.module, "load_pipeline", lambda *_, **__: build("CogView4"))
+    monkeypatch.setattr(lit_distill.adapters, "load_pipeline", lambda *_, **__: build("CogView4"))
     model = module(rollout_batch_size=1, lora=None, call_kwargs={"max_sequence_length": 32})
     model.configure_model()
     batch = {
