@@ -4,7 +4,8 @@ from PIL import Image
 
 from lit_distill import DistillDataModule
 from lit_distill.data import BucketBatchSampler
-from lit_distill.metadata import MetadataError, hold_out, read_image, read_metadata
+from lit_distill.metadata import MetadataError, hold_out, read_metadata
+from lit_distill.pictures import read_image
 
 HEADER = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
 
