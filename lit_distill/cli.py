@@ -10,8 +10,10 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from lit_distill.adapters import ExportFormat, export_student
 from lit_distill.callbacks import Comparison, ImageWriter
 from lit_distill.data import DistillDataModule
-from lit_distill.generate import Teacher, generate_pairs, plan_pairs, read_prompts
+from lit_distill.generate import generate_pairs
 from lit_distill.module import DirectDistill
+from lit_distill.prompts import plan_pairs, read_prompts
+from lit_distill.teacher import Teacher
 
 
 class DistillTrainer(pl.Trainer):
@@ -27,6 +29,7 @@ class DistillTrainer(pl.Trainer):
         seeds_per_prompt: int = 1,
         num_inference_steps: int = 50,
         cfg_scale: float = 4.0,
+        scheduler: str | None = None,
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 1,
@@ -38,20 +41,25 @@ class DistillTrainer(pl.Trainer):
     ) -> None:
         """Draw the teacher's images, exact latents and metadata.csv from a file of prompts.
 
-        Started again after an interruption it goes on where it was.
+        Started again after an interruption it goes on where it was, and ends with the same files.
+        Several processes (trainer.devices) share the work and write one table.
 
         Args:
             model: Which pipeline to draw with; only its name, revision, torch_dtype and
                 call_kwargs matter.
             datamodule: Only its call_columns matter: fields of the prompts that are arguments of
                 the pipeline's call.
-            prompts: Text file with a prompt a line, or .csv or .jsonl with a field prompt.
-            out: Folder to write to.
+            prompts: Text file with a prompt a line, or .csv, .json or .jsonl with a field prompt,
+                and height and width where sizes differ.
+            out: Local folder to write to.
             seeds_per_prompt: How often every prompt is drawn, each time with a seed of its own.
             num_inference_steps: The teacher's steps.
-            cfg_scale: The teacher's classifier-free guidance, 1 = off.
-            height: Height in pixels; default: the pipeline's own.
-            width: Width in pixels; default: the pipeline's own.
+            cfg_scale: The teacher's classifier-free guidance, 1 = off. Its negative prompt:
+                model.call_kwargs '{negative_prompt: blurry}'.
+            scheduler: A scheduler class of diffusers, such as UniPCMultistepScheduler, with the
+                settings of the pipeline's; default: the pipeline's own.
+            height: Height in pixels of prompts without one; default: the pipeline's own.
+            width: Width in pixels, together with height.
             batch_size: Prompts a batch and process.
             first_seed: Seed of the first row; the others count up from it. Give held-out pairs
                 other seeds than training pairs.
@@ -69,6 +77,7 @@ class DistillTrainer(pl.Trainer):
             call_columns=datamodule.call_columns if datamodule else {},
             num_inference_steps=num_inference_steps,
             cfg_scale=cfg_scale,
+            scheduler=scheduler,
             height=height,
             width=width,
             batch_size=batch_size,

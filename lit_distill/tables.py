@@ -92,7 +92,7 @@ def read_table(path: str | Path, problems: Problems) -> pd.DataFrame:
         with opened(path) as stream:
             return read(stream, problems)
     except FileNotFoundError:
-        raise FileNotFoundError(f"metadata file {path} does not exist") from None
+        raise FileNotFoundError(f"{path} does not exist") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         if isinstance(error, MetadataError):
             raise
