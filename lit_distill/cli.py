@@ -1,4 +1,4 @@
-"""The command `lit-distill`: LightningCLI with three subcommands more."""
+"""The command `lit-distill`: LightningCLI with four subcommands more."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from lit_distill.adapters import ExportFormat, export_student
 from lit_distill.callbacks import Comparison, ImageWriter
+from lit_distill.check import check_data, summary
 from lit_distill.data import DistillDataModule
 from lit_distill.generate import generate_pairs
 from lit_distill.module import DirectDistill
+from lit_distill.pairing import check_pairing
 from lit_distill.prompts import plan_pairs, read_prompts
+from lit_distill.tables import MetadataError
 from lit_distill.teacher import Teacher
 
 
 class DistillTrainer(pl.Trainer):
-    """Lightning's Trainer, which can also generate pairs, check pipelines and export students."""
+    """Lightning's Trainer, which also makes and checks pairs, checks pipelines, exports students."""
 
     def generate(
         self,
@@ -91,6 +94,45 @@ class DistillTrainer(pl.Trainer):
         if self.is_global_zero:
             print(f"{len(pairs)} pairs: {metadata}")
 
+    def check(
+        self,
+        model: DirectDistill,
+        datamodule: DistillDataModule,
+        *,
+        pairing: int = 0,
+    ) -> None:
+        """Check a data set: the tables, every picture whole, the headers of latents.
+
+        No model is needed, but for --pairing, which draws some pairs again: with the teacher that
+        provenance.json beside the table records, or else with the model's settings.
+
+        Args:
+            model: With --pairing: the pipeline, teacher_num_inference_steps, teacher_cfg_scale and
+                call_kwargs where none is recorded. A name given here is preferred to the recorded.
+            datamodule: metadata_path, val_metadata_path, and what they have to keep to.
+            pairing: Number of rows of each table to draw again.
+        """
+        paths = [p for p in (datamodule.metadata_path, datamodule.val_metadata_path) if p]
+        if not paths:
+            raise SystemExit("data.metadata_path is not set: the table to check")
+        good = True
+        for path in paths:
+            try:
+                table = check_data(
+                    path, datamodule.base_path, datamodule.call_columns, **datamodule.limits()
+                )
+            except (OSError, MetadataError) as error:
+                print(error)
+                good = False
+                continue
+            print(f"{path}: {len(table)} rows, no problem\n{summary(table)}")
+            if pairing:
+                found = check_pairing(path, table, model, self.strategy.root_device, pairing)
+                print(found.drop(columns="alike").to_string(index=False))
+                good &= bool(found["alike"].all())
+        if not good:
+            raise SystemExit(1)
+
     def preflight(
         self,
         model: DirectDistill,
@@ -145,13 +187,13 @@ class DistillTrainer(pl.Trainer):
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI with the subcommands `generate`, `preflight` and `export`."""
+    """LightningCLI with the subcommands `generate`, `check`, `preflight` and `export`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and the arguments of theirs that are not options."""
         own = {"model", "datamodule"}
-        further = {"generate": own, "preflight": own, "export": own}
+        further = dict.fromkeys(("generate", "check", "preflight", "export"), own)
         return {**LightningCLI.subcommands(), **further}
 
     def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401

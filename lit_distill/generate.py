@@ -244,6 +244,7 @@ class _Draws(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.teacher = teacher
+        self.pairs = pairs
         self.out = out
         self.inputs = inputs
         alike: dict[Any, list[Pair]] = {}
@@ -261,7 +262,7 @@ class _Draws(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Choose what is left to draw: the first process does, the others follow."""
-        missing = {pair.number for pair in _unfinished(sum(self.batches, []), self.out)}
+        missing = {pair.number for pair in _unfinished(self.pairs, self.out)}
         # Whole batches are drawn again, since another batch would give other last bits.
         left = [batch for batch in self.batches if any(p.number in missing for p in batch)]
         self.left: list[list[Pair]] = self.trainer.strategy.broadcast(left)

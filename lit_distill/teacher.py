@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -83,7 +84,12 @@ class Teacher:
         """
         pipe = load_pipeline(self.model, revision=self.revision, torch_dtype=self.torch_dtype)
         if self.scheduler is not None:
-            pipe.scheduler = _scheduler(self.scheduler).from_config(pipe.scheduler.config)
+            cls = _scheduler(self.scheduler)
+            flow = "FlowMatch" in type(pipe.scheduler).__name__
+            # Those that serve both kinds of models take this one for the other kind.
+            told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            takes = flow and "use_flow_sigmas" in inspect.signature(cls).parameters
+            pipe.scheduler = cls.from_config(pipe.scheduler.config, **(told if takes else {}))
         return pipe
 
     def draw(self, pipe: DiffusionPipeline, pairs: Sequence[Pair]) -> tuple[Tensor, list[Any]]:
@@ -166,7 +172,8 @@ def _schedule(teacher: Teacher, pipe: DiffusionPipeline, pair: Pair) -> dict[str
         for name in ("timesteps", "sigmas"):
             values = getattr(pipe.scheduler, name, None)
             if values is not None:
-                seen[name] = [float(value) for value in values]
+                # Six digits: another device or version may differ in the last ones.
+                seen[name] = [float(f"{float(value):.6g}") for value in values]
         raise _ScheduleIsSet
 
     with ExitStack() as stack:
