@@ -151,7 +151,7 @@ def latents_header(path: str) -> tuple[tuple[int, ...], str]:
         length = int.from_bytes(stream.read(8), "little")
         try:
             # Its authors' own limit: a file of something else claims absurd lengths.
-            header = json.loads(stream.read(length)) if length <= 100_000_000 else None
+            header = json.loads(stream.read(length) if length <= 100_000_000 else b"")
             entry = header[LATENTS_KEY]
             shape, dtype = tuple(entry["shape"]), str(entry["dtype"])
             end = max(e["data_offsets"][1] for k, e in header.items() if k != "__metadata__")

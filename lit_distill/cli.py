@@ -20,7 +20,7 @@ from lit_distill.teacher import Teacher
 
 
 class DistillTrainer(pl.Trainer):
-    """Lightning's Trainer, which also makes and checks pairs, checks pipelines, exports students."""
+    """Lightning's Trainer, which also makes and checks pairs and exports students."""
 
     def generate(
         self,

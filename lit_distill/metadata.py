@@ -321,7 +321,7 @@ def _fill_sizes(table: pd.DataFrame, problems: Problems) -> pd.DataFrame:
     rows = table["row"].to_numpy()
     unknown = np.flatnonzero((sizes == 0).all(axis=1) & (images != ""))
     unknown = np.array([i for i in unknown if int(rows[i]) not in problems.rows], dtype=int)
-    for index, size in zip(unknown, picture_sizes(images[unknown]), strict=True):
+    for index, size in zip(unknown, picture_sizes(images[unknown].tolist()), strict=True):
         if isinstance(size, ValueError):
             problems.add(f"image: {size}", int(rows[index]), str(images[index]))
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lit_distill.storage import opened
@@ -86,4 +86,4 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 def _reason(error: BaseException) -> str:
     # Pillow names the stream that it was given, which says nothing.
-    return "of no known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
