@@ -1,26 +1,96 @@
-"""The command `lit-distill`: LightningCLI with four subcommands more."""
+"""The command `lit-distill`: LightningCLI with a few subcommands more."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from lit_distill.adapters import ExportFormat, export_student
-from lit_distill.callbacks import Comparison, ImageWriter
+from lit_distill.callbacks import ImageGrid, ImageWriter
 from lit_distill.check import check_data, summary
+from lit_distill.curves import plot_curves, read_logs
 from lit_distill.data import DistillDataModule
 from lit_distill.generate import generate_pairs
 from lit_distill.module import DirectDistill
 from lit_distill.pairing import check_pairing
 from lit_distill.prompts import plan_pairs, read_prompts
+from lit_distill.report import ReportWriter
 from lit_distill.tables import MetadataError
 from lit_distill.teacher import Teacher
+from lit_distill.ways import Candidate
 
 
 class DistillTrainer(pl.Trainer):
-    """Lightning's Trainer, which also makes and checks pairs and exports students."""
+    """Lightning's Trainer, which can also generate and check pairs, report and export."""
+
+    def test(  # type: ignore[override]
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,  # noqa: ANN401
+        ckpt_path: str | None = None,
+        verbose: bool = False,
+        datamodule: pl.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        *,
+        out: str | None = None,
+        compare: list[str | Candidate] | None = None,
+        undistilled: list[tuple[int, float]] | None = None,
+        gallery: int = 48,
+        logs: str | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Draw the held-out rows with teacher, undistilled pipeline and student; write a report.
+
+        The folder holds report.html (one file, opens offline: summary, curves, gallery,
+        provenance), metrics.json, metrics.csv, rows.csv, grid.png and all images.
+
+        Args:
+            model: Which pipeline, unless a checkpoint says so.
+            dataloaders: Not used by the command.
+            ckpt_path: Checkpoint (.ckpt) of the student.
+            verbose: Also print Lightning's own table.
+            datamodule: The held-out rows.
+            weights_only: Passed on to torch.load.
+            out: Folder to write to; default: report in trainer.default_root_dir.
+            compare: Checkpoints (.ckpt), or hub ids or folders of pipelines, drawn beside the
+                student; or mappings with path, lora, num_inference_steps, cfg_scale and name, e.g.
+                '[{lora: their/lora, num_inference_steps: 8, name: theirs}]'.
+            undistilled: Steps and guidance of further ways to draw with the undistilled pipeline;
+                default: the student's steps and twice as many, with the teacher's guidance.
+            gallery: Largest number of rows in the page: half of them the worst, half the best.
+            logs: Folder with the logs of the run, for the curves; default: beside the checkpoint.
+        """
+        if not any(isinstance(callback, ReportWriter) for callback in self.callbacks):  # type: ignore[attr-defined]
+            report = ReportWriter(out, compare, undistilled, gallery, logs)
+            self.callbacks.append(report)  # type: ignore[attr-defined]
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def plot(
+        self,
+        model: DirectDistill,
+        datamodule: DistillDataModule | None = None,
+        *,
+        logs: str | list[str],
+        out: str = "curves.png",
+        metrics: list[str] | None = None,
+    ) -> None:
+        """Draw the curves that runs have logged with TensorBoardLogger or CSVLogger as a PNG.
+
+        Args:
+            model: Not used.
+            datamodule: Not used.
+            logs: Folder of a run, or a list of such folders: '[runs/a, runs/b]'.
+            out: PNG file to write.
+            metrics: Names of what to draw, e.g. '[train_loss, val_gap_closed]'; default: the
+                training loss and what was validated.
+        """
+        folders = [logs] if isinstance(logs, str) else logs
+        figure = plot_curves({folder: read_logs(folder) for folder in folders}, metrics)
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150)
+        print(f"curves: {out}")
 
     def generate(
         self,
@@ -187,13 +257,13 @@ class DistillTrainer(pl.Trainer):
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI with the subcommands `generate`, `check`, `preflight` and `export`."""
+    """LightningCLI with the subcommands `generate`, `check`, `preflight`, `plot` and `export`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and the arguments of theirs that are not options."""
         own = {"model", "datamodule"}
-        further = dict.fromkeys(("generate", "check", "preflight", "export"), own)
+        further = dict.fromkeys(("generate", "check", "preflight", "plot", "export"), own)
         return {**LightningCLI.subcommands(), **further}
 
     def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401
@@ -205,17 +275,20 @@ class DistillCLI(LightningCLI):
                 "trainer.default_root_dir": "runs",
                 # DistillDataModule gives every rank its share of every bucket.
                 "trainer.use_distributed_sampler": False,
+                # The whole of it, before the first step: there the undistilled pipeline's error,
+                # which gap_closed is relative to, costs no second denoiser, and curves start.
+                "trainer.num_sanity_val_steps": -1,
             }
         )
 
     def _parse_ckpt_path(self) -> None:
         # On fit, Lightning would let the checkpoint's settings silently beat the command line's.
-        if self.config.get("subcommand") not in ("fit", "export"):
+        if self.config.get("subcommand") not in ("fit", "export", "plot"):
             super()._parse_ckpt_path()
 
-    def before_test(self) -> None:
-        """Compare teacher, undistilled pipeline and student, unless a Comparison is set up."""
-        self._add_callback(Comparison())
+    def before_fit(self) -> None:
+        """Show images of held-out rows at every validation, unless an ImageGrid is set up."""
+        self._add_callback(ImageGrid())
 
     def before_predict(self) -> None:
         """Write the images, unless an ImageWriter is set up."""

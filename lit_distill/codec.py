@@ -8,11 +8,12 @@ through the pipeline's own tail determine the map exactly, and it can be inverte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_distill.families import denoisers, guidance
 from lit_distill.rollout import replaced_forward, undecorated_call, watched_scheduler
@@ -44,13 +45,17 @@ class LatentCodec:
 
     def __init__(self, pipe: DiffusionPipeline, **call_kwargs: Any) -> None:  # noqa: ANN401
         self.pipe = pipe
-        self.vae: Any = getattr(pipe, "vae", None)
-        if self.vae is None:
+        if getattr(pipe, "vae", None) is None:
             raise ValueError(f"{type(pipe).__name__} has no component `vae` to encode images with")
         tail = _Tail(pipe, {"prompt": "", **call_kwargs})
         with torch.no_grad():
             self._learn(tail)
         self.latent_shape = tail.latent_shape
+
+    @property
+    def vae(self) -> Any:  # noqa: ANN401
+        """The pipeline's VAE."""
+        return self.pipe.vae
 
     def _learn(self, tail: _Tail) -> None:
         """Find z[j] = scale[j] * x[source[j]] + shift[j] and check it on random latents."""
@@ -96,19 +101,29 @@ class LatentCodec:
         Raises:
             ValueError: If the images are not of the codec's resolution.
         """
-        pixels = images.to(self.vae.device, self.vae.dtype) * 2 - 1
-        if len(self.z_shape) == 4:  # video VAEs see an image as one frame
-            pixels = pixels.unsqueeze(2)
-        with torch.autocast(self.vae.device.type, enabled=False):
-            output = self.vae.encode(pixels)
-        # AutoencoderDC is deterministic and has no distribution.
-        z = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latent
-        if z.shape[1:] != self.z_shape:
+        try:
+            return self.pack(vae_encode(self.vae, images, frames=len(self.z_shape) == 4))
+        except ValueError as error:
             height, width = images.shape[-2:]
+            raise ValueError(f"of {height}x{width} pixels (height x width): {error}") from None
+
+    def pack(self, z: Tensor) -> Tensor:
+        """Return the final latents of what `vae_encode` made of images.
+
+        Args:
+            z: (B, C, h, w), or with one frame (B, C, 1, h, w).
+
+        Returns:
+            (B, *latent_shape), float32, in the space of `rollout`'s result.
+
+        Raises:
+            ValueError: If the images were not of the codec's resolution.
+        """
+        if z.shape[1:] != self.z_shape:
             raise ValueError(
-                f"images of {height}x{width} pixels (height x width) encode to {tuple(z.shape[1:])}"
-                f", but the pipeline draws {tuple(self.z_shape)} at this resolution; "
-                "both sides must be multiples of what the pipeline needs"
+                f"images that encode to {tuple(z.shape[1:])}, but the pipeline draws "
+                f"{tuple(self.z_shape)} at this resolution; both sides must be multiples of what "
+                "the pipeline needs"
             )
         shift, scale, source = self._map(z.device)
         flat = torch.empty(len(z), source.numel(), device=z.device)
@@ -136,6 +151,39 @@ class LatentCodec:
 
     def _map(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         return self.shift.float().to(device), self.scale.float().to(device), self.source.to(device)
+
+
+@torch.no_grad()
+def vae_encode(
+    vae: Any,  # noqa: ANN401
+    images: Tensor,
+    *,
+    frames: bool,
+    encode: Callable[[Tensor], Any] | None = None,
+) -> Tensor:
+    """Return what a VAE makes of images: the mode of its distribution, so that no noise enters.
+
+    Args:
+        vae: A VAE of diffusers.
+        images: (B, 3, height, width), range [0, 1].
+        frames: Whether it is a video VAE, which sees an image as one frame.
+        encode: Stands in for the VAE's own `encode`.
+
+    Returns:
+        (B, C, h, w), or with one frame (B, C, 1, h, w), in the VAE's data type.
+    """
+    pixels = images.to(vae.device, vae.dtype) * 2 - 1
+    with torch.autocast(vae.device.type, enabled=False):
+        output = (encode or vae.encode)(pixels.unsqueeze(2) if frames else pixels)
+    # AutoencoderDC is deterministic and has no distribution.
+    z: Tensor = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latent
+    return z
+
+
+def has_frames(vae: Any) -> bool:  # noqa: ANN401
+    """Whether a VAE's encoder takes videos, (B, 3, frames, height, width)."""
+    encoder = getattr(vae, "encoder", vae)
+    return any(isinstance(module, nn.Conv3d) for module in encoder.modules())
 
 
 class _Tail:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypedDict
 
 import lightning.pytorch as pl
@@ -21,6 +21,9 @@ LATENTS_KEY = "latents"
 """Name of the tensor in a file of the ``latents`` column."""
 
 
+NO_TARGET: dict[str, Any] = {"image": None, "encoded": None, "latents": None}
+
+
 class Batch(TypedDict):
     """What `DistillDataModule` yields: B rows that share everything but prompt, seed and target.
 
@@ -33,6 +36,8 @@ class Batch(TypedDict):
         size: (height, width) in pixels; None: the pipeline's own default.
         call: Further arguments of the pipeline's call: B pictures or texts, or a number for all.
         image: The teacher's images, (B, 3, height, width), range [0, 1], or None.
+        encoded: What the VAE made of the images, (B, C, h, w) or (B, C, 1, h, w), in their place
+            where they were encoded before training; or None.
         latents: The teacher's exact final latents, (B, ...), or None.
         row: B row numbers as a spreadsheet shows them, the header being row 1.
     """
@@ -45,17 +50,23 @@ class Batch(TypedDict):
     size: tuple[int, int] | None
     call: dict[str, Any]
     image: Tensor | None
+    encoded: Tensor | None
     latents: Tensor | None
     row: list[int]
 
 
 class PairDataset(Dataset[dict[str, Any]]):
-    """The rows of a checked table, with their images or latents read on access."""
+    """The rows of a checked table, with their images or latents read on access.
+
+    Attributes:
+        encoded: Reads what the VAE has made of an image file, once that is kept somewhere.
+    """
 
     def __init__(self, table: pd.DataFrame) -> None:
+        self.encoded: Callable[[str], Tensor] | None = None
         self.table = table
         fields = ["row", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale"]
-        fields += ["height", "width", "image", "latents", "call"]
+        fields += ["height", "width", "image", "latents", "call", "call_key"]
         self.columns = {name: table[name].to_numpy() for name in fields}
 
     def __len__(self) -> int:
@@ -63,8 +74,8 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one row; exact latents are preferred to the image they decode to."""
-        row = {name: column[index] for name, column in self.columns.items()}
-        image, latents = None, None
+        row = self.record(index)
+        image, encoded, latents = None, None, None
         if row["latents"]:
             try:
                 with opened(row["latents"]) as stream:
@@ -74,6 +85,8 @@ class PairDataset(Dataset[dict[str, Any]]):
                     f"row {row['row']}: {row['latents']} holds no tensor "
                     f"{LATENTS_KEY!r} in safetensors format: {error}"
                 ) from error
+        elif row["image"] and self.encoded is not None:
+            encoded = self.encoded(row["image"])
         elif row["image"]:
             image = read_image(row["image"])
             if tuple(image.shape[1:]) != (row["height"], row["width"]):
@@ -81,7 +94,12 @@ class PairDataset(Dataset[dict[str, Any]]):
                     f"row {row['row']}: {row['image']} is {image.shape[1]}x{image.shape[2]} (height"
                     f" x width), but the table says {row['height']}x{row['width']}"
                 )
-        return row | {"image": image, "latents": latents, "call": open_pictures(row["call"])}
+        targets = {"image": image, "encoded": encoded, "latents": latents}
+        return row | targets | {"call": open_pictures(row["call"])}
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Return one row as it is in the table: files are paths."""
+        return {name: column[index] for name, column in self.columns.items()}
 
     def buckets(self) -> list[np.ndarray]:
         """Return the indices of rows that may share a batch, one array a bucket."""
@@ -94,6 +112,10 @@ class PairDataset(Dataset[dict[str, Any]]):
 def collate(rows: list[dict[str, Any]]) -> Batch:
     """Make a batch of rows of one bucket."""
     first = rows[0]
+
+    def stacked(name: str) -> Tensor | None:
+        return None if first[name] is None else torch.stack([row[name] for row in rows])
+
     size = (int(first["height"]), int(first["width"]))
     return {
         "prompt": [str(row["prompt"]) for row in rows],
@@ -103,8 +125,9 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
         "cfg_scale": float(first["cfg_scale"]),
         "size": None if size == (0, 0) else size,
         "call": collate_calls([row["call"] for row in rows]),
-        "image": None if first["image"] is None else torch.stack([r["image"] for r in rows]),
-        "latents": None if first["latents"] is None else torch.stack([r["latents"] for r in rows]),
+        "image": stacked("image"),
+        "encoded": stacked("encoded"),
+        "latents": stacked("latents"),
         "row": [int(row["row"]) for row in rows],
     }
 
@@ -149,6 +172,7 @@ class BucketBatchSampler:
         shuffle: Whether rows and batches come in a new order each epoch.
         seed: Seed of that order.
         repeat: How often an epoch passes over every row.
+        drop_last: Whether batches that a bucket's last rows don't fill are left out.
         rank: This process.
         world_size: Number of processes.
     """
@@ -161,6 +185,7 @@ class BucketBatchSampler:
         shuffle: bool,
         seed: int = 0,
         repeat: int = 1,
+        drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -169,6 +194,7 @@ class BucketBatchSampler:
         self.shuffle = shuffle
         self.seed = seed
         self.repeat = repeat
+        self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
@@ -184,6 +210,8 @@ class BucketBatchSampler:
                 rng.permutation(bucket) if self.shuffle else bucket for _ in range(self.repeat)
             ]
             rows = np.concatenate(order)
+            if self.drop_last:
+                rows = rows[: len(rows) // size * size]
             missing = -len(rows) % self.world_size
             rows = np.concatenate([rows, np.resize(rows, missing)])
             chunks += [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -193,7 +221,8 @@ class BucketBatchSampler:
 
     def __len__(self) -> int:
         size = self.batch_size * self.world_size
-        return sum(-(-len(bucket) * self.repeat // size) for bucket in self.buckets)
+        rows = [len(bucket) * self.repeat for bucket in self.buckets]
+        return sum(count // size if self.drop_last else -(-count // size) for count in rows)
 
     def __iter__(self) -> Iterator[list[int]]:
         yield from self.plan()[self.position :]
@@ -261,7 +290,11 @@ class DistillDataModule(pl.LightningDataModule):
         batch_size: Rows a batch and process.
         num_workers: Processes that read files; 0 reads in the training process.
         repeat: How often an epoch passes over the training rows.
-        cache_dir: Reserved: a folder for encoded prompts and images; must be null for now.
+        drop_last: Leave out training batches that the last rows of a size, step count or guidance
+            don't fill.
+        cache_dir: Folder where prompts and images are kept encoded. With it all of them are encoded
+            before training, then the encoders are let go of: they and the denoiser need not fit
+            together. Without it they are encoded when first used, and stay.
         seed: Seed of the order of rows and of the held-out split.
 
     Raises:
@@ -282,6 +315,7 @@ class DistillDataModule(pl.LightningDataModule):
         batch_size: int = 1,
         num_workers: int = 0,
         repeat: int = 1,
+        drop_last: bool = False,
         cache_dir: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -291,10 +325,6 @@ class DistillDataModule(pl.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("repeat", repeat)):
             if value < 1:
                 raise ValueError(f"data.{name} must be >= 1, got {value}")
-        if cache_dir is not None:
-            raise ValueError(
-                "data.cache_dir: encodings are kept in memory only for now; leave it out"
-            )
         if not 0 <= val_fraction < 1:
             raise ValueError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         self.metadata_path = metadata_path
@@ -309,6 +339,8 @@ class DistillDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.repeat = repeat
+        self.drop_last = drop_last
+        self.cache_dir = cache_dir
         self.seed = seed
         self.train_set: PairDataset | None = None
         self.val_set: PairDataset | None = None
@@ -352,6 +384,7 @@ class DistillDataModule(pl.LightningDataModule):
             shuffle=train,
             seed=self.seed,
             repeat=self.repeat if train else 1,
+            drop_last=train and self.drop_last,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
@@ -360,7 +393,13 @@ class DistillDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> PairLoader:
         """Return the loader of the training rows."""
         assert self.train_set is not None, "call setup('fit') first"
-        return self._loader(self.train_set, train=True)
+        loader = self._loader(self.train_set, train=True)
+        if len(loader.batch_sampler) == 0:
+            raise ValueError(
+                f"data.drop_last leaves no batch: no size, step count and guidance has "
+                f"{self.batch_size} rows for each process (data.batch_size)"
+            )
+        return loader
 
     def val_dataloader(self) -> PairLoader | list[Any]:
         """Return the loader of the held-out rows; empty if there are none."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 import lit_distill
 from lit_distill.adapters import (
@@ -23,12 +24,29 @@ from lit_distill.adapters import (
     make_trainable,
     set_training_mode,
 )
+from lit_distill.cache import EncodingStore
 from lit_distill.codec import LatentCodec
-from lit_distill.data import Batch, DistillDataModule, collate, split_batch
-from lit_distill.encode import EncodeOnce
+from lit_distill.data import (
+    NO_TARGET,
+    Batch,
+    DistillDataModule,
+    collate,
+    open_pictures,
+    split_batch,
+)
+from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
 from lit_distill.families import DTYPES, denoisers, load_pipeline
+from lit_distill.heldout import HeldOut
+from lit_distill.joining import UnjoinableError
 from lit_distill.losses import DistillLoss, LatentMSE
-from lit_distill.preflight import Report, preflight, preflight_size
+from lit_distill.metrics import default_metrics
+from lit_distill.preflight import (
+    Report,
+    other_prompt,
+    preflight,
+    preflight_size,
+    trial_arguments,
+)
 from lit_distill.rollout import Checkpointing, draw, rollout
 
 if TYPE_CHECKING:
@@ -100,6 +118,9 @@ class DirectDistill(pl.LightningModule):
             checkpointing, freeze, train_mode and rollout_batch_size are changed, with a warning,
             where it can't be with what is set.
         compile: Compile the denoiser's repeated blocks with torch.compile.
+        metrics: What is measured on held-out rows besides the latent error, by name: any
+            torchmetrics class whose update asks for what lit_distill.evaluation offers. Null: psnr,
+            ssim, sharpness and diversity. {}: nothing, which saves decoding the images.
     """
 
     pipe: DiffusionPipeline
@@ -125,10 +146,14 @@ class DirectDistill(pl.LightningModule):
         rollout_batch_size: int | None = None,
         preflight: bool = True,
         compile: bool = False,
+        metrics: dict[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         # Plain types only: anything else fails to load with weights_only.
         self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler"])
+        # Of the command line this is its text, which the checkpoint keeps; objects it can't.
+        if any(isinstance(metric, Metric) for metric in (self.hparams["metrics"] or {}).values()):
+            self.hparams["metrics"] = None
         if torch_dtype not in DTYPES:
             raise ValueError(
                 f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}"
@@ -140,11 +165,11 @@ class DirectDistill(pl.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.call_kwargs = call_kwargs or {}
-        self.student_loss = MeanMetric()
-        self.undistilled_loss = MeanMetric()
-        self._undistilled_losses: dict[str, float] = {}
+        self.held_out = HeldOut(default_metrics() if metrics is None else metrics)
+        self._loaded = False
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
+        self._vae: nn.Module | None = None  # where the pipeline has only its shell
 
     # Set-up
 
@@ -158,15 +183,56 @@ class DirectDistill(pl.LightningModule):
             pipe = self._load_pipeline()
             settings = (self.hparams[name] for name in ("lora", "freeze", "train_mode"))
             make_trainable(pipe, *settings)
-            EncodeOnce(pipe)
             # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
             self.pipe = pipe
+            self._encode_ahead()
             # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
             self._apply_preflight()
             if self.hparams["compile"]:
                 for denoiser in denoisers(pipe).values():
                     denoiser.compile_repeated_blocks(fullgraph=True)
         self.denoisers = nn.ModuleDict(denoisers(pipe))
+
+    def _fit_data(self) -> DistillDataModule | None:
+        """Return the data of the training that is about to begin, if it is of this package."""
+        trainer = self._trainer
+        data = getattr(trainer, "datamodule", None)
+        fitting = trainer is not None and trainer.state.fn == "fit"
+        return data if fitting and isinstance(data, DistillDataModule) else None
+
+    def _encode_ahead(self) -> None:
+        """Encode prompts and pictures only once; with a cache all of them now."""
+        data = self._fit_data()
+        if data is None or data.cache_dir is None:
+            EncodeOnce(self.pipe)
+            return
+        device = self.trainer.strategy.root_device
+        for name, component in self.pipe.components.items():
+            if isinstance(component, nn.Module) and name not in denoisers(self.pipe):
+                component.to(device)
+        once = EncodeOnce(self.pipe, EncodingStore(data.cache_dir))
+        sets = [each for each in (data.train_set, data.val_set) if each is not None]
+        encode_ahead(
+            once,
+            sets,
+            self._call,
+            self.hparams["teacher_cfg_scale"],
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            barrier=self.trainer.strategy.barrier,
+        )
+        self._rehearse_preflight(once, data)
+        once.store.flush()
+        for each in sets:
+            each.encoded = partial(encoded_image, once.store, once.identity)
+        self._vae = once.release(device)
+
+    def _rehearse_preflight(self, once: EncodeOnce, data: DistillDataModule) -> None:
+        example = self._example(data)
+        prompt = example.pop("prompt")
+        for prompts in ([prompt], [prompt, other_prompt(prompt)]):
+            with suppress(UnjoinableError):  # which preflight is going to find
+                once.rehearse(cfg_scale=1.0, **trial_arguments(prompts, **example))
 
     def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
         """Return what preflight sees, on the trainer's device and in its precision."""
@@ -177,13 +243,10 @@ class DirectDistill(pl.LightningModule):
 
     def _apply_preflight(self) -> None:
         """Check the pipeline before training; take up the settings that avoid what was found."""
-        trainer = self._trainer
-        if not self.hparams["preflight"] or trainer is None or trainer.state.fn != "fit":
+        data = self._fit_data()
+        if data is None or not self.hparams["preflight"]:
             return
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, DistillDataModule):
-            return
-        report = self.preflight(trainer, **self._example(data))
+        report = self.preflight(self.trainer, **self._example(data))
         report.raise_failures()
         for finding in report.findings:
             if finding.verdict == "avoidable":
@@ -200,7 +263,8 @@ class DirectDistill(pl.LightningModule):
     def _example(self, data: DistillDataModule) -> dict[str, Any]:
         """Return the first training row as arguments of `preflight`, at a small size."""
         assert data.train_set is not None
-        batch = collate([data.train_set[0] | {"image": None, "latents": None}])
+        row = data.train_set.record(0)
+        batch = collate([row | {"call": open_pictures(row["call"])} | NO_TARGET])
         call = self._call(batch) | {"prompt": batch["prompt"][0]}
         del call["generator"]
         if batch["size"] is not None:
@@ -231,7 +295,19 @@ class DirectDistill(pl.LightningModule):
             if name.endswith("lora_dropout"):
                 module.train()
 
-    on_validation_start = on_test_start = on_predict_start = _place
+    on_test_start = on_predict_start = _place
+
+    def on_validation_start(self) -> None:
+        """Place the pipeline, the VAE among it, which pictures need."""
+        if self._vae is not None:
+            self.pipe.__dict__["vae"] = self._vae
+        self._place()
+
+    def on_validation_end(self) -> None:
+        """Let go of the VAE again."""
+        if self._vae is not None:
+            self.pipe.__dict__["vae"] = shell(self._vae, self.device)
+            self._vae.cpu()
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
@@ -285,6 +361,8 @@ class DirectDistill(pl.LightningModule):
         """
         if batch["latents"] is not None:
             return batch["latents"].float()
+        if batch["encoded"] is not None:
+            return self.codec(batch).pack(batch["encoded"])
         if batch["image"] is not None:
             return self.codec(batch).encode(batch["image"])
         if self.hparams["lora"] is None:
@@ -316,6 +394,7 @@ class DirectDistill(pl.LightningModule):
         num_inference_steps: int | None = None,
         cfg_scale: float | None = None,
         undistilled: bool = False,
+        pipe: DiffusionPipeline | None = None,
     ) -> tuple[Tensor, list[Any]]:
         """Draw a batch's prompts and seeds as `pipe()` does.
 
@@ -324,6 +403,7 @@ class DirectDistill(pl.LightningModule):
             num_inference_steps: Steps; default: the rows' own.
             cfg_scale: Guidance; default: the rows' own.
             undistilled: Draw with the pretrained weights instead of the student's.
+            pipe: Draw with this pipeline instead.
 
         Returns:
             Final latents (B, ...) and B images.
@@ -331,7 +411,7 @@ class DirectDistill(pl.LightningModule):
         with self.undistilled() if undistilled else ExitStack():
             drawn = [
                 draw(
-                    self.pipe,
+                    pipe or self.pipe,
                     num_inference_steps=num_inference_steps or batch["num_inference_steps"],
                     cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
                     **self._call(part),
@@ -344,11 +424,15 @@ class DirectDistill(pl.LightningModule):
     def undistilled(self) -> Iterator[None]:
         """Let the pipeline draw with its pretrained weights: adapters off, or a second denoiser.
 
-        After full training the pretrained denoiser is loaded again, at first use.
+        In full training the pretrained denoiser is loaded again, at first use after a step.
         """
         if self.hparams["lora"] is not None:
             with adapters_off(self.denoisers):
                 yield
+            return
+        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
+        if fitting and self.global_step == 0 and not self._loaded:
+            yield  # before the first step the student is the pretrained denoiser
             return
         if not self._base:
             self._base = denoisers(self._load_pipeline())
@@ -360,6 +444,10 @@ class DirectDistill(pl.LightningModule):
             yield
         finally:
             self.pipe.__dict__.update(own)
+
+    def release_undistilled(self) -> None:
+        """Free the second denoiser: it is not kept while training."""
+        self._base.clear()
 
     def compare(self, latents: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each sample, (B,), float32.
@@ -390,51 +478,44 @@ class DirectDistill(pl.LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["row"]))
         return loss
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        target = self.teacher_target(batch)
-        self.student_loss.update(self.compare(self.student_rollout(batch), target, batch))
-        keys = [f"{stage}/{row}" for row in batch["row"]]
-        if any(key not in self._undistilled_losses for key in keys):
-            with self._fast_undistilled():
-                losses = self.compare(self.student_rollout(batch), target, batch)
-            self._undistilled_losses.update(zip(keys, losses.tolist(), strict=True))
-        kept = [self._undistilled_losses[key] for key in keys]
-        self.undistilled_loss.update(torch.tensor(kept, device=self.device))
+    def decode(self, latents: Tensor, batch: Batch) -> Tensor:
+        """Return the images of the batch's final latents, (B, 3, H, W), float32, range [0, 1].
 
-    def _fast_undistilled(self) -> Any:  # noqa: ANN401
-        """Before the first step of full training the denoiser still is the pretrained one."""
-        untrained = self.trainer.state.fn == "fit" and self.global_step == 0
-        return ExitStack() if untrained else self.undistilled()
+        Raises:
+            ValueError: If the pipeline's latents can't be decoded, which metrics {} does without.
+        """
+        try:
+            codec = self.codec(batch)
+        except ValueError as error:
+            raise ValueError(f"{error}; or validate without images: model.metrics: {{}}") from error
+        return codec.decode(latents)
 
-    def _log_evaluation(self, stage: str) -> None:
-        student, undistilled = self.student_loss.compute(), self.undistilled_loss.compute()
-        self.student_loss.reset()
-        self.undistilled_loss.reset()
-        self._base.clear()  # a second denoiser is not kept while training
-        self.log_dict(
-            {
-                f"{stage}_loss": student,
-                f"{stage}_undistilled_loss": undistilled,
-                f"{stage}_ratio": student / undistilled,
-            }
-        )
-        self.log(f"{stage}_gap_closed", 1 - student / undistilled, prog_bar=True)
+    def on_validation_epoch_start(self) -> None:
+        """Start the clock."""
+        self.held_out.start()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Compare the student and the undistilled pipeline with the teacher on held-out rows."""
-        self._evaluate(batch, "val")
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Compare the student and the undistilled pipeline with the teacher on held-out rows.
+
+        Returns:
+            ``draws``, a `lit_distill.evaluation.Draws`, and ``new``, the positions of
+            rows that no process had before.
+        """
+        return self.held_out.step(self, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log val_loss, val_undistilled_loss, their ratio, and val_gap_closed = 1 - ratio."""
-        self._log_evaluation("val")
+        """Log val_gap_closed, val_latent_mse, val_loss, val_seconds and val_<metric>."""
+        self.held_out.finish(self, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Do as in validation."""
-        self._evaluate(batch, "test")
+        return self.held_out.step(self, batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log test_loss, test_undistilled_loss, their ratio, and test_gap_closed = 1 - ratio."""
-        self._log_evaluation("test")
+        """Log test_gap_closed, test_latent_mse, test_loss, test_seconds and test_<metric>."""
+        self.held_out.finish(self, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
         """Return the student's images of the batch, B `PIL.Image.Image`."""
@@ -458,21 +539,23 @@ class DirectDistill(pl.LightningModule):
         """
         if strict:
             check_state(state_dict, self._trainable(), "the checkpoint")
+        self._loaded = True
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the version, and the undistilled losses, which need the pretrained weights."""
+        """Note the version, and the undistilled errors, which need the pretrained weights."""
         checkpoint["lit_distill"] = {
             "version": lit_distill.__version__,
-            "undistilled_losses": self._undistilled_losses,
+            "undistilled_mse": self.held_out.undistilled_mse,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the undistilled losses, and report settings that differ from the checkpoint's."""
-        self._undistilled_losses = dict(checkpoint["lit_distill"]["undistilled_losses"])
+        """Take up the undistilled errors, and report settings that differ from the checkpoint's."""
+        self.held_out.undistilled_mse = dict(checkpoint["lit_distill"]["undistilled_mse"])
         saved = checkpoint["hyper_parameters"]
         for name, value in self.hparams.items():
-            if name in saved and saved[name] != value:
+            # Metrics may be objects on one side; they change nothing of the student.
+            if name in saved and saved[name] != value and name != "metrics":
                 rank_zero_warn(
                     f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
                     f"going on with {value!r}"

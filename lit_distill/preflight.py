@@ -139,6 +139,27 @@ def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
     return tuple(max(64, round(side * edge / longest / 64) * 64) for side in (height, width))  # type: ignore[return-value]
 
 
+def other_prompt(prompt: str) -> str:
+    """Return the prompt of another length that is drawn beside `prompt`."""
+    first = prompt.split()[:1]
+    return first[0] if first and first != [prompt] else "a cat, sleeping"
+
+
+def trial_arguments(
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    **call_kwargs: Any,  # noqa: ANN401
+) -> dict[str, Any]:
+    """Return the arguments of a call for `prompts`, given those for one sample."""
+    count = len(prompts)
+    return {
+        "prompt": list(prompts),
+        "generator": [torch.Generator().manual_seed(seed + index) for index in range(count)],
+        **{k: v * count if isinstance(v, list) else v for k, v in call_kwargs.items()},
+    }
+
+
 class _Checks:
     def __init__(
         self,
@@ -150,8 +171,7 @@ class _Checks:
     ) -> None:
         self.pipe = pipe
         self.prompt = prompt
-        first = prompt.split()[:1]
-        self.short = first[0] if first and first != [prompt] else "a cat, sleeping"
+        self.short = other_prompt(prompt)
         self.num_inference_steps = num_inference_steps
         self.seed = seed
         self.single = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
@@ -169,18 +189,13 @@ class _Checks:
         ]
 
     def _arguments(self, prompts: Sequence[str] = (), first: int = 0) -> dict[str, Any]:
-        prompts = prompts or [self.prompt]
-        seeds = range(self.seed + first, self.seed + first + len(prompts))
-        return {
-            "prompt": list(prompts),
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-            "num_inference_steps": self.num_inference_steps,
-            "output_type": "latent",
-            **{
-                key: value * len(prompts) if isinstance(value, list) else value
-                for key, value in self.call_kwargs.items()
-            },
-        }
+        return trial_arguments(
+            prompts or [self.prompt],
+            seed=self.seed + first,
+            num_inference_steps=self.num_inference_steps,
+            output_type="latent",
+            **self.call_kwargs,
+        )
 
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str] = (), first: int = 0) -> tuple[Steps, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections.abc import Sequence
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_distill.cache import weights_facts
 from lit_distill.data import collate_calls, open_pictures
+from lit_distill.encode import fingerprint
 from lit_distill.families import denoisers, load_pipeline
 from lit_distill.prompts import Pair, Size
 from lit_distill.rollout import draw, replaced_forward
@@ -154,7 +155,7 @@ def record(teacher: Teacher, pipe: DiffusionPipeline, examples: Sequence[Pair]) 
     facts = {
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
         "schedules": schedules,
-        "denoiser_sha256": _digest(pipe),
+        "denoiser_sha256": fingerprint([weights_facts(d) for d in denoisers(pipe).values()]),
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return plain
@@ -182,17 +183,3 @@ def _schedule(teacher: Teacher, pipe: DiffusionPipeline, pair: Pair) -> dict[str
         stack.enter_context(suppress(_ScheduleIsSet))
         teacher.draw(pipe, [pair])
     return seen
-
-
-def _digest(pipe: DiffusionPipeline) -> str:
-    """Return a digest of the denoisers' parameters: all names and shapes, some values of each.
-
-    Sixteen values tell other weights as well as all would, and 20 billion of them take no time.
-    """
-    digest = hashlib.sha256()
-    for part, denoiser in denoisers(pipe).items():
-        for name, parameter in denoiser.named_parameters():
-            values = parameter.detach().flatten()[:16].float().cpu()
-            digest.update(f"{part}.{name}{tuple(parameter.shape)}".encode())
-            digest.update(values.numpy().tobytes())
-    return digest.hexdigest()

@@ -42,8 +42,10 @@ if __name__ == "__main__":
         pairs("prompts_train.txt", "train", "--seeds_per_prompt", "2", "--limit", "512"),
     )
     stage(
-        "64 held-out pairs, of prompts that the student never sees",
-        pairs("prompts_heldout.txt", "heldout", "--limit", "64", "--first_seed", "1000000"),
+        "148 held-out pairs: two seeds each of 74 prompts that the student never sees",
+        pairs(
+            "prompts_heldout.txt", "heldout", "--seeds_per_prompt", "2", "--first_seed", "1000000"
+        ),
     )
     if not CHECKPOINT.is_file():
         shutil.rmtree(OUT / "fit", ignore_errors=True)  # what an interrupted run left
@@ -55,10 +57,11 @@ if __name__ == "__main__":
         "evaluation on the held-out pairs",
         ["test", "--ckpt_path", str(CHECKPOINT), "--trainer.default_root_dir", str(OUT)]
         + ["--data.val_metadata_path", str(OUT / "heldout/metadata.csv"), "--data.batch_size", "16"]
-        + ["--trainer.logger", "false", "--trainer.accelerator", "cpu"],
+        + ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+        + ["--logs", str(OUT / "fit")],
     )
     stage(
         "export for plain diffusers",
         ["export", "--ckpt_path", str(CHECKPOINT), "--out", str(OUT / "lora")],
     )
-    print(f"\nLook at {OUT / 'comparison.png'}")
+    print(f"\nOpen {OUT / 'report/report.html'} in a browser")

@@ -32,11 +32,14 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from lit_distill.features import DigitReader
 
 SIZE = 32
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -342,42 +345,37 @@ def train_transformer(pipe: QwenImagePipeline, bank: Tensor, labels: Tensor) -> 
     transformer.load_state_dict(average.module.state_dict())
 
 
-class Reader(nn.Module):
-    """A small classifier that reads the digit and both colours, for the evaluation only."""
-
-    def __init__(self) -> None:
-        """Builds the network."""
-        super().__init__()
-        layers: list[nn.Module] = []
-        for source, target in itertools.pairwise((3, 16, 32, 64)):
-            layers += [nn.Conv2d(source, target, 3, padding=1), nn.BatchNorm2d(target)]
-            layers += [nn.ReLU(), nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 26))
-
-    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        """Returns the logits of the digit, the foreground and the background."""
-        return torch.split(self.layers(pictures), [10, 8, 8], dim=1)
-
-
-def score(reader: Reader, pictures: Tensor, triples: Tensor) -> str:
+def score(reader: DigitReader, pictures: Tensor, triples: Tensor) -> str:
     """Returns the shares of digits, foregrounds and backgrounds that the reader reads right."""
     with torch.no_grad():
-        read = torch.stack([logits.argmax(1) for logits in reader(pictures)], dim=1)
+        read = torch.stack([logits.argmax(1) for logits in reader.read(pictures / 2 + 0.5)], dim=1)
     return ", ".join(f"{share:.1%}" for share in (read == triples).float().mean(dim=0).tolist())
 
 
-def train_reader(pictures: DigitPictures) -> tuple[Reader, str]:
-    """Trains the classifier, and scores it on pictures of scans that it has not seen."""
-    reader, triples = Reader(), torch.tensor(TRIPLES)
+def train_reader(pictures: DigitPictures, seed: int) -> tuple[DigitReader, str]:
+    """Trains the classifier, and scores it on pictures of scans that it has not seen.
+
+    Seeded on its own, so that it comes out the same whatever was trained before.
+    """
+    torch.manual_seed(seed)
+    reader, triples = DigitReader(), torch.tensor(TRIPLES)
 
     def loss_at(_: int) -> Tensor:
         batch, labels = pictures.sample(64, slice(0, 1_500))
-        digit, fore, back = map(F.cross_entropy, reader(batch), triples[labels].T)
+        logits = reader.read(batch / 2 + 0.5)
+        digit, fore, back = map(F.cross_entropy, logits, triples[labels].T)
         return digit + fore + back
 
     fit("reader", reader, 1_000, 3e-3, loss_at)
     batch, labels = pictures.sample(1_000, slice(1_500, None))
     return reader, score(reader, batch, triples[labels])
+
+
+def save_reader(reader: DigitReader, path: Path) -> None:
+    """Saves the classifier, which metrics look at pictures through, in fp16."""
+    half = {n: t.half() if t.is_floating_point() else t for n, t in reader.state_dict().items()}
+    save_file(half, path)
+    path.chmod(0o644)
 
 
 def draw(
@@ -415,7 +413,7 @@ def save_preview(path: Path, left: Tensor, right: Tensor) -> None:
 
 
 def evaluate(
-    pipe: QwenImagePipeline, stored: QwenImagePipeline, reader: Reader, preview: Path | None
+    pipe: QwenImagePipeline, stored: QwenImagePipeline, reader: DigitReader, preview: Path | None
 ) -> dict[str, str]:
     """Measures what the pipeline draws, as trained and as stored.
 
@@ -516,20 +514,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default="lit_distill/assets/tiny", help="folder")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="contact sheet to save as well")
+    parser.add_argument("--reader-only", action="store_true", help="train the classifier only")
     arguments = parser.parse_args()
     # More threads do not speed up tensors this small, and would change the rounding.
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     pictures = DigitPictures()
+    # Beside the folder of the pipeline, which holds what diffusers expects and nothing else.
+    reader_path = arguments.out.parent / "digit_reader.safetensors"
+    if arguments.reader_only:
+        reader, accuracy = train_reader(pictures, arguments.seed)
+        save_reader(reader, reader_path)
+        print(f"digit, foreground, background read right: {accuracy}")
+        return
     pipe = build_pipeline()
     with mock.patch.object(QwenImageCausalConv3d, "forward", convolve_frame):
         figures = {"autoencoder PSNR": f"{train_vae(pipe.vae, pictures):.1f} dB"}
         bank, labels = encode_bank(pipe, pictures)
     train_transformer(pipe, bank, labels)
     reader, figures["classifier on scans new to it: digit, foreground, background read right"] = (
-        train_reader(pictures)
+        train_reader(pictures, arguments.seed)
     )
     stored = save(pipe, arguments.out)
+    save_reader(reader, reader_path)
     figures |= evaluate(pipe, stored, reader, arguments.preview)
     figures["CPU time of the whole script"] = f"{time.process_time():.0f} s"
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())

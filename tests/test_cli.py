@@ -37,7 +37,7 @@ def test_help_lists_the_commands_soon():
     started = time.monotonic()
     found = run("--help")
     assert time.monotonic() - started < 20  # about 5 s where nothing else runs
-    for command in ("fit", "validate", "test", "predict", "generate", "export"):
+    for command in ("fit", "validate", "test", "predict", "generate", "export", "plot"):
         assert f"    {command}" in found.stdout
 
 
@@ -96,9 +96,9 @@ def test_fit_test_predict_and_export_by_command(config, pairs, tmp_path, capsys)
     quiet = ["--trainer.logger", "false", "--trainer.accelerator", "cpu", *place]
     main(["test", "--ckpt_path", checkpoint, *data, *quiet])
     assert "student, 4 steps, cfg 1" in capsys.readouterr().out
-    records = json.loads((tmp_path / "comparison.json").read_text())
-    assert [record["denoiser evaluations"] for record in records] == [100, 4, 8, 16, 4]
-    assert Image.open(tmp_path / "comparison.png").width > 700
+    ways = json.loads((tmp_path / "report/metrics.json").read_text())["ways"]
+    assert [way["evaluations"] for way in ways] == [20, 4, 8, 16, 4]
+    assert "<svg" in (tmp_path / "report/report.html").read_text()
     main(["predict", "--ckpt_path", checkpoint, *data, *quiet])
     assert len(list((tmp_path / "predictions").glob("*.png"))) == 8
     main(["export", "--ckpt_path", checkpoint, "--out", str(tmp_path / "export")])

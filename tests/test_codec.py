@@ -43,5 +43,5 @@ def test_a_tail_that_is_no_permutation_is_refused():
 
 def test_images_of_another_size_are_refused():
     codec = LatentCodec(load_pipeline("tiny-digits"), height=32, width=32)
-    with pytest.raises(ValueError, match=r"images of 40x32 pixels .* encode to"):
+    with pytest.raises(ValueError, match=r"of 40x32 pixels .* images that encode to"):
         codec.encode(torch.rand(1, 3, 40, 32))
