@@ -1,24 +1,24 @@
-"""What is trained, and taking it home: LoRA in and out, checkpoints to diffusers pipelines."""
+"""What is trained: LoRA put into a pipeline, taken out of it, switched off, fused into it."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from statistics import mode
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_distill.families import denoisers, load_pipeline
+from lit_distill.lora import Factors, LoRA, read_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-ExportFormat = Literal["diffusers"]
 
 STATE_PREFIX = "denoisers."
 """Where a checkpoint's state dict holds the denoisers: ``denoisers.transformer.<parameter>``."""
@@ -183,27 +183,131 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint without unpickling code.
+def base_pipeline(hyper: dict[str, Any], *, torch_dtype: Any = None) -> DiffusionPipeline:  # noqa: ANN401
+    """Load what a student starts from: the pretrained pipeline, the teacher's LoRA fused into it.
+
+    Args:
+        hyper: Hyperparameters of `DirectDistill`.
+        torch_dtype: Data type of the weights; default: that of `hyper`.
+    """
+    pipe = load_pipeline(
+        hyper["pretrained_model_name_or_path"],
+        revision=hyper.get("revision"),
+        torch_dtype=torch_dtype or hyper["torch_dtype"],
+    )
+    if hyper.get("teacher_lora"):
+        fuse_lora(pipe, read_lora(hyper["teacher_lora"], pipe))
+    return pipe
+
+
+def changed_scheduler(pipe: DiffusionPipeline, fields: dict[str, Any] | None) -> Any:  # noqa: ANN401
+    """Return the pipeline's scheduler with some fields of its configuration changed.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a checkpoint of `DirectDistill`.
+        ValueError: If the scheduler has no such field.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds for a truncated or foreign file
-        raise ValueError(f"checkpoint {path} is truncated or not a checkpoint: {error}") from error
-    hyper = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
-    if "pretrained_model_name_or_path" not in hyper:
+    scheduler = pipe.scheduler
+    for name in fields or {}:
+        if name not in scheduler.config:
+            raise ValueError(
+                f"model.scheduler: {type(scheduler).__name__} has no field "
+                f"{_near(name, scheduler.config)}"
+            )
+    return type(scheduler).from_config({**scheduler.config, **(fields or {})})
+
+
+@torch.no_grad()
+def fuse_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
+    """Add a LoRA to the denoisers' own weights, once and for all; summed in float32."""
+    for component, weights in lora.items():
+        denoiser = denoisers(pipe)[component]
+        for name, factors in weights.items():
+            weight = denoiser.get_submodule(name).weight
+            weight.copy_(weight.float() + factors.delta().to(weight.device))
+
+
+def take_lora(pipe: DiffusionPipeline) -> LoRA:
+    """Return copies of the factors of the pipeline's active adapters.
+
+    Raises:
+        ValueError: If an adapter is more than two factors (DoRA, a bias), which no other layout
+            than peft's own can hold.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    lora: LoRA = {}
+    for component, denoiser in denoisers(pipe).items():
+        layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
+        for name, layer in layers.items():
+            adapter = layer.active_adapters[0]
+            down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+            if layer.use_dora.get(adapter) or up.bias is not None:
+                raise ValueError(
+                    f"{component}.{name}: its adapter is not plain LoRA (use_dora, lora_bias), "
+                    "which cannot be written as two factors; use format merged"
+                )
+            down, up = (factor.weight.detach().float().cpu().clone() for factor in (down, up))
+            alpha = layer.scaling[adapter] * len(down)
+            lora.setdefault(component, {})[name] = Factors(down, up, alpha)
+    return lora
+
+
+@torch.no_grad()
+def put_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
+    """Copy factors into the adapters that `lora_fields` describes, which are there already."""
+    for component, weights in lora.items():
+        for name, factors in weights.items():
+            layer: Any = denoisers(pipe)[component].get_submodule(name)
+            adapter = layer.active_adapters[0]
+            layer.lora_A[adapter].weight.copy_(factors.down)
+            layer.lora_B[adapter].weight.copy_(factors.up)
+
+
+def lora_fields(lora: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return the fields of `peft.LoraConfig` of adapters that hold `lora`.
+
+    Raises:
+        ValueError: If two denoisers are adapted in different modules, ranks or alphas: one set of
+            fields serves both.
+    """
+    shapes = [
+        # An integer where it is one, as everybody writes it.
+        {n: (f.rank, int(f.alpha) if f.alpha == int(f.alpha) else f.alpha) for n, f in w.items()}
+        for w in lora.values()
+    ]
+    if any(shape != shapes[0] for shape in shapes):
         raise ValueError(
-            f"checkpoint {path} was not written by lit_distill: its hyper_parameters name no "
-            "pretrained_model_name_or_path"
+            f"the LoRA must adapt the same modules of {', '.join(lora)}, with the same ranks and "
+            "alphas"
         )
-    return checkpoint
+    modules = shapes[0]
+    rank, alpha = mode(modules.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": _targets(set(modules), next(iter(denoisers(pipe).values()))),
+        "rank_pattern": {f"^{re.escape(name)}": r for name, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {
+            f"^{re.escape(name)}": a for name, (_, a) in modules.items() if a != alpha
+        },
+    }
+
+
+def _targets(modules: set[str], denoiser: nn.Module) -> list[str] | str:
+    """Return the shortest `target_modules` that mean exactly these modules.
+
+    Name endings where they do: FLUX's ``proj_out`` ends the blocks' names and is the last layer's
+    whole name; FLUX.2's ``attn.to_out`` is a linear in some blocks, a list in others.
+    """
+    names = {name for name, _ in denoiser.named_modules()}
+    endings = sorted({re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in modules})
+    if {name for name in names if f".{name}".endswith(tuple(f".{e}" for e in endings))} == modules:
+        return endings
+    blocks = {re.sub(r"\\\.\d+\\\.", r"\.\\d+\.", re.escape(name), count=1) for name in modules}
+    expression = "|".join(sorted(blocks))
+    if {name for name in names if re.fullmatch(expression, name)} == modules:
+        return expression
+    return "|".join(map(re.escape, sorted(modules)))
 
 
 def check_state(found: Any, expected: Any, where: str) -> None:  # noqa: ANN401
@@ -222,104 +326,3 @@ def check_state(found: Any, expected: Any, where: str) -> None:  # noqa: ANN401
         lines += [f"  unknown: {name}" for name in unknown[:3]]
         lines.append("Use the pipeline, the LoRA settings or full training it was trained with.")
         raise ValueError("\n".join(lines))
-
-
-def load_student(
-    checkpoint: str | Path, *, torch_dtype: torch.dtype | str | None = None
-) -> DiffusionPipeline:
-    """Return a plain diffusers pipeline with the student in it, from a checkpoint alone.
-
-    Draw with the number of steps it was trained with and without guidance, for example
-    ``pipe(prompt, num_inference_steps=4, true_cfg_scale=1)``.
-
-    Args:
-        checkpoint: Path of a Lightning checkpoint (.ckpt) of `DirectDistill`.
-        torch_dtype: Data type of all weights; default: that of the frozen weights in training.
-
-    Returns:
-        The pipeline on the CPU, in evaluation mode. A LoRA is attached, not merged.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is truncated, or was not written by lit_distill.
-    """
-    content = read_checkpoint(checkpoint)
-    hyper = content["hyper_parameters"]
-    pipe = load_pipeline(
-        hyper["pretrained_model_name_or_path"],
-        revision=hyper["revision"],
-        torch_dtype=torch_dtype or hyper["torch_dtype"],
-    )
-    dtypes = {name: denoiser.dtype for name, denoiser in denoisers(pipe).items()}
-    make_trainable(pipe, hyper["lora"], hyper["freeze"], hyper["train_mode"])
-    state: dict[str, Tensor] = content["state_dict"]
-    own = {
-        f"{STATE_PREFIX}{name}.{key}": parameter
-        for name, denoiser in denoisers(pipe).items()
-        for key, parameter in denoiser.named_parameters()
-        if parameter.requires_grad
-    }
-    check_state(state, own, f"checkpoint {checkpoint}")
-    with torch.no_grad():
-        for key, parameter in own.items():
-            parameter.copy_(state[key])
-    for name, denoiser in denoisers(pipe).items():
-        denoiser.to(dtypes[name]).requires_grad_(False).eval()
-    return pipe
-
-
-def export_student(
-    checkpoint: str | Path, out_dir: str | Path, format: ExportFormat = "diffusers"
-) -> Path:
-    """Write the student of a checkpoint in a form that others load.
-
-    ``diffusers``: a LoRA becomes ``pytorch_lora_weights.safetensors``, which
-    ``pipe.load_lora_weights(out_dir)`` takes; a fully trained denoiser becomes a whole pipeline
-    folder for ``DiffusionPipeline.from_pretrained(out_dir)``.
-
-    Args:
-        checkpoint: Path of a Lightning checkpoint (.ckpt) of `DirectDistill`.
-        out_dir: Folder to write to; made if missing.
-        format: ``"diffusers"``.
-
-    Returns:
-        The folder written to.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the checkpoint can't be used, the format is unknown, or the pipeline has no
-            LoRA writer.
-    """
-    if format != "diffusers":
-        raise ValueError(f"format must be 'diffusers', got {format!r}")
-    out_dir = Path(out_dir)
-    pipe = load_student(checkpoint)
-    lora = read_checkpoint(checkpoint)["hyper_parameters"]["lora"] is not None
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if lora:
-        _save_lora(pipe, out_dir)
-    else:
-        pipe.save_pretrained(out_dir)
-    return out_dir
-
-
-def _save_lora(pipe: DiffusionPipeline, out_dir: Path) -> None:
-    from peft import get_peft_model_state_dict
-
-    writer = getattr(pipe, "save_lora_weights", None)
-    accepted = inspect.signature(writer).parameters if writer else {}
-    arguments: dict[str, Any] = {}
-    for name, denoiser in denoisers(pipe).items():
-        if f"{name}_lora_layers" not in accepted:
-            raise ValueError(
-                f"{type(pipe).__name__} has no LoRA writer for its {name}; use load_student, or "
-                "train the whole denoiser"
-            )
-        arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(denoiser)
-        if f"{name}_lora_adapter_metadata" in accepted:
-            # Carries lora_alpha: readers that lack it assume lora_alpha = r.
-            settings = denoiser.peft_config["default"].to_dict()
-            arguments[f"{name}_lora_adapter_metadata"] = {
-                k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()
-            }
-    pipe.save_lora_weights(out_dir, **arguments)

@@ -7,17 +7,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningCLI
+from torch.utils.data import DataLoader
 
-from lit_distill.adapters import ExportFormat, export_student
 from lit_distill.callbacks import ImageGrid, ImageWriter
 from lit_distill.check import check_data, summary
 from lit_distill.curves import plot_curves, read_logs
 from lit_distill.data import DistillDataModule
+from lit_distill.export import ExportFormat, export_student
 from lit_distill.generate import generate_pairs
 from lit_distill.module import DirectDistill
 from lit_distill.pairing import check_pairing
 from lit_distill.prompts import plan_pairs, read_prompts
 from lit_distill.report import ReportWriter
+from lit_distill.student import prompt_batches, read_checkpoint
 from lit_distill.tables import MetadataError
 from lit_distill.teacher import Teacher
 from lit_distill.ways import Candidate
@@ -118,8 +120,8 @@ class DistillTrainer(pl.Trainer):
         Several processes (trainer.devices) share the work and write one table.
 
         Args:
-            model: Which pipeline to draw with; only its name, revision, torch_dtype and
-                call_kwargs matter.
+            model: Which pipeline to draw with: teacher_model, or else the pretrained one with
+                teacher_lora; of the other settings only torch_dtype and call_kwargs matter.
             datamodule: Only its call_columns matter: fields of the prompts that are arguments of
                 the pipeline's call.
             prompts: Text file with a prompt a line, or .csv, .json or .jsonl with a field prompt,
@@ -143,8 +145,9 @@ class DistillTrainer(pl.Trainer):
         """
         hyper = model.hparams
         teacher = Teacher(
-            model=hyper["pretrained_model_name_or_path"],
-            revision=hyper["revision"],
+            model=hyper["teacher_model"] or hyper["pretrained_model_name_or_path"],
+            lora=hyper["teacher_lora"],
+            revision=None if hyper["teacher_model"] else hyper["revision"],
             torch_dtype=hyper["torch_dtype"],
             call_kwargs=model.call_kwargs,
             call_columns=datamodule.call_columns if datamodule else {},
@@ -203,6 +206,52 @@ class DistillTrainer(pl.Trainer):
         if not good:
             raise SystemExit(1)
 
+    def predict(  # type: ignore[override]
+        self,
+        model: DirectDistill | None = None,
+        dataloaders: Any = None,  # noqa: ANN401
+        datamodule: DistillDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        prompts: str | None = None,
+        num_inference_steps: int | None = None,
+        cfg_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+        first_seed: int = 0,
+    ) -> Any:  # noqa: ANN401
+        """Draw the student's images of a file of prompts, or of held-out rows.
+
+        Args:
+            model: The model.
+            dataloaders: Loaders of batches; default: those of `datamodule`.
+            datamodule: Brings the held-out rows.
+            return_predictions: Whether to return the images.
+            ckpt_path: Checkpoint (.ckpt) of a run.
+            weights_only: As in Trainer.fit.
+            prompts: Text file with a prompt a line, or .csv or .jsonl with a field prompt; default:
+                the rows of data.val_metadata_path.
+            num_inference_steps: Steps for prompts; default: those of training.
+            cfg_scale: Guidance for prompts, 1 = off; default: that of training.
+            height: Height in pixels for prompts; default: that of training.
+            width: Width in pixels for prompts; default: that of training.
+            batch_size: Prompts a batch.
+            first_seed: Seed of the first prompt; the others count up from it.
+        """
+        if prompts is not None:
+            noted = read_checkpoint(ckpt_path)["lit_distill"]["facts"] if ckpt_path else {}
+            asked = {"num_inference_steps": num_inference_steps, "cfg_scale": cfg_scale}
+            asked |= {"height": height, "width": width}
+            wanted = {name: value for name, value in asked.items() if value is not None}
+            rows = read_prompts(prompts, datamodule.call_columns if datamodule else {})
+            batches = prompt_batches(rows, noted | wanted, batch_size, first_seed)
+            dataloaders, datamodule = DataLoader(batches, batch_size=None), None  # type: ignore[arg-type]
+        return super().predict(
+            model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only
+        )
+
     def preflight(
         self,
         model: DirectDistill,
@@ -242,18 +291,35 @@ class DistillTrainer(pl.Trainer):
         ckpt_path: str,
         out: str,
         format: ExportFormat = "diffusers",
+        dtype: str | None = None,
+        max_shard_size: str = "5GB",
+        push_to_hub: str | None = None,
     ) -> None:
-        """Write the student of a checkpoint in a form that plain diffusers loads.
+        """Write the student of a checkpoint for other tools, load it back and compare its image.
 
         Args:
             model: Not used: the checkpoint says all.
             datamodule: Not used.
             ckpt_path: Checkpoint (.ckpt) of a run.
             out: Folder to write to.
-            format: diffusers: pytorch_lora_weights.safetensors for pipe.load_lora_weights, or a
-                pipeline folder when the whole denoiser was trained.
+            format: diffusers, comfyui, kohya, diffsynth or peft for a LoRA file; merged for a
+                pipeline folder (always, when the whole denoiser was trained).
+            dtype: Data type of the tensors: float32, bfloat16 or float16; default: float32 for a
+                LoRA, that of the base model for merged.
+            max_shard_size: Largest file of format merged.
+            push_to_hub: Hub repository (user/name) to upload the folder to; made if missing.
         """
-        print(f"student written to {export_student(ckpt_path, out, format)}")
+        if self.is_global_zero:
+            folder = export_student(
+                ckpt_path,
+                out,
+                format,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                device=self.strategy.root_device,
+                push_to_hub=push_to_hub,
+            )
+            print(f"student written to {folder}, loaded back, and seen to draw the same image")
 
 
 class DistillCLI(LightningCLI):

@@ -19,12 +19,17 @@ from torchmetrics import Metric
 import lit_distill
 from lit_distill.adapters import (
     adapters_off,
+    base_pipeline,
+    changed_scheduler,
     check_state,
     freeze_parameters,
+    lora_fields,
     make_trainable,
+    put_lora,
     set_training_mode,
 )
 from lit_distill.cache import EncodingStore
+from lit_distill.card import training_facts
 from lit_distill.codec import LatentCodec
 from lit_distill.data import (
     NO_TARGET,
@@ -38,6 +43,7 @@ from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.heldout import HeldOut
 from lit_distill.joining import UnjoinableError
+from lit_distill.lora import LoRA, read_lora
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.metrics import default_metrics
 from lit_distill.preflight import (
@@ -98,6 +104,15 @@ class DirectDistill(pl.LightningModule):
         lora: Fields of peft.LoraConfig (r, lora_alpha, target_modules, ...); null trains the whole
             denoiser. Without target_modules all attention and MLP linears of the repeated blocks
             are adapted; without lora_alpha it equals r.
+        init_lora: LoRA to go on from, a file or folder in the layout of diffusers, peft, ComfyUI,
+            kohya or DiffSynth-Studio. It decides rank, alpha and target modules.
+        teacher_lora: LoRA, in any of these layouts, that the teacher has: it is fused into the
+            weights before the student's is added, so that both start from it.
+        teacher_model: Hub id or folder of another pipeline with the same latent space, to be the
+            online teacher; null: the student's own pretrained weights.
+        scheduler: Fields of the scheduler's configuration in which the student's differs from the
+            teacher's, such as {shift_terminal: null}, without which Qwen-Image has no one-step
+            schedule. They travel with the export.
         checkpointing: What the backward pass recomputes instead of storing: none, block (the
             denoiser's blocks), step (each denoiser call) or nested (both: memory flat in steps).
         grad_steps: Back-propagate through the last grad_steps steps only; null: through all.
@@ -131,6 +146,10 @@ class DirectDistill(pl.LightningModule):
         revision: str | None = None,
         torch_dtype: str = "bfloat16",
         lora: dict[str, Any] | None = None,
+        init_lora: str | None = None,
+        teacher_lora: str | None = None,
+        teacher_model: str | None = None,
+        scheduler: dict[str, Any] | None = None,
         checkpointing: Checkpointing = "block",
         grad_steps: int | None = None,
         loss: DistillLoss | None = None,
@@ -150,7 +169,8 @@ class DirectDistill(pl.LightningModule):
     ) -> None:
         super().__init__()
         # Plain types only: anything else fails to load with weights_only.
-        self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler"])
+        # init_lora only says where to begin: a checkpoint holds the weights and settings itself.
+        self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler", "init_lora"])
         # Of the command line this is its text, which the checkpoint keeps; objects it can't.
         if any(isinstance(metric, Metric) for metric in (self.hparams["metrics"] or {}).values()):
             self.hparams["metrics"] = None
@@ -158,6 +178,12 @@ class DirectDistill(pl.LightningModule):
             raise ValueError(
                 f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}"
             )
+        if teacher_lora and teacher_model:
+            raise ValueError(
+                "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "
+                "LoRA, fuse the LoRA into the model first"
+            )
+        self.init_lora = init_lora
         if rollout_batch_size is not None and rollout_batch_size < 1:
             raise ValueError(f"model.rollout_batch_size must be >= 1, got {rollout_batch_size}")
         self.hparams.update(freeze=list(freeze or []), train_mode=list(train_mode or []))
@@ -169,6 +195,7 @@ class DirectDistill(pl.LightningModule):
         self._loaded = False
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
+        self._teacher: DiffusionPipeline | None = None
         self._vae: nn.Module | None = None  # where the pipeline has only its shell
 
     # Set-up
@@ -181,8 +208,14 @@ class DirectDistill(pl.LightningModule):
         # there can't compute their schedules, for which they use numpy.
         with torch.device("cpu"):
             pipe = self._load_pipeline()
+            self._teacher_scheduler = pipe.scheduler
+            pipe.scheduler = changed_scheduler(pipe, self.hparams["scheduler"])
+            begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
+            if begin:
+                self.hparams["lora"] = self._fields_of(begin, pipe)
             settings = (self.hparams[name] for name in ("lora", "freeze", "train_mode"))
             make_trainable(pipe, *settings)
+            put_lora(pipe, begin)
             # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
             self.pipe = pipe
             self._encode_ahead()
@@ -278,9 +311,19 @@ class DirectDistill(pl.LightningModule):
                 "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
                 "layout, or tiny-digits"
             )
-        return load_pipeline(
-            name, revision=self.hparams["revision"], torch_dtype=self.hparams["torch_dtype"]
-        )
+        return base_pipeline(dict(self.hparams))
+
+    def _fields_of(self, begin: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """Return the settings of a LoRA to go on from, with those of `lora` it leaves open."""
+        found = lora_fields(begin, pipe)
+        given = self.hparams["lora"] or {}
+        for name, value in given.items():
+            if name in found and found[name] != value:
+                raise ValueError(
+                    f"model.lora.{name} is {value!r}, but init_lora {self.init_lora} has "
+                    f"{found[name]!r}; leave it out"
+                )
+        return given | found
 
     def _place(self, device: torch.device | None = None) -> None:
         """Move the encoders and the VAE, which Lightning does not know, to the device."""
@@ -331,10 +374,10 @@ class DirectDistill(pl.LightningModule):
         given = {"prompt": batch["prompt"], "generator": generators, **size}
         return {**self.call_kwargs, **given, **batch["call"]}
 
-    def _rollout(self, batch: Batch, **options: Any) -> Tensor:  # noqa: ANN401
+    def _rollout(self, batch: Batch, pipe: DiffusionPipeline, **options: Any) -> Tensor:  # noqa: ANN401
         """Return final latents, of as many samples at a time as the pipeline draws rightly."""
         parts = split_batch(batch, self.hparams["rollout_batch_size"])
-        return torch.cat([rollout(self.pipe, **self._call(part), **options) for part in parts])
+        return torch.cat([rollout(pipe, **self._call(part), **options) for part in parts])
 
     def codec(self, batch: Batch) -> LatentCodec:
         """Return the codec of the batch's resolution; learned on first use."""
@@ -350,7 +393,8 @@ class DirectDistill(pl.LightningModule):
         """Return the teacher's final latents for the batch.
 
         The stored exact latents; else the encoded image; else those that the online teacher
-        draws now: the same weights, adapters off, its own steps and guidance.
+        draws now with its own steps and guidance: `teacher_model`, or else the same weights with
+        adapters off.
 
         Returns:
             (B, ...), float32, in the space of `student_rollout`.
@@ -365,22 +409,45 @@ class DirectDistill(pl.LightningModule):
             return self.codec(batch).pack(batch["encoded"])
         if batch["image"] is not None:
             return self.codec(batch).encode(batch["image"])
-        if self.hparams["lora"] is None:
+        if self.hparams["lora"] is None and not self.hparams["teacher_model"]:
             raise ValueError(
                 f"row {batch['row'][0]} has neither image nor latents, and full training leaves no "
                 "teacher to draw one: make pairs first with `lit-distill generate`"
             )
-        with adapters_off(self.denoisers):
+        with adapters_off(self.denoisers), self._teacher_schedule():
             return self._rollout(
                 batch,
+                self._teacher_pipeline(),
                 num_inference_steps=self.hparams["teacher_num_inference_steps"],
                 cfg_scale=self.hparams["teacher_cfg_scale"],
             ).float()
+
+    def _teacher_pipeline(self) -> DiffusionPipeline:
+        """Return the pipeline that draws the online teacher's targets; loaded at first use."""
+        if not self.hparams["teacher_model"]:
+            return self.pipe
+        if self._teacher is None:
+            teacher = load_pipeline(
+                self.hparams["teacher_model"], torch_dtype=self.hparams["torch_dtype"]
+            )
+            EncodeOnce(teacher)
+            self._teacher = teacher.to(self.device)
+        return self._teacher
+
+    @contextmanager
+    def _teacher_schedule(self) -> Iterator[None]:
+        """Let the pipeline draw with the pretrained scheduler."""
+        own, self.pipe.scheduler = self.pipe.scheduler, self._teacher_scheduler
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = own
 
     def student_rollout(self, batch: Batch) -> Tensor:
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""
         return self._rollout(
             batch,
+            self.pipe,
             num_inference_steps=batch["num_inference_steps"],
             cfg_scale=batch["cfg_scale"],
             grad_steps=self.hparams["grad_steps"],
@@ -543,10 +610,11 @@ class DirectDistill(pl.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the version, and the undistilled errors, which need the pretrained weights."""
+        """Note the version, the facts, and the undistilled errors: they need the base's weights."""
         checkpoint["lit_distill"] = {
             "version": lit_distill.__version__,
             "undistilled_mse": self.held_out.undistilled_mse,
+            "facts": training_facts(self.trainer) | {"init_lora": self.init_lora},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

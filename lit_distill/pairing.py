@@ -73,8 +73,10 @@ def check_pairing(
     """
     provenance = read_provenance(parent(str(path)))
     hyper: dict[str, Any] = dict(model.hparams)
-    named = hyper["pretrained_model_name_or_path"]
-    pipeline = {"model": named, "revision": hyper["revision"]} if named else {}
+    named = hyper["teacher_model"] or hyper["pretrained_model_name_or_path"]
+    revision = None if hyper["teacher_model"] else hyper["revision"]
+    pipeline = {"model": named, "revision": revision} if named else {}
+    pipeline |= {"lora": hyper["teacher_lora"]} if hyper["teacher_lora"] else {}
     if provenance is not None:
         teacher = recorded_teacher(provenance, **pipeline)
     elif named:
@@ -189,7 +191,13 @@ class Pairing:
 
     def load(self, teacher: Teacher) -> DiffusionPipeline:
         """Return the teacher's pipeline; one is kept at a time."""
-        key = (teacher.model, teacher.revision, teacher.torch_dtype, teacher.scheduler)
+        key = (
+            teacher.model,
+            teacher.lora,
+            teacher.revision,
+            teacher.torch_dtype,
+            teacher.scheduler,
+        )
         if self._loaded[0] != key:
             self._loaded = (None, None)  # two need not fit
             self._loaded = (key, teacher.load().to(self.device))

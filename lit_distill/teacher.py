@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_distill.adapters import base_pipeline
 from lit_distill.cache import weights_facts
 from lit_distill.data import collate_calls, open_pictures
 from lit_distill.encode import fingerprint
-from lit_distill.families import denoisers, load_pipeline
+from lit_distill.families import denoisers
 from lit_distill.prompts import Pair, Size
 from lit_distill.rollout import draw, replaced_forward
 
@@ -29,6 +30,7 @@ class Teacher:
 
     Attributes:
         model: Hub id or folder of the pipeline.
+        lora: LoRA that is fused into it, if any.
         revision: Branch, tag or commit of the hub repository.
         torch_dtype: Data type of the weights.
         num_inference_steps: The teacher's steps.
@@ -46,6 +48,7 @@ class Teacher:
     """
 
     model: str
+    lora: str | None = None
     revision: str | None = None
     torch_dtype: str = "bfloat16"
     num_inference_steps: int = 50
@@ -83,7 +86,14 @@ class Teacher:
         Raises:
             ValueError: If diffusers has no such scheduler.
         """
-        pipe = load_pipeline(self.model, revision=self.revision, torch_dtype=self.torch_dtype)
+        pipe = base_pipeline(
+            {
+                "pretrained_model_name_or_path": self.model,
+                "revision": self.revision,
+                "torch_dtype": self.torch_dtype,
+                "teacher_lora": self.lora,
+            }
+        )
         if self.scheduler is not None:
             cls = _scheduler(self.scheduler)
             flow = "FlowMatch" in type(pipe.scheduler).__name__

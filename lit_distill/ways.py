@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_distill.adapters import load_student
 from lit_distill.data import Batch
 from lit_distill.evaluation import Draws
 from lit_distill.families import load_pipeline
 from lit_distill.module import DirectDistill
+from lit_distill.student import load_student
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -1,11 +1,7 @@
 import numpy as np
-import pytest
-from PIL import Image
 
 from lit_distill import DistillDataModule
 from lit_distill.data import BucketBatchSampler
-from lit_distill.metadata import MetadataError, hold_out, read_metadata
-from lit_distill.pictures import read_image
 
 HEADER = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
 

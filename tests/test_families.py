@@ -14,8 +14,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from pipelines import CALL_KWARGS, FAMILIES, build
 
+import lit_distill.adapters
 import lit_distill.module
-import lit_distill.teacher
 from lit_distill import DirectDistill, DistillDataModule, LatentCodec, rollout
 from lit_distill.adapters import adapters_off, make_trainable
 from lit_distill.encode import EncodeOnce, UnjoinableError
@@ -190,7 +190,7 @@ def test_codec_inverts_the_tail(name):
 @pytest.mark.parametrize("name", ALL)
 def test_two_steps_of_training_lower_the_loss(name, tmp_path, monkeypatch):
     """From prompts to pairs to a LoRA, all through the Trainer; and the LoRA off is the base."""
-    for module in (lit_distill.module, lit_distill.teacher):
+    for module in (lit_distill.module, lit_distill.adapters):
         monkeypatch.setattr(module, "load_pipeline", lambda source, **options: build(source))
     given = dict(CALL_KWARGS[name])
     picture = given.pop("image", None)
@@ -327,7 +327,7 @@ def invented():
 
 
 def test_an_invented_pipeline_trains_unchanged(tmp_path, monkeypatch):
-    for module in (lit_distill.module, lit_distill.teacher):
+    for module in (lit_distill.module, lit_distill.adapters):
         monkeypatch.setattr(module, "load_pipeline", lambda source, **options: invented())
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"accelerator": "cpu", "enable_checkpointing": False}

@@ -1,0 +1,213 @@
+"""The facts of a student, gathered in training, and the model card that tells them."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_distill.families import call_parameters, denoisers, guidance
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from diffusers import DiffusionPipeline
+
+EXAMPLES = 4
+"""Number of held-out rows that a checkpoint remembers, to be drawn when it is exported."""
+
+
+def training_facts(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return what a training run knows of its student, in plain types, for its checkpoint.
+
+    Args:
+        trainer: A Lightning trainer; with a `DistillDataModule`, the facts name the data.
+    """
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    facts: dict[str, Any] = {"global_step": trainer.global_step, "metrics": metrics}
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    sets = [getattr(datamodule, name, None) for name in ("val_set", "train_set")]
+    tables = [rows.table for rows in sets if rows is not None]
+    if not tables:
+        return facts
+    examples = [_example(row) for _, row in tables[0].head(EXAMPLES).iterrows()]
+    trained = tables[-1]
+    sizes = trained[["height", "width"]].drop_duplicates()
+    height, width = (int(side) for side in sizes.iloc[0]) if len(sizes) == 1 else (0, 0)
+    return facts | {
+        "num_inference_steps": int(trained["num_inference_steps"].mode()[0]),
+        "cfg_scale": float(trained["cfg_scale"].mode()[0]),
+        "height": height or None,
+        "width": width or None,
+        "data": {
+            "metadata_path": str(datamodule.metadata_path or datamodule.val_metadata_path),
+            "rows": len(trained),
+            "prompts": int(trained["prompt"].nunique()),
+        },
+        "teacher": _teacher(trained),
+        "examples": examples,
+    }
+
+
+def _example(row: pd.Series) -> dict[str, Any]:
+    call: dict[str, Any] = row["call"]
+    return {
+        "call": {name: value for name, value in call.items() if not isinstance(value, Path)},
+        "pictures": {
+            name: str(path.absolute()) for name, path in call.items() if isinstance(path, Path)
+        },
+        "prompt": str(row["prompt"]),
+        "seed": int(row["seed"]),
+        "rand_device": str(row["rand_device"]),
+        "num_inference_steps": int(row["num_inference_steps"]),
+        "cfg_scale": float(row["cfg_scale"]),
+        "height": int(row["height"]) or None,
+        "width": int(row["width"]) or None,
+    }
+
+
+def _teacher(table: pd.DataFrame) -> dict[str, str]:
+    """Return the teacher's settings as `lit-distill generate` noted them in the table."""
+    columns = ("teacher_model", "teacher_num_inference_steps", "teacher_cfg_scale")
+    return {name: str(table[name].iloc[0]) for name in columns if name in table}
+
+
+def student_facts(content: dict[str, Any], pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return all facts of a checkpoint's student; without noted rows, a stand-in is drawn.
+
+    Args:
+        content: Content of a checkpoint.
+        pipe: The student's pipeline.
+    """
+    hyper = content["hyper_parameters"]
+    noted = content.get("lit_distill", {}).get("facts", {})
+    steps = {"num_inference_steps": 4, "cfg_scale": 1.0, "height": None, "width": None}
+    facts = {**steps, "global_step": content.get("global_step", 0), "metrics": {}, **noted}
+    stand_in = {name: facts[name] for name in steps} | {"prompt": "a photo of a cat", "seed": 0}
+    facts.setdefault("examples", [stand_in | {"rand_device": "cpu"}])
+    lora = hyper["lora"]
+    return facts | {
+        "version": version("lit-distill"),
+        "pipeline": type(pipe).__name__,
+        "base_model": hyper["pretrained_model_name_or_path"],
+        "base_revision": hyper.get("revision") or _commit(pipe),
+        "torch_dtype": hyper["torch_dtype"],
+        "call_kwargs": hyper.get("call_kwargs") or {},
+        "scheduler": type(pipe.scheduler).__name__,
+        "lora": lora
+        and {"r": lora.get("r", 8), "lora_alpha": lora.get("lora_alpha", lora.get("r", 8))},
+        "teacher_lora": hyper.get("teacher_lora"),
+        "teacher_model": hyper.get("teacher_model"),
+    }
+
+
+def _commit(pipe: DiffusionPipeline) -> str | None:
+    """Return the hub commit that the denoiser was loaded from, which its cache folder names."""
+    source = str(next(iter(denoisers(pipe).values())).config.get("_name_or_path", ""))
+    found = re.search(r"snapshots/([0-9a-f]{40})", Path(source).as_posix())
+    return found[1] if found else None
+
+
+def model_card(facts: dict[str, Any], format: str, pipe: DiffusionPipeline, picture: str) -> str:
+    """Return the README.md of an export, in the hub's format.
+
+    Args:
+        facts: From `student_facts`, with `verified`.
+        format: The export's format.
+        pipe: The pipeline, for its call's arguments.
+        picture: File name of the sample grid.
+    """
+    from huggingface_hub import ModelCardData
+
+    video = "num_frames" in call_parameters(pipe)
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", facts["base_model"])
+    prompt = facts["examples"][0]["prompt"]
+    data = ModelCardData(
+        base_model=facts["base_model"] if hub_id else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-video" if video else "text-to-image",
+        tags=["direct-distillation", "few-step", *([] if format == "merged" else ["lora"])],
+        base_model_relation=("finetune" if format == "merged" else "adapter") if hub_id else None,
+        widget=[{"text": prompt, "output": {"url": picture}}],
+    )
+    name = facts["base_model"]
+    steps = facts["num_inference_steps"]
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {Path(name).name} in {steps} steps",
+        f"{name}, distilled to {steps} steps with guidance {facts['cfg_scale']:g} (1 = off) by "
+        "[Direct Distillation](https://github.com/lit-distill/lit-distill). Another number of "
+        "steps, guidance or scheduler than it was trained with breaks it.",
+        f"![undistilled pipeline and student]({picture})",
+        "## Use",
+        _usage(facts, format, pipe),
+        "## Facts",
+        _table(_rows(facts, format)),
+    ]
+    if facts["metrics"]:
+        metrics = [(key, f"{value:.4g}") for key, value in sorted(facts["metrics"].items())]
+        sections += ["## Metrics, as last measured in training", _table(metrics)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _usage(facts: dict[str, Any], format: str, pipe: DiffusionPipeline) -> str:
+    if format in ("comfyui", "kohya"):
+        place = "ComfyUI/models/loras" if format == "comfyui" else "the LoRA folder of your tool"
+        return (
+            f"Put the .safetensors file into {place}, load it at strength 1, and draw with "
+            f"{facts['num_inference_steps']} steps and cfg {facts['cfg_scale']:g}."
+        )
+    if format == "diffsynth":
+        return "```python\npipe.load_lora(pipe.dit, 'diffsynth_lora.safetensors')  # pipe.unet\n```"
+    call: dict[str, Any] = {"num_inference_steps": facts["num_inference_steps"]}
+    with guidance(pipe, facts["cfg_scale"], 1, {}) as off:
+        call |= off | facts["call_kwargs"]
+    call |= {side: facts[side] for side in ("height", "width") if facts[side]}
+    texts = [f"{name}={value!r}" for name, value in call.items()]
+    texts += [f"{name}=YOUR_{name.upper()}" for name in facts["examples"][0].get("pictures", ())]
+    arguments = ", ".join(texts)
+    source = "THIS_REPOSITORY" if format == "merged" else facts["base_model"]
+    lines = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({source!r}, dtype=torch.bfloat16)",
+    ]
+    if format == "diffusers":
+        lines.append("pipe.load_lora_weights('THIS_REPOSITORY')")
+    if format == "peft":
+        denoiser = next(iter(denoisers(pipe)))
+        lines.insert(2, "from peft import PeftModel")
+        lines.append(f"PeftModel.from_pretrained(pipe.{denoiser}, 'THIS_REPOSITORY')")
+    if facts.get("own_scheduler") and format != "merged":
+        lines.append("pipe.scheduler = type(pipe.scheduler).from_pretrained('THIS_REPOSITORY')")
+    output = "frames" if "num_frames" in call_parameters(pipe) else "images"
+    lines.append(f"image = pipe({facts['examples'][0]['prompt']!r}, {arguments}).{output}[0]")
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _rows(facts: dict[str, Any], format: str) -> list[tuple[str, Any]]:
+    lora, data, teacher = facts["lora"], facts.get("data"), facts.get("teacher") or {}
+    rows = [
+        ("base model", facts["base_model"]),
+        ("revision", facts["base_revision"]),
+        ("steps, guidance", f"{facts['num_inference_steps']}, {facts['cfg_scale']:g}"),
+        ("size (height x width)", facts["height"] and f"{facts['height']}x{facts['width']}"),
+        ("scheduler", facts["scheduler"] + (", own" if facts.get("own_scheduler") else "")),
+        ("LoRA", lora and ", ".join(f"{name} {value}" for name, value in lora.items())),
+        ("training data", data and f"{data['rows']} rows, {data['prompts']} prompts"),
+        ("optimizer steps", facts["global_step"]),
+        ("teacher", facts["teacher_model"] or teacher.get("teacher_model")),
+        ("teacher's steps", teacher.get("teacher_num_inference_steps")),
+        ("teacher's guidance", teacher.get("teacher_cfg_scale")),
+        ("teacher's LoRA, contained in this one", facts["teacher_lora"]),
+        ("format", format),
+        ("loaded back by", facts["verified"]["reader"]),
+        ("difference of the image drawn then", f"{facts['verified']['difference']:.1e} (relative)"),
+        ("made with", f"lit_distill {facts['version']}"),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -1,0 +1,258 @@
+"""The student as a plain diffusers pipeline: from a checkpoint, an export, or a merged folder."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_distill.adapters import (
+    STATE_PREFIX,
+    base_pipeline,
+    changed_scheduler,
+    check_state,
+    lora_fields,
+    make_trainable,
+    put_lora,
+)
+from lit_distill.card import student_facts
+from lit_distill.data import Batch, collate_calls, open_pictures
+from lit_distill.families import denoisers, guidance, load_pipeline
+from lit_distill.lora import METADATA_KEY, load_tensors, read_lora
+from lit_distill.metadata import call_key
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from lit_distill.prompts import Prompt
+
+FACTS_FILE = "lit_distill.json"
+"""Beside a merged pipeline, where no single file could carry the facts."""
+
+SCHEDULER_FILE = "scheduler_config.json"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint without unpickling code.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a checkpoint of `DirectDistill`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for a truncated or foreign file
+        raise ValueError(f"checkpoint {path} is truncated or not a checkpoint: {error}") from error
+    hyper = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
+    if "pretrained_model_name_or_path" not in hyper:
+        raise ValueError(
+            f"checkpoint {path} was not written by lit_distill: its hyper_parameters name no "
+            "pretrained_model_name_or_path"
+        )
+    return checkpoint
+
+
+def load_student(
+    source: str | Path,
+    *,
+    torch_dtype: torch.dtype | str | None = None,
+    base_model: str | Path | None = None,
+) -> DiffusionPipeline:
+    """Return a plain diffusers pipeline with the student in it.
+
+    Called without them, the pipeline takes the number of steps, the guidance and the size that
+    the student was trained with: ``load_student(path)("a red seven").images[0]``.
+
+    Args:
+        source: A Lightning checkpoint (.ckpt) of `DirectDistill`; a LoRA that `export_student`
+            wrote, as a file or its folder; or a folder of format merged.
+        torch_dtype: Data type of all weights; default: that of the frozen weights in training.
+        base_model: Hub id or folder of the base model; default: where it was in training.
+
+    Returns:
+        The pipeline on the CPU, in evaluation mode. A LoRA is attached, not merged.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated, or was not written by lit_distill.
+    """
+    source = Path(source)
+    if (source / "model_index.json").is_file():
+        facts = _facts_beside(source)
+        pipe = load_pipeline(source, torch_dtype=torch_dtype or facts["torch_dtype"])
+    elif source.is_dir() or source.suffix == ".safetensors":
+        pipe, facts = _from_export(source, torch_dtype, base_model)
+    else:
+        content = read_checkpoint(source)
+        if base_model is not None:
+            content["hyper_parameters"]["pretrained_model_name_or_path"] = str(base_model)
+        pipe = student_pipeline(content, torch_dtype, f"checkpoint {source}")
+        noted = content.get("lit_distill", {}).get("facts", {})
+        facts = student_facts(content, pipe) if "num_inference_steps" in noted else {}
+    for denoiser in denoisers(pipe).values():
+        # Adapters are trained in float32; a plain pipeline is of one type.
+        for name, parameter in denoiser.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(denoiser.get_parameter(_adapted(name)).dtype)
+        denoiser.requires_grad_(False).eval()
+    return with_defaults(pipe, facts)
+
+
+def _adapted(name: str) -> str:
+    """Return the name of the weight that a factor adapts."""
+    return name.partition(".lora_")[0] + ".base_layer.weight"
+
+
+def student_pipeline(
+    content: dict[str, Any],
+    torch_dtype: Any = None,  # noqa: ANN401
+    where: str = "the checkpoint",
+) -> DiffusionPipeline:
+    """Return the pipeline of a checkpoint's content, its adapters in float32.
+
+    Raises:
+        ValueError: If the weights are not those of this pipeline and these settings.
+    """
+    hyper = content["hyper_parameters"]
+    pipe = base_pipeline(hyper, torch_dtype=torch_dtype)
+    pipe.scheduler = changed_scheduler(pipe, hyper.get("scheduler"))
+    loaded = {p: p.dtype for d in denoisers(pipe).values() for p in d.parameters()}
+    make_trainable(pipe, hyper["lora"], hyper.get("freeze") or ())
+    state: dict[str, Tensor] = content["state_dict"]
+    own = {
+        f"{STATE_PREFIX}{name}.{key}": parameter
+        for name, denoiser in denoisers(pipe).items()
+        for key, parameter in denoiser.named_parameters()
+        if parameter.requires_grad
+    }
+    check_state(state, own, where)
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.requires_grad_(False).copy_(state[key])
+            parameter.data = parameter.data.to(loaded.get(parameter, torch.float32))
+    return pipe
+
+
+def _facts_beside(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} was not written by lit_distill: it has no {FACTS_FILE}")
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return facts
+
+
+def _from_export(
+    source: Path,
+    torch_dtype: Any,  # noqa: ANN401
+    base_model: str | Path | None,
+) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    files = sorted(source.rglob("*.safetensors")) if source.is_dir() else [source]
+    if not files:
+        raise FileNotFoundError(f"{source} holds no LoRA (a .safetensors file)")
+    metadata = load_tensors(files[0])[1]
+    if METADATA_KEY not in metadata:
+        raise ValueError(
+            f"{files[0]} was not written by lit_distill: its metadata name no base model; load it "
+            "with pipe.load_lora_weights into a pipeline of your choice"
+        )
+    facts = json.loads(metadata[METADATA_KEY])
+    pipe = load_pipeline(
+        base_model or facts["base_model"],
+        revision=None if base_model else facts["base_revision"],
+        torch_dtype=torch_dtype or facts["torch_dtype"],
+    )
+    lora = read_lora(source, pipe)
+    make_trainable(pipe, lora_fields(lora, pipe))
+    put_lora(pipe, lora)
+    folder = source if source.is_dir() else source.parent
+    if (folder / SCHEDULER_FILE).is_file():
+        pipe.scheduler = type(pipe.scheduler).from_pretrained(folder)
+    return pipe, facts
+
+
+def with_defaults(pipe: DiffusionPipeline, facts: dict[str, Any]) -> DiffusionPipeline:
+    """Return the pipeline with the student's steps, guidance and size as its call's defaults.
+
+    Only arguments that a call leaves out are filled in. The pipeline's class keeps its name, so
+    that saving and `rollout` see the class they know.
+    """
+    if "num_inference_steps" not in facts:
+        return pipe
+    own: Any = type(pipe)
+    signature = inspect.signature(own.__call__)
+    defaults = facts["call_kwargs"] | {"num_inference_steps": facts["num_inference_steps"]}
+    if facts.get("height"):
+        defaults |= {"height": facts["height"], "width": facts["width"]}
+    with guidance(pipe, facts["cfg_scale"], 1, {}) as off:
+        defaults |= {name: value for name, value in off.items() if name != "negative_prompt"}
+
+    @functools.wraps(own.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        return own.__call__(self, *args, **kwargs, **_without(defaults, given))
+
+    pipe.__class__ = type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
+    return pipe
+
+
+def _without(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in defaults.items() if name not in given}
+
+
+def prompt_batches(
+    prompts: list[Prompt], facts: dict[str, Any], batch_size: int, first_seed: int
+) -> list[Batch]:
+    """Return prompts as batches to draw: a prompt's seed is its number plus `first_seed`.
+
+    Args:
+        prompts: The prompts, with further arguments of the call.
+        facts: ``num_inference_steps``, ``cfg_scale`` and perhaps ``height``, ``width``.
+        batch_size: Prompts a batch, at most; a batch shares its calls' numbers.
+        first_seed: Seed of the first prompt.
+
+    Raises:
+        ValueError: If the steps are not known.
+    """
+    if "num_inference_steps" not in facts:
+        raise ValueError("num_inference_steps: the checkpoint does not say, so it must be given")
+    size = (facts["height"], facts["width"]) if facts.get("height") else None
+    whole: Batch = {
+        "prompt": [],
+        "seed": [],
+        "rand_device": "cpu",
+        "num_inference_steps": facts["num_inference_steps"],
+        "cfg_scale": facts.get("cfg_scale", 1.0),
+        "size": size,
+        "call": {},
+        "image": None,
+        "latents": None,
+        "encoded": None,
+        "row": [],
+    }
+    batches: list[Batch] = []
+    for (own_size, _), alike in itertools.groupby(
+        enumerate(prompts), lambda row: (row[1].size, call_key(row[1].call))
+    ):
+        rows = list(alike)
+        for start in range(0, len(rows), batch_size):
+            numbers, chosen = zip(*rows[start : start + batch_size], strict=True)
+            batches.append(
+                {
+                    **whole,
+                    "size": own_size or size,
+                    "prompt": [prompt.text for prompt in chosen],
+                    "call": collate_calls([open_pictures(prompt.call) for prompt in chosen]),
+                    "seed": [first_seed + number for number in numbers],
+                    "row": list(numbers),
+                }
+            )
+    return batches
