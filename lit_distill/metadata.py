@@ -119,6 +119,8 @@ def parse_metadata(
     columns.texts("prompt", lambda text: text.strip() != "", "a text that is not empty")
     columns.devices("rand_device")
     calls = read_calls(columns, call_columns)
+    if call_columns and problems.rows:
+        problems.check()  # pictures that are not there have no size to share
     parsed["call"] = pd.Series(calls, index=raw.index, dtype=object)
     parsed["call_key"] = [call_key(call) for call in calls] if call_columns else ""
     table = raw.assign(**parsed)
@@ -204,18 +206,24 @@ class Columns:
     def files(self, column: str) -> Any:  # noqa: ANN401
         """Return a column of full paths or URLs of files that exist, empty where not given."""
         names = self.raw[column].tolist()
-        if not self.allow_outside:
-            out = [leaves(self.base, name) for name in names]
-            accepted = f"inside of {self.base} (or set data.allow_outside: true)"
-            self.reject(column, out, accepted)
-        given = np.array([name != "" for name in names], dtype=bool)
         paths = [join(self.base, name) if name else "" for name in names]
-        if given.any():
-            present = exist([path for path in paths if path])
-            gone = given.copy()
-            gone[given] = ~np.array(present)
+        # Nobody looks outside for a table that must not.
+        sought = np.array([path != "" for path in paths]) & ~self.outside(column, names)
+        if sought.any():
+            there = exist([path for path, wanted in zip(paths, sought, strict=True) if wanted])
+            gone = sought.copy()
+            gone[sought] = ~np.array(there)
             self.reject(column, gone, f"a file below {self.base}")
         return pd.Series(paths, index=self.raw.index, dtype=object)
+
+    def outside(self, column: str, names: list[str]) -> Any:  # noqa: ANN401
+        """Note and return which files are not below the root, where they have to be."""
+        if self.allow_outside:
+            return np.zeros(len(names), dtype=bool)
+        out = np.array([leaves(self.base, name) for name in names], dtype=bool)
+        accepted = f"inside of {self.base} (or set data.allow_outside: true)"
+        self.reject(column, out, accepted)
+        return out
 
     def values(self, column: str) -> list[Any]:
         """Return a column of pictures, numbers or texts, whichever all of it is."""
@@ -225,12 +233,11 @@ class Columns:
             return numbers.tolist()
         if not texts.str.lower().str.endswith(SUFFIXES).any():
             return self.raw[column].tolist()
-        if not self.allow_outside:
-            outside = f"inside of {self.base} (or set data.allow_outside: true)"
-            self.reject(column, [leaves(self.base, text) for text in texts], outside)
         pictures = [Picture(join(self.base, text)) for text in texts]
-        sizes = picture_sizes(pictures)
-        broken = [isinstance(size, ValueError) for size in sizes]
+        sought = np.flatnonzero(~self.outside(column, texts.tolist()))
+        broken = np.zeros(len(pictures), dtype=bool)
+        sizes = picture_sizes([pictures[index] for index in sought])
+        broken[sought] = [isinstance(size, ValueError) for size in sizes]
         self.reject(column, broken, f"a picture below {self.base}")
         return pictures
 
@@ -269,19 +276,12 @@ def read_calls(columns: Columns, call_columns: dict[str, str]) -> list[dict[str,
 def call_key(call: dict[str, Any]) -> str:
     """Return what rows of a batch must share: numbers, and the sizes of pictures."""
 
-    def shared(value: Any) -> Any:  # noqa: ANN401
-        if not isinstance(value, Picture):
-            return value
-        size = picture_sizes([value])[0]
-        return None if isinstance(size, ValueError) else size  # noted by who read the column
-
-    return repr(
-        {
-            name: shared(value)
-            for name, value in call.items()
-            if isinstance(value, Picture) or not isinstance(value, str)
-        }
-    )
+    shared = {
+        name: image_size(value) if isinstance(value, Picture) else value
+        for name, value in call.items()
+        if isinstance(value, Picture) or not isinstance(value, str)
+    }
+    return repr(shared)
 
 
 def picture_sizes(paths: Sequence[str]) -> list[tuple[int, int] | ValueError]:
@@ -293,8 +293,6 @@ def picture_sizes(paths: Sequence[str]) -> list[tuple[int, int] | ValueError]:
         except ValueError as error:
             return error
 
-    if len(paths) == 1:
-        return [size(paths[0])]
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(size, paths))
 
