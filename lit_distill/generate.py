@@ -131,7 +131,8 @@ def _claim(
         "rows": len(pairs),
         "rows_sha256": hashlib.sha256(rows.encode()).hexdigest(),
     }
-    before = read_provenance(out)
+    # A folder in which nothing was drawn yet is nobody's: a first try may have been refused.
+    before = read_provenance(out) if any(out.glob("latents/[!.]*")) else None
     if before is not None:
         _compare(out, before, facts)
         found = before.get("versions")

@@ -275,7 +275,6 @@ def read_calls(columns: Columns, call_columns: dict[str, str]) -> list[dict[str,
 
 def call_key(call: dict[str, Any]) -> str:
     """Return what rows of a batch must share: numbers, and the sizes of pictures."""
-
     shared = {
         name: image_size(value) if isinstance(value, Picture) else value
         for name, value in call.items()

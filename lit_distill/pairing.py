@@ -32,7 +32,7 @@ EXPLAINED = 3
 # last bits only, but 16-bit weights amplify them, and a JPEG is not what was drawn.
 ALIKE = {"F64": 0.01, "F32": 0.01, "BF16": 0.15, "F16": 0.15, "image": 0.15}
 
-DTYPE_OF = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DTYPE_OF = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # What people most often put in a pipeline's scheduler's place; those that it can't use are skipped.
 SCHEDULERS = (
@@ -103,14 +103,16 @@ class Target:
         kind: latents or image.
         alike: Largest relative error of a row that was drawn alike.
         dtype: Data type of the latents, as in float32, which is mostly the weights'.
+        drawn_dtype: That of the latents it was last compared with.
     """
 
     def __init__(self, row: pd.Series) -> None:
         self.dtype: str | None = None
+        self.drawn_dtype: str | None = None
         if row["latents"]:
             self.kind = "latents"
             stored = latents_header(row["latents"])[1]
-            self.dtype = DTYPE_OF.get(stored)
+            self.dtype = DTYPE_OF[stored]
             self.alike = ALIKE[stored]
             with opened(row["latents"]) as stream:
                 self.values = load(stream.read())[LATENTS_KEY].double()
@@ -123,6 +125,7 @@ class Target:
         """Return the distance to what was drawn, relative to how far that is from its mean."""
         if self.kind == "latents":
             drawn = latents.double().cpu()
+            self.drawn_dtype = str(latents.dtype).removeprefix("torch.")
         else:
             drawn = torch.from_numpy(np.asarray(image) / 255.0).permute(2, 0, 1)
         if drawn.shape != self.values.shape:
@@ -174,9 +177,13 @@ class Pairing:
             pair, target = _pair(row), Target(row)
             teacher = replace(self.teacher, rand_device=row["rand_device"])
             error = self.error(teacher, pair, target)
-            alike = error <= target.alike
+            alike = error <= target.alike and target.drawn_dtype in (None, target.dtype)
             finding = "as the teacher draws it"
-            if not alike:
+            if error <= target.alike and not alike:
+                finding = (
+                    f"wrong torch_dtype: of {target.dtype}, the teacher's {target.drawn_dtype}"
+                )
+            elif not alike:
                 explained = sum(not each[3] for each in findings)
                 finding = "not looked into"
                 if explained < EXPLAINED:
@@ -248,7 +255,8 @@ class Pairing:
                 other = replace(teacher, scheduler=name)
                 yield Guess(f"wrong scheduler: {name} drew it", other, pair)
         for dtype in DTYPES:
-            if dtype != teacher.torch_dtype and target.dtype in (None, dtype):
+            runs = dtype != "float16" or self.device.type != "cpu"
+            if dtype != teacher.torch_dtype and target.dtype in (None, dtype) and runs:
                 other = replace(teacher, torch_dtype=dtype)
                 yield Guess(f"wrong torch_dtype: {dtype} weights drew it", other, pair)
         model = self.provenance.get("model", teacher.model)
@@ -262,9 +270,9 @@ class Pairing:
         if before is None:
             return ""
         now = record(teacher, self.load(teacher), [pair])
-        names = {"denoiser_sha256": "wrong model: its weights", "scheduler": "wrong scheduler: it"}
+        names = {"denoiser_sha256": "model: its weights", "scheduler": "scheduler: its settings"}
         changed = [text for name, text in names.items() if now[name] != before.get(name)]
-        return "; ".join(f"{text} differs from that in provenance.json" for text in changed)
+        return "; ".join(f"wrong {text} are not those in provenance.json" for text in changed)
 
 
 def _pair(row: pd.Series) -> Pair:

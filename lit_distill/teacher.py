@@ -99,8 +99,10 @@ class Teacher:
             flow = "FlowMatch" in type(pipe.scheduler).__name__
             # Those that serve both kinds of models take this one for the other kind.
             told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            takes = flow and "use_flow_sigmas" in inspect.signature(cls).parameters
-            pipe.scheduler = cls.from_config(pipe.scheduler.config, **(told if takes else {}))
+            taken = inspect.signature(cls).parameters
+            takes = flow and "use_flow_sigmas" in taken
+            config = {k: v for k, v in pipe.scheduler.config.items() if k in taken}
+            pipe.scheduler = cls.from_config(config | (told if takes else {}))
         return pipe
 
     def draw(self, pipe: DiffusionPipeline, pairs: Sequence[Pair]) -> tuple[Tensor, list[Any]]:

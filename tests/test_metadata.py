@@ -258,7 +258,7 @@ def test_a_table_and_its_files_may_be_in_any_file_system(write, tmp_path):
     memory.rm("/set/images/b.png")
     with pytest.raises(MetadataError, match="row 3: image must be a file below memory://set"):
         read_metadata("memory://set/metadata.csv")
-    with pytest.raises(FileNotFoundError, match="memory://none/.* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"memory://none/.* does not exist"):
         read_metadata("memory://none/metadata.csv")
 
 
