@@ -352,3 +352,18 @@ def test_a_picture_that_cannot_be_read_is_named(write, cell):
 def test_a_call_column_that_is_missing_is_named(write):
     with pytest.raises(MetadataError, match="column 'edit' is missing"):
         read_metadata(write(GOOD), call_columns={"image": "edit"})
+
+
+def test_sizes_are_read_from_headers_alone(write, tmp_path):
+    """A million rows without size columns must not be decoded to be counted."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = write("c.png,x,1,cpu,4,1", "c.jpg,y,1,cpu,4,1", "c.tif,z,1,cpu,4,1")
+    for name in ("c.png", "c.jpg", "c.tif"):
+        Image.fromarray(noise).save(tmp_path / name, exif=exif)
+    for name in ("c.png", "c.jpg"):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+    table = read_metadata(path)
+    assert table[["height", "width"]].to_numpy().tolist() == [[48, 64]] * 3
