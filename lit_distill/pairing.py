@@ -180,9 +180,8 @@ class Pairing:
             alike = error <= target.alike and target.drawn_dtype in (None, target.dtype)
             finding = "as the teacher draws it"
             if error <= target.alike and not alike:
-                finding = (
-                    f"wrong torch_dtype: of {target.dtype}, the teacher's {target.drawn_dtype}"
-                )
+                types = f"{target.dtype}, the teacher's is {target.drawn_dtype}"
+                finding = f"wrong torch_dtype: {types}"
             elif not alike:
                 explained = sum(not each[3] for each in findings)
                 finding = "not looked into"

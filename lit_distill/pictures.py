@@ -79,7 +79,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
         with opened(path) as stream, Image.open(stream) as file:
             width, height = file.size
             # Not file.getexif(), which decodes a whole PNG to look for more behind its pixels.
-            turned = Image.Image.getexif(file).get(0x0112, 1) >= 5  # these swap the sides
+            orientation = Image.Image.getexif(file).get(0x0112, 1)
+            turned = orientation >= 5 and file.format != "TIFF"  # whose size says so already
     except _BROKEN as error:
         raise ValueError(f"not a readable image ({_reason(error)})") from error
     return (width, height) if turned else (height, width)

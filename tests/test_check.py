@@ -191,4 +191,4 @@ def test_a_teacher_in_sixteen_bits_is_alike_and_another_data_type_is_told(copy):
     edit(out, torch_dtype="float32")
     found = findings(out)
     assert not found["alike"].any()
-    assert found["finding"][0] == "wrong torch_dtype: of bfloat16, the teacher's float32"
+    assert found["finding"][0] == "wrong torch_dtype: bfloat16, the teacher's is float32"
