@@ -20,9 +20,6 @@ from lit_distill.lora import Factors, LoRA, read_lora
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-STATE_PREFIX = "denoisers."
-"""Where a checkpoint's state dict holds the denoisers: ``denoisers.transformer.<parameter>``."""
-
 
 def make_trainable(
     pipe: DiffusionPipeline,
@@ -308,21 +305,3 @@ def _targets(modules: set[str], denoiser: nn.Module) -> list[str] | str:
     if {name for name in names if re.fullmatch(expression, name)} == modules:
         return expression
     return "|".join(map(re.escape, sorted(modules)))
-
-
-def check_state(found: Any, expected: Any, where: str) -> None:  # noqa: ANN401
-    """Compare the names in a checkpoint's state dict with the trainable parameters.
-
-    Raises:
-        ValueError: If they differ, naming examples of what is missing and what is not known.
-    """
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unknown:
-        lines = [
-            f"{where} does not fit this model: {len(missing)} trainable parameters are missing "
-            f"and {len(unknown)} are unknown."
-        ]
-        lines += [f"  missing: {name}" for name in missing[:3]]
-        lines += [f"  unknown: {name}" for name in unknown[:3]]
-        lines.append("Use the pipeline, the LoRA settings or full training it was trained with.")
-        raise ValueError("\n".join(lines))

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lit_distill.callbacks import ImageGrid, ImageWriter
 from lit_distill.check import check_data, summary
+from lit_distill.checkpoints import read_checkpoint
 from lit_distill.curves import plot_curves, read_logs
 from lit_distill.data import DistillDataModule
 from lit_distill.export import ExportFormat, export_student
@@ -19,7 +20,7 @@ from lit_distill.module import DirectDistill
 from lit_distill.pairing import check_pairing
 from lit_distill.prompts import plan_pairs, read_prompts
 from lit_distill.report import ReportWriter
-from lit_distill.student import prompt_batches, read_checkpoint
+from lit_distill.student import prompt_batches
 from lit_distill.tables import MetadataError
 from lit_distill.teacher import Teacher
 from lit_distill.ways import Candidate

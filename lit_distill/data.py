@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -258,14 +259,34 @@ class PairLoader(DataLoader[dict[str, Any]]):
             batches.position += 1
             yield batch
 
+    def _order(self) -> dict[str, int]:
+        """Return what the order of rows depends on, beside the epoch."""
+        batches = self.batch_sampler
+        rows = sum(len(bucket) for bucket in batches.buckets)
+        step = batches.batch_size * batches.world_size
+        return {"seed": batches.seed, "repeat": batches.repeat, "rows": rows, "rows_a_batch": step}
+
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of batches of it that were handed out."""
-        return {"epoch": self.batch_sampler.epoch, "position": self.batch_sampler.position}
+        """Return the epoch, the number of batches of it that were handed out, and the order."""
+        batches = self.batch_sampler
+        return {"epoch": batches.epoch, "position": batches.position, **self._order()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken."""
+        """Go on where `state` was taken.
+
+        With as many rows a batch over all processes, the rest of the epoch is the same, however
+        many processes there are; else it goes on after as many rows as were seen.
+        """
+        order = self._order()
+        for name, value in order.items():
+            if state[name] != value:
+                rank_zero_warn(
+                    f"data: {name}={value} differs from the checkpoint's {state[name]}; the rest "
+                    "of this epoch may repeat or miss rows"
+                )
+        seen = state["position"] * state["rows_a_batch"]
         self.batch_sampler.epoch = state["epoch"]
-        self.batch_sampler.position = state["position"]
+        self.batch_sampler.position = seen // order["rows_a_batch"]
 
 
 class DistillDataModule(pl.LightningDataModule):

@@ -25,12 +25,13 @@ from lit_distill.adapters import (
     take_lora,
 )
 from lit_distill.card import model_card, student_facts
+from lit_distill.checkpoints import read_checkpoint
 from lit_distill.data import collate_calls, open_pictures
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.layouts import layout_of
 from lit_distill.lora import METADATA_KEY, LoRA, add_loras, differences, read_lora, to_state
 from lit_distill.rollout import draw
-from lit_distill.student import FACTS_FILE, read_checkpoint, student_pipeline
+from lit_distill.student import FACTS_FILE, student_pipeline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

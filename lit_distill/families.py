@@ -58,6 +58,7 @@ def load_pipeline(
     *,
     revision: str | None = None,
     torch_dtype: torch.dtype | str = torch.float32,
+    **components: Any,  # noqa: ANN401
 ) -> DiffusionPipeline:
     """Load a pipeline as `DiffusionPipeline.from_pretrained` does; also knows ``"tiny-digits"``.
 
@@ -67,6 +68,7 @@ def load_pipeline(
         revision: Branch, tag or commit of the hub repository.
         torch_dtype: Data type of the weights: a `torch.dtype`, or one of ``"float32"``,
             ``"bfloat16"``, ``"float16"``.
+        **components: Components to use instead of loading them.
 
     Returns:
         The pipeline on the CPU, every component in evaluation mode.
@@ -81,13 +83,20 @@ def load_pipeline(
         if torch_dtype not in DTYPES:
             raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
         torch_dtype = DTYPES[torch_dtype]
+    pipe = DiffusionPipeline.from_pretrained(
+        pipeline_source(name_or_path), revision=revision, dtype=torch_dtype, **components
+    )
     if name_or_path == TINY_DIGITS:
-        source = str(files("lit_distill").joinpath("assets", "tiny"))
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=torch_dtype)
         # The class says 128 latent pixels for every checkpoint; this one was trained on 8.
         pipe.default_sample_size = 8
-        return pipe
-    return DiffusionPipeline.from_pretrained(name_or_path, revision=revision, dtype=torch_dtype)
+    return pipe
+
+
+def pipeline_source(name_or_path: str | Path) -> str:
+    """Return the hub id or the folder behind a pipeline's name."""
+    if name_or_path == TINY_DIGITS:
+        return str(files("lit_distill").joinpath("assets", "tiny"))
+    return str(name_or_path)
 
 
 def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:

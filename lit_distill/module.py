@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 import lit_distill
@@ -21,7 +21,6 @@ from lit_distill.adapters import (
     adapters_off,
     base_pipeline,
     changed_scheduler,
-    check_state,
     freeze_parameters,
     lora_fields,
     make_trainable,
@@ -30,6 +29,7 @@ from lit_distill.adapters import (
 )
 from lit_distill.cache import EncodingStore
 from lit_distill.card import training_facts
+from lit_distill.checkpoints import AtomicCheckpointIO, check_state
 from lit_distill.codec import LatentCodec
 from lit_distill.data import (
     NO_TARGET,
@@ -46,6 +46,7 @@ from lit_distill.joining import UnjoinableError
 from lit_distill.lora import LoRA, read_lora
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.metrics import default_metrics
+from lit_distill.precision import compute_in
 from lit_distill.preflight import (
     Report,
     other_prompt,
@@ -53,40 +54,14 @@ from lit_distill.preflight import (
     preflight_size,
     trial_arguments,
 )
+from lit_distill.resume import Run, StopOnSignal
 from lit_distill.rollout import Checkpointing, draw, rollout
+from lit_distill.schedule import WarmupCosine
+from lit_distill.sharding import empty_denoisers, load_sharded
+from lit_distill.steps import OptimizerStep, gradient_norm
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-class WarmupCosine(LRScheduler):
-    """Learning rate that rises linearly, then falls to zero along a half cosine.
-
-    Args:
-        optimizer: The optimizer.
-        num_warmup_steps: Optimizer steps of the rise.
-        num_training_steps: Optimizer steps in all; null: as many as the trainer will make.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        num_warmup_steps: int = 20,
-        num_training_steps: int | None = None,
-    ) -> None:
-        self.num_warmup_steps = num_warmup_steps
-        self.num_training_steps = num_training_steps
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float | Tensor]:
-        """Return the learning rate of each parameter group at the current step."""
-        step = self.last_epoch
-        if step < self.num_warmup_steps:
-            factor = (step + 1) / (self.num_warmup_steps + 1)
-        else:
-            rest = max(1, (self.num_training_steps or math.inf) - self.num_warmup_steps)
-            factor = (1 + math.cos(math.pi * min(1.0, (step - self.num_warmup_steps) / rest))) / 2
-        return [factor * base for base in self.base_lrs]
 
 
 class DirectDistill(pl.LightningModule):
@@ -94,8 +69,8 @@ class DirectDistill(pl.LightningModule):
 
     A step draws with the student, differentiably end to end, from the teacher's own noise, and
     regresses the teacher's result: ``loss(student_rollout(batch), teacher_target(batch))``.
-    Frozen weights have `torch_dtype`, trainable ones float32; train with precision bf16-mixed when
-    `torch_dtype` is bfloat16.
+    Frozen weights have `torch_dtype`, trainable ones and the optimizer's state float32; the
+    arithmetic is in `torch_dtype`, exactly as when the exported student draws.
 
     Args:
         pretrained_model_name_or_path: Hub id or folder of any diffusers pipeline, or "tiny-digits".
@@ -197,8 +172,29 @@ class DirectDistill(pl.LightningModule):
         self._base: dict[str, nn.Module] = {}
         self._teacher: DiffusionPipeline | None = None
         self._vae: nn.Module | None = None  # where the pipeline has only its shell
+        self._step = OptimizerStep()
+        self._run = Run()
 
     # Set-up
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Stop in good order when told to."""
+        return [StopOnSignal()]
+
+    def setup(self, stage: str) -> None:
+        """Have checkpoints written whole and read safely, and refuse weights in bfloat16.
+
+        Raises:
+            ValueError: If the trainer's precision would train in half precision.
+        """
+        precision = self.trainer.precision
+        if precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision is {precision}, in which most steps round to nothing; use "
+                "bf16-mixed (trained weights are float32, model.torch_dtype sets the arithmetic)"
+            )
+        self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        self._run.begin()
 
     def configure_model(self) -> None:
         """Load the pipeline, freeze it and make the student trainable; once."""
@@ -207,24 +203,48 @@ class DirectDistill(pl.LightningModule):
         # Lightning makes the accelerator the default device here, and schedulers that are built
         # there can't compute their schedules, for which they use numpy.
         with torch.device("cpu"):
-            pipe = self._load_pipeline()
-            self._teacher_scheduler = pipe.scheduler
-            pipe.scheduler = changed_scheduler(pipe, self.hparams["scheduler"])
-            begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
-            if begin:
-                self.hparams["lora"] = self._fields_of(begin, pipe)
-            settings = (self.hparams[name] for name in ("lora", "freeze", "train_mode"))
-            make_trainable(pipe, *settings)
-            put_lora(pipe, begin)
             # The pipeline itself is no module: its encoders stay out of checkpoints and of DDP.
-            self.pipe = pipe
+            self.pipe = self._whole() if self._device_mesh is None else self._sharded()
+            self._teacher_scheduler = self.pipe.scheduler
+            self.pipe.scheduler = changed_scheduler(self.pipe, self.hparams["scheduler"])
             self._encode_ahead()
             # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
             self._apply_preflight()
             if self.hparams["compile"]:
-                for denoiser in denoisers(pipe).values():
+                for denoiser in denoisers(self.pipe).values():
                     denoiser.compile_repeated_blocks(fullgraph=True)
-        self.denoisers = nn.ModuleDict(denoisers(pipe))
+        self.denoisers = nn.ModuleDict(denoisers(self.pipe))
+
+    def _whole(self) -> DiffusionPipeline:
+        pipe = self._load_pipeline()
+        dtypes = {
+            key: {name: p.dtype for name, p in denoiser.named_parameters()}
+            for key, denoiser in denoisers(pipe).items()
+        }
+        self._prepare(pipe)
+        if not self.hparams["compile"]:  # whose tracing can't follow the casts
+            for key, denoiser in denoisers(pipe).items():
+                compute_in(denoiser, dtypes[key], DTYPES[self.hparams["torch_dtype"]])
+        return pipe
+
+    def _sharded(self) -> DiffusionPipeline:
+        assert self._device_mesh is not None
+        options = {name: self.hparams[name] for name in ("revision", "torch_dtype")}
+        return load_sharded(
+            self._load_pipeline,
+            partial(load_pipeline, self._name(), **options),
+            empty_denoisers(self._name(), self.hparams["revision"]),
+            self._prepare,
+            self._device_mesh["data_parallel"],
+            self.trainer.strategy.root_device,
+        )
+
+    def _own_dtype(self) -> Any:  # noqa: ANN401
+        """Keep a trainer's autocast out where the denoiser computes in half precision itself."""
+        compiled = self.hparams["compile"] and self._device_mesh is None
+        if self.hparams["torch_dtype"] == "float32" or compiled:
+            return ExitStack()
+        return torch.autocast(self.device.type, enabled=False)
 
     def _fit_data(self) -> DistillDataModule | None:
         """Return the data of the training that is about to begin, if it is of this package."""
@@ -270,7 +290,7 @@ class DirectDistill(pl.LightningModule):
     def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
         """Return what preflight sees, on the trainer's device and in its precision."""
         self._place(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), self._own_dtype():
             mode = self.hparams["checkpointing"]
             return preflight(self.pipe, checkpointing=mode, **{**self.call_kwargs, **call})
 
@@ -304,14 +324,28 @@ class DirectDistill(pl.LightningModule):
             call |= dict(zip(("height", "width"), preflight_size(*batch["size"]), strict=True))
         return call | {"num_inference_steps": batch["num_inference_steps"]}
 
-    def _load_pipeline(self) -> DiffusionPipeline:
-        name = self.hparams["pretrained_model_name_or_path"]
+    def _name(self) -> str:
+        name: str | None = self.hparams["pretrained_model_name_or_path"]
         if not name:
             raise ValueError(
                 "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
                 "layout, or tiny-digits"
             )
+        return name
+
+    def _load_pipeline(self) -> DiffusionPipeline:
+        self._name()
         return base_pipeline(dict(self.hparams))
+
+    def _prepare(self, pipe: DiffusionPipeline) -> None:
+        """Make the pipeline trainable, with the LoRA to go on from in it."""
+        begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
+        if begin:
+            self.hparams["lora"] = self._fields_of(begin, pipe)
+        make_trainable(
+            pipe, **{name: self.hparams[name] for name in ("lora", "freeze", "train_mode")}
+        )
+        put_lora(pipe, begin)
 
     def _fields_of(self, begin: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
         """Return the settings of a LoRA to go on from, with those of `lora` it leaves open."""
@@ -334,9 +368,20 @@ class DirectDistill(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Place the pipeline and switch on the dropout of adapters, if they have any."""
         self._place()
+        if self._run.seed is None:
+            self._run.seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         for name, module in self.denoisers.named_modules():
             if name.endswith("lora_dropout"):
                 module.train()
+
+    def on_train_start(self) -> None:
+        """Go on with this run's settings where loading a checkpoint has changed them; say so."""
+        self._step = OptimizerStep()
+        for name, configured, saved in self._run.keep_settings():
+            rank_zero_warn(
+                f"the optimizer's or schedule's {name}={configured!r} differs from the "
+                f"checkpoint's {saved!r}; going on with {configured!r}"
+            )
 
     on_test_start = on_predict_start = _place
 
@@ -355,11 +400,13 @@ class DirectDistill(pl.LightningModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        self._run.configure(optimizer)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupCosine) and scheduler.num_training_steps is None:
             scheduler.num_training_steps = int(self.trainer.estimated_stepping_batches)
+        self._run.configure(optimizer, scheduler)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -377,7 +424,9 @@ class DirectDistill(pl.LightningModule):
     def _rollout(self, batch: Batch, pipe: DiffusionPipeline, **options: Any) -> Tensor:  # noqa: ANN401
         """Return final latents, of as many samples at a time as the pipeline draws rightly."""
         parts = split_batch(batch, self.hparams["rollout_batch_size"])
-        return torch.cat([rollout(pipe, **self._call(part), **options) for part in parts])
+        with self._own_dtype():
+            drawn = [rollout(pipe, **self._call(part), **options) for part in parts]
+        return torch.cat(drawn)
 
     def codec(self, batch: Batch) -> LatentCodec:
         """Return the codec of the batch's resolution; learned on first use."""
@@ -405,6 +454,10 @@ class DirectDistill(pl.LightningModule):
         """
         if batch["latents"] is not None:
             return batch["latents"].float()
+        with self._own_dtype():
+            return self._drawn_target(batch)
+
+    def _drawn_target(self, batch: Batch) -> Tensor:
         if batch["encoded"] is not None:
             return self.codec(batch).pack(batch["encoded"])
         if batch["image"] is not None:
@@ -475,7 +528,7 @@ class DirectDistill(pl.LightningModule):
         Returns:
             Final latents (B, ...) and B images.
         """
-        with self.undistilled() if undistilled else ExitStack():
+        with self._own_dtype(), self.undistilled() if undistilled else ExitStack():
             drawn = [
                 draw(
                     pipe or self.pipe,
@@ -535,15 +588,48 @@ class DirectDistill(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the student's rollout against the teacher's target."""
+        self._run.seed_batch(self.global_rank)
         target = self.teacher_target(batch)
-        loss = self.compare(self.student_rollout(batch), target, batch).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step} in rows {batch['row']}; "
-                "lower the learning rate, or clip gradients (trainer.gradient_clip_val: 1)"
-            )
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["row"]))
-        return loss
+        losses = self.compare(self.student_rollout(batch), target, batch)
+        self._step.add(batch["num_inference_steps"], batch["row"], losses.detach())
+        return losses.mean()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the loss of the whole optimizer step, over all processes, and the gradient's norm.
+
+        Raises:
+            FloatingPointError: If the norm is not finite, naming step, rows and losses.
+        """
+        norm = gradient_norm(self.trained().values())
+        # A loss scaler skips such steps by itself.
+        if not (torch.isfinite(norm) or self._scales_gradients()):
+            self._step.refuse(self.global_step, norm.item())
+        logged, rows = self._step.finish()
+        self.log("grad_norm", norm, batch_size=rows)
+        for name, mean in logged.items():
+            sync = self.trainer.world_size > 1
+            bar = name == "train_loss"
+            self.log(name, mean, prog_bar=bar, sync_dist=sync, batch_size=rows)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is told to, with fused optimizers too.
+
+        Lightning refuses those under every mixed precision, but only float16 scales gradients.
+        """
+        if gradient_clip_val and not self._scales_gradients():
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            plugin = self.trainer.precision_plugin
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _scales_gradients(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def decode(self, latents: Tensor, batch: Batch) -> Tensor:
         """Return the images of the batch's final latents, (B, 3, H, W), float32, range [0, 1].
@@ -590,13 +676,14 @@ class DirectDistill(pl.LightningModule):
 
     # Checkpoints hold what trains
 
-    def _trainable(self) -> list[str]:
-        return [name for name, p in self.named_parameters() if p.requires_grad]
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return what trains, by its name in a checkpoint."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # noqa: ANN401
         """Return the trainable tensors only."""
         full = super().state_dict(*args, **kwargs)
-        return {name: full[name] for name in self._trainable()}
+        return {name: full[name] for name in self.trained()}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
         """Load trainable tensors.
@@ -605,21 +692,35 @@ class DirectDistill(pl.LightningModule):
             ValueError: If they are not exactly this module's, naming what differs.
         """
         if strict:
-            check_state(state_dict, self._trainable(), "the checkpoint")
+            check_state(state_dict, self.trained(), "the checkpoint")
         self._loaded = True
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the version, the facts, and the undistilled errors: they need the base's weights."""
+        """Note what a resumed run and an export need beside Lightning's own notes."""
         checkpoint["lit_distill"] = {
             "version": lit_distill.__version__,
             "undistilled_mse": self.held_out.undistilled_mse,
             "facts": training_facts(self.trainer) | {"init_lora": self.init_lora},
+            **self._run.notes(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the undistilled errors, and report settings that differ from the checkpoint's."""
-        self.held_out.undistilled_mse = dict(checkpoint["lit_distill"]["undistilled_mse"])
+        """Take up the notes, and report settings that differ from the checkpoint's.
+
+        Raises:
+            ValueError: If the checkpoint can't be resumed from.
+        """
+        self._loaded = True
+        notes = checkpoint["lit_distill"]
+        self.held_out.undistilled_mse = dict(notes["undistilled_mse"])
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            if "optimizer_states" not in checkpoint:
+                raise ValueError(
+                    "the checkpoint holds weights only (ModelCheckpoint.save_weights_only): "
+                    "training can't go on from it"
+                )
+            self._run.resume(notes)
         saved = checkpoint["hyper_parameters"]
         for name, value in self.hparams.items():
             # Metrics may be objects on one side; they change nothing of the student.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lit_distill.adapters import set_training_mode
 from lit_distill.families import denoisers, guidance
 from lit_distill.rollout import Checkpointing, Steps, run, silenced
+from lit_distill.sharding import whole
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -261,7 +262,7 @@ class _Checks:
         try:
             loss.backward()  # type: ignore[no-untyped-call]
             return [
-                None if parameter.grad is None else parameter.grad.float().norm()
+                None if parameter.grad is None else whole(parameter.grad.float().norm())
                 for _, parameter in self.parameters
             ]
         finally:

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from lit_distill.adapters import (
-    STATE_PREFIX,
     base_pipeline,
     changed_scheduler,
-    check_state,
     lora_fields,
     make_trainable,
     put_lora,
 )
 from lit_distill.card import student_facts
+from lit_distill.checkpoints import STATE_PREFIX, check_state, read_checkpoint
 from lit_distill.data import Batch, collate_calls, open_pictures
 from lit_distill.families import denoisers, guidance, load_pipeline
 from lit_distill.lora import METADATA_KEY, load_tensors, read_lora
@@ -36,29 +35,6 @@ FACTS_FILE = "lit_distill.json"
 """Beside a merged pipeline, where no single file could carry the facts."""
 
 SCHEDULER_FILE = "scheduler_config.json"
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint without unpickling code.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a checkpoint of `DirectDistill`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds for a truncated or foreign file
-        raise ValueError(f"checkpoint {path} is truncated or not a checkpoint: {error}") from error
-    hyper = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
-    if "pretrained_model_name_or_path" not in hyper:
-        raise ValueError(
-            f"checkpoint {path} was not written by lit_distill: its hyper_parameters name no "
-            "pretrained_model_name_or_path"
-        )
-    return checkpoint
 
 
 def load_student(
@@ -138,7 +114,8 @@ def student_pipeline(
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.requires_grad_(False).copy_(state[key])
-            parameter.data = parameter.data.to(loaded.get(parameter, torch.float32))
+    for parameter, dtype in loaded.items():  # those that `freeze` names were made float32, too
+        parameter.data = parameter.data.to(dtype)
     return pipe
 
 

@@ -178,7 +178,7 @@ class Way:
                     self.timed += len(images)
                 # Of a video, the codec decodes the first frame.
                 images = [image[0] if isinstance(image, list) else image for image in images]
-                same_space = pipe is None or type(pipe) is type(module.pipe)
+                same_space = pipe is None or isinstance(pipe, type(module.pipe))
                 yield rows, self._beside(rows, latents, images, same_space), images
 
     @contextmanager

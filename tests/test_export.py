@@ -753,7 +753,7 @@ def test_saving_exports_with_the_facts_of_the_run(trained):
     text = (folders[0] / "README.md").read_text()
     assert "| training data | 32 rows, 32 prompts |" in text
     assert "| teacher's steps | 10 |" in text
-    assert "val_ratio" in text
+    assert "val_gap_closed" in text
     assert "| size (height x width) | 32x32 |" in text
     assert Image.open(folders[0] / "samples.png").size == (256, 512)
 

@@ -13,8 +13,8 @@ import lit_distill.module
 from lit_distill import DirectDistill, DistillDataModule, export_student, load_student
 from lit_distill.adapters import adapters_off, default_target_modules, make_trainable
 from lit_distill.data import split_batch
-from lit_distill.module import WarmupCosine
 from lit_distill.preflight import PreflightError, preflight
+from lit_distill.schedule import WarmupCosine
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
 QUIET |= {"enable_model_summary": False, "use_distributed_sampler": False}
