@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from lit_distill.storage import opened
+from lit_distill.storage import is_url, opened
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -20,6 +20,10 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.Decom
 
 class Picture(str):
     """Path or URL of a picture, to tell it from a text."""
+
+    def absolute(self) -> str:
+        """Return it as plain text that holds in any folder."""
+        return str(self) if is_url(self) else str(Path(self).absolute())
 
 
 def read_image(path: str | Path) -> Tensor:
