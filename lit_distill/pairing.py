@@ -227,7 +227,7 @@ class Pairing:
                 break
         if best or changed:
             return best or changed
-        what = "seed, device or model" if error > 0.5 else "data type, scheduler or version"
+        what = "seed, device or model" if error > 0.2 else "data type, scheduler or version"
         gpu = "" if torch.cuda.is_available() else "; noise of a GPU can't be tried here"
         return f"probably another {what}: nothing that was tried explains it{gpu}"
 
