@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_distill.families import call_parameters, denoisers, guidance
+from lit_distill.pictures import Picture
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,9 +53,9 @@ def training_facts(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
 def _example(row: pd.Series) -> dict[str, Any]:
     call: dict[str, Any] = row["call"]
     return {
-        "call": {name: value for name, value in call.items() if not isinstance(value, Path)},
+        "call": {name: value for name, value in call.items() if not isinstance(value, Picture)},
         "pictures": {
-            name: str(path.absolute()) for name, path in call.items() if isinstance(path, Path)
+            name: value.absolute() for name, value in call.items() if isinstance(value, Picture)
         },
         "prompt": str(row["prompt"]),
         "seed": int(row["seed"]),

@@ -10,19 +10,24 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from torch.utils.data import DataLoader
 
 from lit_distill.callbacks import ImageGrid, ImageWriter
+from lit_distill.check import check_data, summary
 from lit_distill.checkpoints import read_checkpoint
 from lit_distill.curves import plot_curves, read_logs
 from lit_distill.data import DistillDataModule
 from lit_distill.export import ExportFormat, export_student
-from lit_distill.generate import Teacher, generate_pairs, plan_pairs, read_prompts
+from lit_distill.generate import generate_pairs
 from lit_distill.module import DirectDistill
+from lit_distill.pairing import check_pairing
+from lit_distill.prompts import plan_pairs, read_prompts
 from lit_distill.report import ReportWriter
 from lit_distill.student import prompt_batches
+from lit_distill.tables import MetadataError
+from lit_distill.teacher import Teacher
 from lit_distill.ways import Candidate
 
 
 class DistillTrainer(pl.Trainer):
-    """Lightning's Trainer, which can also generate pairs, check pipelines, report and export."""
+    """Lightning's Trainer, which can also generate and check pairs, report and export."""
 
     def test(  # type: ignore[override]
         self,
@@ -100,6 +105,7 @@ class DistillTrainer(pl.Trainer):
         seeds_per_prompt: int = 1,
         num_inference_steps: int = 50,
         cfg_scale: float = 4.0,
+        scheduler: str | None = None,
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 1,
@@ -111,20 +117,25 @@ class DistillTrainer(pl.Trainer):
     ) -> None:
         """Draw the teacher's images, exact latents and metadata.csv from a file of prompts.
 
-        Started again after an interruption it goes on where it was.
+        Started again after an interruption it goes on where it was, and ends with the same files.
+        Several processes (trainer.devices) share the work and write one table.
 
         Args:
             model: Which pipeline to draw with: teacher_model, or else the pretrained one with
                 teacher_lora; of the other settings only torch_dtype and call_kwargs matter.
             datamodule: Only its call_columns matter: fields of the prompts that are arguments of
                 the pipeline's call.
-            prompts: Text file with a prompt a line, or .csv or .jsonl with a field prompt.
-            out: Folder to write to.
+            prompts: Text file with a prompt a line, or .csv, .json or .jsonl with a field prompt,
+                and height and width where sizes differ.
+            out: Local folder to write to.
             seeds_per_prompt: How often every prompt is drawn, each time with a seed of its own.
             num_inference_steps: The teacher's steps.
-            cfg_scale: The teacher's classifier-free guidance, 1 = off.
-            height: Height in pixels; default: the pipeline's own.
-            width: Width in pixels; default: the pipeline's own.
+            cfg_scale: The teacher's classifier-free guidance, 1 = off. Its negative prompt:
+                model.call_kwargs '{negative_prompt: blurry}'.
+            scheduler: A scheduler class of diffusers, such as UniPCMultistepScheduler, with the
+                settings of the pipeline's; default: the pipeline's own.
+            height: Height in pixels of prompts without one; default: the pipeline's own.
+            width: Width in pixels, together with height.
             batch_size: Prompts a batch and process.
             first_seed: Seed of the first row; the others count up from it. Give held-out pairs
                 other seeds than training pairs.
@@ -143,6 +154,7 @@ class DistillTrainer(pl.Trainer):
             call_columns=datamodule.call_columns if datamodule else {},
             num_inference_steps=num_inference_steps,
             cfg_scale=cfg_scale,
+            scheduler=scheduler,
             height=height,
             width=width,
             batch_size=batch_size,
@@ -155,6 +167,45 @@ class DistillTrainer(pl.Trainer):
         metadata = generate_pairs(self, teacher, pairs, out)
         if self.is_global_zero:
             print(f"{len(pairs)} pairs: {metadata}")
+
+    def check(
+        self,
+        model: DirectDistill,
+        datamodule: DistillDataModule,
+        *,
+        pairing: int = 0,
+    ) -> None:
+        """Check a data set: the tables, every picture whole, the headers of latents.
+
+        No model is needed, but for --pairing, which draws some pairs again: with the teacher that
+        provenance.json beside the table records, or else with the model's settings.
+
+        Args:
+            model: With --pairing: the pipeline, teacher_num_inference_steps, teacher_cfg_scale and
+                call_kwargs where none is recorded. A name given here is preferred to the recorded.
+            datamodule: metadata_path, val_metadata_path, and what they have to keep to.
+            pairing: Number of rows of each table to draw again.
+        """
+        paths = [p for p in (datamodule.metadata_path, datamodule.val_metadata_path) if p]
+        if not paths:
+            raise SystemExit("data.metadata_path is not set: the table to check")
+        good = True
+        for path in paths:
+            try:
+                table = check_data(
+                    path, datamodule.base_path, datamodule.call_columns, **datamodule.limits()
+                )
+            except (OSError, MetadataError) as error:
+                print(error)
+                good = False
+                continue
+            print(f"{path}: {len(table)} rows, no problem\n{summary(table)}")
+            if pairing:
+                found = check_pairing(path, table, model, self.strategy.root_device, pairing)
+                print(found.drop(columns="alike").to_string(index=False))
+                good &= bool(found["alike"].all())
+        if not good:
+            raise SystemExit(1)
 
     def predict(  # type: ignore[override]
         self,
@@ -273,13 +324,13 @@ class DistillTrainer(pl.Trainer):
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI with the subcommands `generate`, `preflight`, `plot` and `export`."""
+    """LightningCLI with the subcommands `generate`, `check`, `preflight`, `plot` and `export`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands and the arguments of theirs that are not options."""
         own = {"model", "datamodule"}
-        further = {"generate": own, "preflight": own, "plot": own, "export": own}
+        further = dict.fromkeys(("generate", "check", "preflight", "plot", "export"), own)
         return {**LightningCLI.subcommands(), **further}
 
     def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401

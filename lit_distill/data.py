@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypedDict
 
 import lightning.pytorch as pl
@@ -11,11 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_distill.metadata import check_sizes, hold_out, read_image, read_metadata, read_picture
+from lit_distill.metadata import hold_out, read_metadata
+from lit_distill.pictures import Picture, read_image, read_picture
+from lit_distill.storage import opened
 
 LATENTS_KEY = "latents"
 """Name of the tensor in a file of the ``latents`` column."""
@@ -78,7 +79,8 @@ class PairDataset(Dataset[dict[str, Any]]):
         image, encoded, latents = None, None, None
         if row["latents"]:
             try:
-                latents = load_file(row["latents"])[LATENTS_KEY]
+                with opened(row["latents"]) as stream:
+                    latents = load(stream.read())[LATENTS_KEY]
             except Exception as error:  # safetensors raises its own kinds, without the file's name
                 raise ValueError(
                     f"row {row['row']}: {row['latents']} holds no tensor "
@@ -133,7 +135,7 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
 
 def open_pictures(call: dict[str, Any]) -> dict[str, Any]:
     """Return a row's call arguments with pictures in place of their paths."""
-    return {k: read_picture(v) if isinstance(v, Path) else v for k, v in call.items()}
+    return {k: read_picture(v) if isinstance(v, Picture) else v for k, v in call.items()}
 
 
 def collate_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
@@ -295,7 +297,7 @@ class DistillDataModule(pl.LightningDataModule):
     processes (the command line does): this module gives every rank its share.
 
     Args:
-        metadata_path: CSV of the training pairs.
+        metadata_path: CSV, JSON or JSONL of the training pairs, a file or a URL (docs/data.md).
         val_metadata_path: CSV of held-out pairs, for validate, test and predict.
         val_fraction: Without `val_metadata_path`: hold out about this share of the prompts.
         base_path: Folder that files are relative to; default: the CSV's.
@@ -305,6 +307,7 @@ class DistillDataModule(pl.LightningDataModule):
         width: See `height`.
         max_pixels: Largest area of an image in pixels. Without height, width and max_pixels
             every image is used at its own size.
+        allow_outside: Accept files that are not below base_path: absolute paths, "..", URLs.
         batch_size: Rows a batch and process.
         num_workers: Processes that read files; 0 reads in the training process.
         repeat: How often an epoch passes over the training rows.
@@ -329,6 +332,7 @@ class DistillDataModule(pl.LightningDataModule):
         height: int | None = None,
         width: int | None = None,
         max_pixels: int | None = None,
+        allow_outside: bool = False,
         batch_size: int = 1,
         num_workers: int = 0,
         repeat: int = 1,
@@ -352,6 +356,7 @@ class DistillDataModule(pl.LightningDataModule):
         self.height = height
         self.width = width
         self.max_pixels = max_pixels
+        self.allow_outside = allow_outside
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.repeat = repeat
@@ -385,9 +390,12 @@ class DistillDataModule(pl.LightningDataModule):
             )
 
     def _read(self, path: str) -> pd.DataFrame:
-        limits = {"height": self.height, "width": self.width, "max_pixels": self.max_pixels}
-        table = read_metadata(path, self.base_path, self.call_columns)
-        return check_sizes(table, Path(path), **limits)
+        return read_metadata(path, self.base_path, self.call_columns, **self.limits())
+
+    def limits(self) -> dict[str, Any]:
+        """Return what rows have to keep to, arguments of `read_metadata`."""
+        names = ("height", "width", "max_pixels", "allow_outside")
+        return {name: getattr(self, name) for name in names}
 
     def _loader(self, dataset: PairDataset, train: bool) -> PairLoader:
         trainer = self.trainer

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +28,7 @@ from lit_distill.codec import has_frames, vae_encode
 from lit_distill.data import NO_TARGET, Batch, PairDataset, collate, open_pictures
 from lit_distill.families import denoisers
 from lit_distill.joining import Example, Joiner, Mixed, UnjoinableError, extent, unlike
-from lit_distill.metadata import read_image
+from lit_distill.pictures import Picture, read_image
 from lit_distill.rollout import replaced_forward, run
 
 if TYPE_CHECKING:
@@ -199,7 +198,7 @@ def _row_key(
     scales: set[float],
 ) -> str:
     """Return the key that says that all encodings of a row are kept."""
-    files = {k: file_facts(str(v)) if isinstance(v, Path) else v for k, v in record["call"].items()}
+    files = {k: file_facts(v) if isinstance(v, Picture) else v for k, v in record["call"].items()}
     arguments = call(collate([record | {"call": files} | NO_TARGET]))
     del arguments["generator"]
     return once.key("row", arguments, sorted(scales))

@@ -30,6 +30,7 @@ from lit_distill.data import collate_calls, open_pictures
 from lit_distill.families import DTYPES, denoisers, load_pipeline
 from lit_distill.layouts import layout_of
 from lit_distill.lora import METADATA_KEY, LoRA, add_loras, differences, read_lora, to_state
+from lit_distill.pictures import Picture
 from lit_distill.rollout import draw
 from lit_distill.student import FACTS_FILE, student_pipeline
 
@@ -363,7 +364,7 @@ class _Export:
 
 def _conditions(row: dict[str, Any]) -> dict[str, Any]:
     """Return the call arguments that a row brings: pictures and texts, or a number."""
-    pictures = {name: Path(path) for name, path in row.get("pictures", {}).items()}
+    pictures = {name: Picture(path) for name, path in row.get("pictures", {}).items()}
     return collate_calls([open_pictures(row.get("call", {}) | pictures)])
 
 

@@ -7,164 +7,41 @@ batches are the same in every run, and the CSV is derived from the files once al
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import pandas as pd
 import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.utils.data import DataLoader
 
-from lit_distill.adapters import base_pipeline
-from lit_distill.data import LATENTS_KEY, collate_calls, open_pictures
-from lit_distill.metadata import Problems, call_key, read_calls
-from lit_distill.rollout import draw
+from lit_distill.data import LATENTS_KEY
+from lit_distill.metadata import call_key
+from lit_distill.pictures import Picture, image_size
+from lit_distill.prompts import Pair
+from lit_distill.storage import exist, is_url, opened
+from lit_distill.teacher import Teacher, record
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 METADATA_FILE = "metadata.csv"
 PROVENANCE_FILE = "provenance.json"
-
-
-class Prompt(NamedTuple):
-    """What to draw: a text, and further arguments of the pipeline's call that go with it."""
-
-    text: str
-    call: dict[str, Any]
-
-
-class Pair(NamedTuple):
-    """One row to draw: its place in the data set, its prompt, and the seed of its noise."""
-
-    number: int
-    prompt: str
-    seed: int
-    call: dict[str, Any]
-
-    def files(self, out: Path) -> tuple[Path, Path]:
-        """Return the paths of its image and its latents."""
-        return (
-            out / "images" / f"{self.number:06d}.png",
-            out / "latents" / f"{self.number:06d}.safetensors",
-        )
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Everything that decides what the teacher draws, and the student's steps to be recorded.
-
-    Attributes:
-        model: Hub id or folder of the pipeline.
-        lora: LoRA that is fused into it, if any.
-        revision: Branch, tag or commit of the hub repository.
-        torch_dtype: Data type of the weights.
-        num_inference_steps: The teacher's steps.
-        cfg_scale: The teacher's guidance, 1 = off.
-        height: Height in pixels; None: the pipeline's default.
-        width: Width in pixels; None: the pipeline's default.
-        rand_device: Device whose generator draws the noise.
-        batch_size: Prompts a batch; part of the result, since sums depend on it in the last bit.
-        call_kwargs: Further arguments of the pipeline's call, e.g. ``negative_prompt``.
-        call_columns: Arguments of the pipeline's call that every row brings, and their columns.
-        student_num_inference_steps: Written to the CSV for the student.
-        student_cfg_scale: Written to the CSV for the student.
-    """
-
-    model: str
-    lora: str | None = None
-    revision: str | None = None
-    torch_dtype: str = "bfloat16"
-    num_inference_steps: int = 50
-    cfg_scale: float = 4.0
-    height: int | None = None
-    width: int | None = None
-    rand_device: str = "cpu"
-    batch_size: int = 1
-    call_kwargs: dict[str, Any] = field(default_factory=dict)
-    call_columns: dict[str, str] = field(default_factory=dict)
-    student_num_inference_steps: int = 4
-    student_cfg_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("num_inference_steps", "batch_size", "student_num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}")
-        for name in ("cfg_scale", "student_cfg_scale"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be >= 1 (1 = off), got {getattr(self, name)}")
-
-
-def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -> list[Prompt]:
-    """Read prompts from a .csv or .jsonl file (field ``prompt``) or a text file, one a line.
-
-    Args:
-        path: The file.
-        call_columns: Further fields that are arguments of the pipeline's call, argument -> field:
-            pictures, relative to the file's folder, numbers or texts.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no prompt, or lacks a field, or a picture can't be read.
-    """
-    path = Path(path)
-    call_columns = call_columns or {}
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts file {path} does not exist")
-    if path.suffix == ".csv":
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    elif path.suffix == ".jsonl":
-        table = pd.read_json(path, lines=True, dtype=False).astype(str)
-    else:
-        table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8-sig").splitlines()})
-    for name in ("prompt", *call_columns.values()):
-        if name not in table:
-            raise ValueError(f"{path} has no field {name!r}; found {', '.join(map(repr, table))}")
-    first = 2 if path.suffix == ".csv" else 1
-    table = table.assign(row=range(first, first + len(table)), image="")
-    table = table[table["prompt"].str.strip() != ""]
-    if table.empty:
-        raise ValueError(f"{path} holds no prompt")
-    problems = Problems(path)
-    calls = read_calls(table, call_columns, path.parent, problems)
-    problems.check()
-    texts = table["prompt"].str.strip()
-    return [Prompt(text, call) for text, call in zip(texts, calls, strict=True)]
-
-
-def plan_pairs(
-    prompts: list[Prompt], seeds_per_prompt: int, first_seed: int = 0, limit: int | None = None
-) -> list[Pair]:
-    """Return the rows to draw: every prompt once, then every prompt again, each with its own seed.
-
-    Args:
-        prompts: The prompts.
-        seeds_per_prompt: How often every prompt is drawn, >= 1.
-        first_seed: Seed of the first row; the others count up from it.
-        limit: Largest number of rows; None: all.
-
-    Raises:
-        ValueError: If a number is out of range.
-    """
-    for name, value in (("seeds_per_prompt", seeds_per_prompt), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value}")
-    if first_seed < 0:
-        raise ValueError(f"first_seed must be >= 0, got {first_seed}")
-    rows = enumerate(prompt for _ in range(seeds_per_prompt) for prompt in prompts)
-    return [Pair(index, prompt.text, first_seed + index, prompt.call) for index, prompt in rows][
-        :limit
-    ]
+FOLDERS = ("images", "latents", "inputs")
+PACKAGES = ("lit-distill", "torch", "diffusers", "transformers", "lightning")
 
 
 def generate_pairs(
@@ -179,70 +56,162 @@ def generate_pairs(
         trainer: Its `predict` loop does the work.
         teacher: What draws, and how.
         pairs: What to draw.
-        out: Folder to write to: ``images/``, ``latents/``, ``metadata.csv``, ``provenance.json``.
+        out: Local folder to write to: ``images/``, ``latents/``, ``metadata.csv``,
+            ``provenance.json``, and ``inputs/``, copies of the rows' own pictures.
 
     Returns:
         Path of the CSV.
 
     Raises:
         ValueError: If the folder holds pairs made in another way, naming what differs.
+        OSError: If something can't be written. What is finished stays.
     """
+    if is_url(str(out)):
+        raise ValueError(f"out must be a local folder, got {out!r}; copy it there once complete")
     out = Path(out)
-    _claim(out, teacher, pairs)
+    inputs = _inputs(pairs)
+    _claim(out, teacher, pairs, inputs, writes=trainer.is_global_zero)
+    if _unfinished(pairs, out):
+        trainer.predict(_Draws(teacher, pairs, out, inputs), return_predictions=False)
     metadata = out / METADATA_FILE
-    if any(not file.is_file() for pair in pairs for file in pair.files(out)):
-        trainer.predict(_Draws(teacher, pairs, out), return_predictions=False)
     if trainer.is_global_zero:
-        _write_metadata(metadata, teacher, pairs, out)
+        missing = len(_unfinished(pairs, out))
+        if missing:
+            raise RuntimeError(f"{missing} of {len(pairs)} pairs are not there; run it again")
+        write_whole(metadata, _metadata(teacher, pairs, out, inputs).encode())
     return metadata
 
 
-def _claim(out: Path, teacher: Teacher, pairs: list[Pair]) -> None:
-    """Write the provenance file, or compare with the one that is there."""
-    rows = json.dumps(pairs, ensure_ascii=False, default=lambda path: path.name)
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears only when it is complete.
+
+    Raises:
+        OSError: If it can't be written, naming the file and the reason.
+    """
+    # The process number keeps several ranks from writing to the same temporary file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        reason = f"{path} can't be written: {error.strerror}; what is finished is kept"
+        raise OSError(error.errno, f"{reason}, run the same command again to go on") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _unfinished(pairs: Sequence[Pair], out: Path) -> list[Pair]:
+    """Return the pairs that lack a file."""
+    files = [pair.files(out) for pair in pairs]
+    there = exist([str(path) for both in files for path in both])
+    return [p for p, *both in zip(pairs, there[::2], there[1::2], strict=True) if not all(both)]
+
+
+def _inputs(pairs: Sequence[Pair]) -> dict[Picture, str]:
+    """Return where in the data set the pictures that come with the prompts are, by content."""
+    pictures = {v for pair in pairs for v in pair.call.values() if isinstance(v, Picture)}
+    places = {}
+    for picture in sorted(pictures):
+        with opened(picture) as stream:
+            digest = hashlib.sha256(stream.read()).hexdigest()[:16]
+        places[picture] = f"inputs/{digest}{Path(picture).suffix.lower()}"
+    return places
+
+
+def _claim(
+    out: Path, teacher: Teacher, pairs: list[Pair], inputs: dict[Picture, str], writes: bool
+) -> None:
+    """Make the folder this data set's own, or see that it is.
+
+    All processes look, one `writes`: it is done before any other begins to draw.
+    """
+    rows = json.dumps([[*pair, teacher.size(pair)] for pair in _plain(pairs, inputs)])
     facts = asdict(teacher) | {
         "rows": len(pairs),
         "rows_sha256": hashlib.sha256(rows.encode()).hexdigest(),
     }
-    path = out / PROVENANCE_FILE
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differences = [
-            f"{name} was {before.get(name)!r}, now {value!r}"
-            for name, value in facts.items()
-            if before.get(name) != value
-        ]
-        if differences:
-            raise ValueError(
-                f"{out} holds pairs made in another way ({'; '.join(differences)}); write to "
-                "another folder, or delete this one"
-            )
+    # A folder in which nothing was drawn yet is nobody's: a first try may have been refused.
+    before = read_provenance(out) if any(out.glob("latents/[!.]*")) else None
+    if before is not None:
+        _compare(out, before, facts)
+        found = before.get("versions")
+        if found != _versions():
+            rank_zero_warn(f"{out} was begun with {found}, now {_versions()}: bits may differ")
+    if not writes:
         return
-    for folder in ("images", "latents"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("lit-distill", "torch", "diffusers")}
-    with _whole(path) as temporary:
-        text = json.dumps(facts | {"versions": versions}, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; `path` appears only when that is complete."""
-    # The process number keeps several ranks from writing to the same temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        for folder in FOLDERS[: 3 if inputs else 2]:
+            (out / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{out} can't be written: {error.strerror}") from error
+    for folder in ("", *FOLDERS):
+        for left in (out / folder).glob(".*.tmp"):
+            left.unlink(missing_ok=True)  # by a run that was killed
+    if before is None:
+        _write_provenance(out, facts | {"versions": _versions()})
+    for picture, place in inputs.items():
+        if not (out / place).is_file():
+            with opened(picture) as stream:
+                write_whole(out / place, stream.read())
 
 
-def _write_metadata(path: Path, teacher: Teacher, pairs: list[Pair], out: Path) -> None:
+def _plain(pairs: Sequence[Pair], inputs: dict[Picture, str]) -> list[Pair]:
+    """Return pairs whose pictures are places in the data set."""
+    return [
+        pair._replace(call={name: inputs.get(value, value) for name, value in pair.call.items()})
+        for pair in pairs
+    ]
+
+
+def read_provenance(out: str | Path) -> dict[str, Any] | None:
+    """Return how the pairs of a folder or URL were made, None if that is not recorded."""
+    try:
+        with opened(f"{out}/{PROVENANCE_FILE}") as stream:
+            facts: dict[str, Any] = json.load(stream)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return facts
+
+
+def _write_provenance(out: Path, facts: dict[str, Any]) -> None:
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    write_whole(out / PROVENANCE_FILE, text.encode())
+
+
+def _compare(out: Path, before: dict[str, Any], facts: dict[str, Any]) -> None:
+    differences = [
+        f"{name} was {_short(before.get(name))}, now {_short(value)}"
+        for name, value in facts.items()
+        if before.get(name) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"{out} holds pairs made in another way ({'; '.join(differences)}); write to "
+            "another folder, or delete this one"
+        )
+
+
+def _short(value: Any) -> str:  # noqa: ANN401
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def _metadata(teacher: Teacher, pairs: list[Pair], out: Path, inputs: dict[Picture, str]) -> str:
     files = [pair.files(out) for pair in pairs]
     # A file of several frames is no target to train on: the exact latents are.
     with Image.open(files[0][0]) as first:
         kind = "video" if getattr(first, "is_animated", False) else "image"
+
+    def size(pair: Pair, image: Path) -> tuple[int | str, int | str]:
+        # Written also where it is the pipeline's own: reading a table then opens no image.
+        return teacher.size(pair) or (("", "") if kind == "video" else image_size(image))
+
+    sizes = [size(pair, image) for pair, (image, _) in zip(pairs, files, strict=True)]
     table = pd.DataFrame(
         {
             kind: [image.relative_to(out).as_posix() for image, _ in files],
@@ -252,24 +221,18 @@ def _write_metadata(path: Path, teacher: Teacher, pairs: list[Pair], out: Path) 
             "num_inference_steps": teacher.student_num_inference_steps,
             "cfg_scale": f"{teacher.student_cfg_scale:g}",
             "latents": [latents.relative_to(out).as_posix() for _, latents in files],
-            "height": "" if teacher.height is None else teacher.height,
-            "width": "" if teacher.width is None else teacher.width,
+            "height": [height for height, _ in sizes],
+            "width": [width for _, width in sizes],
             "teacher_model": teacher.model,
             "teacher_num_inference_steps": teacher.num_inference_steps,
             "teacher_cfg_scale": f"{teacher.cfg_scale:g}",
             **{
-                column: [_as_text(pair.call[argument], out) for pair in pairs]
+                column: [pair.call[argument] for pair in _plain(pairs, inputs)]
                 for argument, column in teacher.call_columns.items()
             },
         }
     )
-    with _whole(path) as temporary:
-        table.to_csv(temporary, index=False)
-
-
-def _as_text(value: Any, out: Path) -> Any:  # noqa: ANN401
-    """Return a call argument as the CSV holds it: paths relative to the CSV's folder."""
-    return os.path.relpath(value, out) if isinstance(value, Path) else value
+    return str(table.to_csv(index=False))
 
 
 class _Draws(pl.LightningModule):
@@ -277,76 +240,89 @@ class _Draws(pl.LightningModule):
 
     pipe: DiffusionPipeline
 
-    def __init__(self, teacher: Teacher, pairs: list[Pair], out: Path) -> None:
+    def __init__(
+        self, teacher: Teacher, pairs: list[Pair], out: Path, inputs: dict[Picture, str]
+    ) -> None:
         super().__init__()
         self.teacher = teacher
+        self.pairs = pairs
         self.out = out
-        alike: dict[str, list[Pair]] = {}
+        self.inputs = inputs
+        alike: dict[Any, list[Pair]] = {}
         for pair in pairs:
-            alike.setdefault(call_key(pair.call), []).append(pair)
+            alike.setdefault((teacher.size(pair), call_key(pair.call)), []).append(pair)
         size = teacher.batch_size
-        batches = [
+        self.batches = [
             group[start : start + size]
             for group in alike.values()
             for start in range(0, len(group), size)
         ]
+        # One of each size, the first: what is recorded must not depend on what is left to draw.
+        self.examples = list({teacher.size(pair): pair for pair in reversed(pairs)}.values())
+        self.drawn = 0
+
+    def setup(self, stage: str) -> None:
+        """Choose what is left to draw: the first process does, the others follow."""
+        missing = {pair.number for pair in _unfinished(self.pairs, self.out)}
         # Whole batches are drawn again, since another batch would give other last bits.
-        self.batches = [
-            batch
-            for batch in batches
-            if any(not file.is_file() for pair in batch for file in pair.files(out))
-        ]
+        left = [batch for batch in self.batches if any(p.number in missing for p in batch)]
+        self.left: list[list[Pair]] = self.trainer.strategy.broadcast(left)
 
     def configure_model(self) -> None:
-        teacher = self.teacher
-        self.pipe = base_pipeline(
-            {
-                "pretrained_model_name_or_path": teacher.model,
-                "revision": teacher.revision,
-                "torch_dtype": teacher.torch_dtype,
-                "teacher_lora": teacher.lora,
-            }
-        )
+        self.pipe = self.teacher.load()
 
     def on_predict_start(self) -> None:
         self.pipe.to(self.device)
+        if self.trainer.is_global_zero:
+            facts = {"drawn_with": record(self.teacher, self.pipe, self.examples)}
+            before = read_provenance(self.out) or {}
+            if "drawn_with" in before:
+                _compare(self.out, before["drawn_with"], facts["drawn_with"])
+            else:
+                _write_provenance(self.out, before | facts)
+        self.started = time.monotonic()
 
     def predict_dataloader(self) -> Any:  # noqa: ANN401
-        mine = self.batches[self.trainer.global_rank :: self.trainer.world_size]
+        mine = self.left[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(mine, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
 
     def predict_step(self, batch: list[Pair], batch_idx: int) -> None:
-        teacher = self.teacher
-        size = {"height": teacher.height, "width": teacher.width} if teacher.height else {}
-        latents, images = draw(
-            self.pipe,
-            num_inference_steps=teacher.num_inference_steps,
-            cfg_scale=teacher.cfg_scale,
-            generator=[torch.Generator(teacher.rand_device).manual_seed(p.seed) for p in batch],
-            prompt=[pair.prompt for pair in batch],
-            **size,
-            **teacher.call_kwargs,
-            **collate_calls([open_pictures(pair.call) for pair in batch]),
-        )
-        for pair, image, final in zip(batch, images, latents, strict=True):
+        latents, images = self.teacher.draw(self.pipe, batch)
+        for pair, image, final in zip(_plain(batch, self.inputs), images, latents, strict=True):
             self._write(pair, image, final)
+        self.drawn += len(batch)
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Tell the rate of all processes in Lightning's bar, which knows the time left."""
+        images = self.drawn * self.trainer.world_size
+        text = f"{images / (time.monotonic() - self.started):.3g} images/s"
+        bar = self.trainer.progress_bar_callback
+        if isinstance(bar, TQDMProgressBar) and bar.predict_progress_bar is not None:
+            bar.predict_progress_bar.set_postfix_str(text)
+        elif isinstance(bar, RichProgressBar) and bar.progress is not None:
+            task = bar.predict_progress_bar_id
+            if task is not None:
+                bar.progress.update(task, description=text)
+
+    def on_predict_end(self) -> None:
+        """Wait for the other processes: the CSV lists what all of them drew."""
+        self.trainer.strategy.barrier()
+        seconds = time.monotonic() - self.started
+        images = sum(len(batch) for batch in self.left)
+        rate = f"{images / seconds:.3g} images/s"
+        rank_zero_info(f"Drew {images} images in {seconds:.1f} s, {rate}.")
 
     def _write(self, pair: Pair, image: Any, latents: torch.Tensor) -> None:  # noqa: ANN401
         image_path, latents_path = pair.files(self.out)
-        call = {argument: _as_text(value, self.out) for argument, value in pair.call.items()}
-        facts = asdict(self.teacher) | {"prompt": pair.prompt, "seed": pair.seed, "call": call}
+        facts = asdict(self.teacher) | {"prompt": pair.prompt, "seed": pair.seed, "call": pair.call}
         note = PngInfo()
         note.add_itxt("lit_distill", json.dumps(facts, ensure_ascii=False))
         if not latents_path.is_file():
-            with _whole(latents_path) as temporary:
-                save_file({LATENTS_KEY: latents.cpu().contiguous()}, temporary)
+            write_whole(latents_path, save({LATENTS_KEY: latents.cpu().contiguous()}))
         if not image_path.is_file():
-            with _whole(image_path) as temporary:
-                # A video is an animated PNG: lossless, one file, and any browser plays it.
-                first, *rest = image if isinstance(image, list) else [image]
-                first.save(
-                    temporary,
-                    format="PNG",
-                    pnginfo=note,
-                    **({"save_all": True, "append_images": rest, "duration": 62} if rest else {}),
-                )
+            # A video is an animated PNG: lossless, one file, and any browser plays it.
+            first, *rest = image if isinstance(image, list) else [image]
+            animated = {"save_all": True, "append_images": rest, "duration": 62} if rest else {}
+            data = io.BytesIO()
+            first.save(data, format="PNG", pnginfo=note, **animated)
+            write_whole(image_path, data.getvalue())

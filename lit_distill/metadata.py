@@ -3,93 +3,97 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+
+from lit_distill.pictures import SUFFIXES, Picture, image_size
+from lit_distill.storage import THREADS, exist, join, leaves, parent
+from lit_distill.tables import MetadataError, Problems, read_table
+
+__all__ = ["MetadataError", "Problems", "hold_out", "read_metadata"]
 
 REQUIRED_COLUMNS = ("prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale")
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-MAX_PROBLEMS = 50
-
-
-class MetadataError(ValueError):
-    """A metadata table can't be used; the message lists every problem found, up to 50."""
-
-
-class Problems:
-    """Collects what is wrong with a table, so that one error can show it all."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[str] = []
-
-    def add(self, text: str, row: int | None = None, image: str = "") -> None:
-        """Note one problem; `row` is the spreadsheet's row number."""
-        place = "" if row is None else f" row {row}"
-        shown = f" (image={image!r})" if image else ""
-        self.lines.append(f"{self.path.name}{place}{shown}: {text}")
-
-    def check(self) -> None:
-        """Raise what was collected.
-
-        Raises:
-            MetadataError: If there was any problem.
-        """
-        if not self.lines:
-            return
-        more = len(self.lines) - MAX_PROBLEMS
-        shown = self.lines[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
-        count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"
-        raise MetadataError("\n".join([f"{count} in {self.path}:", *shown]))
 
 
 def read_metadata(
     path: str | Path,
     base_path: str | Path | None = None,
     call_columns: dict[str, str] | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    max_pixels: int | None = None,
+    allow_outside: bool = False,
 ) -> pd.DataFrame:
-    """Read and check a metadata CSV.
+    """Read and check a table of pairs.
 
     Columns: ``prompt``, ``seed``, ``rand_device``, ``num_inference_steps``, ``cfg_scale`` (the last
     two are the student's) and ``image`` or ``latents``, files relative to `base_path`. Optional:
     ``height``, ``width``. Others stay text. A file made for DiffSynth-Studio works unchanged.
 
     Args:
-        path: CSV file, UTF-8 with or without byte order mark.
-        base_path: Folder that files are relative to; default: the CSV's.
+        path: .csv (UTF-8 with or without byte order mark), .json (a list of objects) or .jsonl; a
+            file or any URL of fsspec (s3://, hf://, memory://).
+        base_path: Folder or URL that files are relative to; default: the table's.
         call_columns: Further columns that are arguments of the pipeline's call: argument -> column.
             Files of pictures are opened when a row is used; numbers and texts are as they stand.
+        height: With `width`, the size in pixels that every image must have.
+        width: See `height`.
+        max_pixels: Largest area in pixels; smaller images of any size are accepted.
+        allow_outside: Accept files that are not below `base_path`: absolute paths, "..", URLs.
 
     Returns:
         One row a pair, in the file's order, with a column ``row``, the number a spreadsheet shows
-        (header = 1); ``image`` and ``latents`` are full paths, empty where not given; ``height``
-        and ``width`` are 0 where not given; ``call`` is a dictionary of `call_columns`' values
-        (`pathlib.Path` of a picture, number or text), and ``call_key`` is equal for rows whose
-        values may share a batch.
+        (header = 1; in JSON the first object is 1); ``image`` and ``latents`` are full paths or
+        URLs, empty where not given; ``height`` and ``width`` are read from the image's header where
+        not given, 0 where there is no image; ``call`` is a dictionary of `call_columns`' values
+        (`Picture`, number or text), and ``call_key`` is equal for rows whose values may share a
+        batch.
 
     Raises:
-        FileNotFoundError: If there is no such CSV.
+        FileNotFoundError: If there is no such table.
         MetadataError: Naming every row, column and value that can't be used (up to 50).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"metadata file {path} does not exist")
-    try:
-        # Everything is text until its declared type says otherwise: pandas would make NaN of a
-        # prompt "NA" and floats of a column of seeds with a blank.
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise MetadataError(f"{path} is not a CSV file in UTF-8: {error}") from error
     problems = Problems(path)
+    table = parse_metadata(
+        path,
+        problems,
+        base_path,
+        call_columns,
+        height=height,
+        width=width,
+        max_pixels=max_pixels,
+        allow_outside=allow_outside,
+    )
+    problems.check()
+    return table
+
+
+def parse_metadata(
+    path: str | Path,
+    problems: Problems,
+    base_path: str | Path | None = None,
+    call_columns: dict[str, str] | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    max_pixels: int | None = None,
+    allow_outside: bool = False,
+) -> pd.DataFrame:
+    """Do as `read_metadata`, but note what is wrong in `problems`; such rows are of no use.
+
+    Raises:
+        MetadataError: If the table as a whole can't be read, or columns are missing.
+    """
     call_columns = call_columns or {}
+    raw = read_table(path, problems)
     for column in (*REQUIRED_COLUMNS, *call_columns.values()):
         if column not in raw:
             problems.add(f"column {column!r} is missing; found {', '.join(map(repr, raw.columns))}")
@@ -99,120 +103,197 @@ def read_metadata(
         problems.add("the table has no rows")
     problems.check()
 
-    raw["row"] = np.arange(2, len(raw) + 2)
-    for column in ("image", "latents", "height", "width"):
-        if column not in raw:
-            raw[column] = ""
-    table = raw.copy()
-    parse = _ColumnParser(raw, problems)
-    table["seed"] = parse.integers("seed", 0, 2**63 - 1)
-    table["num_inference_steps"] = parse.integers("num_inference_steps", 1, 10_000)
-    table["cfg_scale"] = parse.numbers("cfg_scale", 1.0)
-    for column in ("height", "width"):
-        table[column] = parse.integers(column, 1, 2**20, blank=0)
-    parse.texts("prompt", lambda text: text.strip() != "", "a text that is not empty")
-    parse.texts("rand_device", _can_draw, "cpu, or cuda (or cuda:N) where there is such a GPU")
-    base = Path(base_path) if base_path is not None else path.parent
-    for column in ("image", "latents"):
-        given = table[column] != ""
-        table.loc[given, column] = [str(base / name) for name in table.loc[given, column]]
-        exists = [name == "" or Path(name).is_file() for name in table[column]]
-        parse.reject(column, ~np.array(exists), f"a file below {base}")
-    calls = read_calls(raw, call_columns, base, problems)
-    problems.check()
-    table["call"] = pd.Series(calls, dtype=object)
-    table["call_key"] = [call_key(call) for call in calls] if call_columns else ""
+    optional = [c for c in ("image", "latents", "height", "width") if c not in raw]
+    raw = raw.assign(**dict.fromkeys(optional, ""))
+    base = str(base_path) if base_path is not None else parent(str(path))
+    columns = Columns(raw, problems, base, allow_outside)
+    parsed = {
+        "seed": columns.integers("seed", 0, 2**63 - 1),
+        "num_inference_steps": columns.integers("num_inference_steps", 1, 10_000),
+        "cfg_scale": columns.numbers("cfg_scale", 1.0),
+        "height": columns.integers("height", 1, 2**20, blank=0),
+        "width": columns.integers("width", 1, 2**20, blank=0),
+        "image": columns.files("image"),
+        "latents": columns.files("latents"),
+    }
+    columns.texts("prompt", lambda text: text.strip() != "", "a text that is not empty")
+    columns.devices("rand_device")
+    calls = read_calls(columns, call_columns)
+    if call_columns and problems.rows:
+        problems.check()  # pictures that are not there have no size to share
+    parsed["call"] = pd.Series(calls, index=raw.index, dtype=object)
+    parsed["call_key"] = [call_key(call) for call in calls] if call_columns else ""
+    table = raw.assign(**parsed)
+    table = _fill_sizes(table, problems)
+    table = _check_sizes(table, problems, height, width, max_pixels)
+    _check_duplicates(table, raw[list(call_columns.values())], problems)
     return table
 
 
-def read_calls(
-    raw: pd.DataFrame, call_columns: dict[str, str], base: Path, problems: Problems
-) -> list[dict[str, Any]]:
+class Columns:
+    """Parses columns of text by declared type and notes what does not fit.
+
+    Args:
+        raw: All text, with a column ``row``.
+        problems: Where it is noted.
+        base: Folder or URL that files are relative to.
+        allow_outside: Whether files may be elsewhere.
+    """
+
+    def __init__(
+        self, raw: pd.DataFrame, problems: Problems, base: str, allow_outside: bool
+    ) -> None:
+        self.raw = raw
+        self.problems = problems
+        self.base = base
+        self.allow_outside = allow_outside
+
+    def reject(self, column: str, bad: Any, accepted: str) -> None:  # noqa: ANN401
+        """Note the rows where `bad` is true, with the column's value and what is accepted."""
+        cells = self.raw[column]
+
+        def say(index: int) -> str:
+            value = cells.iloc[index]
+            shown = value if len(value) <= 80 else value[:77] + "..."
+            return f"{column} must be {accepted}, got {shown!r}"
+
+        note(self.raw, bad, self.problems, say, name_image=column != "image")
+
+    def parse(self, column: str, read: Callable[[str], Any], accepted: str, missing: Any) -> Any:  # noqa: ANN401
+        """Return the column's values, `missing` where `read` gives None; each text is read once."""
+        codes, texts = pd.factorize(self.raw[column].to_numpy(dtype=object))
+        values = [read(text) for text in texts]
+        unfit = np.array([value is None for value in values])
+        if unfit.any():
+            self.reject(column, unfit[codes], accepted)
+        return np.array([missing if value is None else value for value in values])[codes]
+
+    def integers(self, column: str, low: int, high: int, blank: int | None = None) -> Any:  # noqa: ANN401
+        """Return a column of integers in [low, high]; `blank` stands for an empty cell."""
+
+        def read(text: str) -> int | None:
+            text = text.strip()
+            if text == "":
+                return blank
+            whole = text.isascii() and text.isdigit() and len(text) < 20
+            return int(text) if whole and low <= int(text) <= high else None
+
+        return self.parse(column, read, f"an integer >= {low} and <= {high}", 0).astype("int64")
+
+    def numbers(self, column: str, low: float) -> Any:  # noqa: ANN401
+        """Return a column of finite numbers >= low."""
+
+        def read(text: str) -> float | None:
+            try:
+                value = float(text)
+            except ValueError:
+                return None
+            return value if math.isfinite(value) and value >= low and "_" not in text else None
+
+        return self.parse(column, read, f"a number >= {low:g}", low).astype("float64")
+
+    def texts(self, column: str, good: Callable[[str], bool], accepted: str) -> None:
+        """Check a column that stays text."""
+        self.parse(column, lambda text: True if good(text) else None, accepted, False)
+
+    def devices(self, column: str) -> None:
+        """Check a column of devices whose generators can draw here."""
+        accepted = "cpu, or cuda (or cuda:N) where there is such a GPU"
+        if not torch.cuda.is_available():
+            accepted += " (here is none, and another device draws other noise)"
+        self.texts(column, _can_draw, accepted)
+
+    def files(self, column: str) -> Any:  # noqa: ANN401
+        """Return a column of full paths or URLs of files that exist, empty where not given."""
+        names = self.raw[column].tolist()
+        paths = [join(self.base, name) if name else "" for name in names]
+        # Nobody looks outside for a table that must not.
+        sought = np.array([path != "" for path in paths]) & ~self.outside(column, names)
+        if sought.any():
+            there = exist([path for path, wanted in zip(paths, sought, strict=True) if wanted])
+            gone = sought.copy()
+            gone[sought] = ~np.array(there)
+            self.reject(column, gone, f"a file below {self.base}")
+        return pd.Series(paths, index=self.raw.index, dtype=object)
+
+    def outside(self, column: str, names: list[str]) -> Any:  # noqa: ANN401
+        """Note and return which files are not below the root, where they have to be."""
+        if self.allow_outside:
+            return np.zeros(len(names), dtype=bool)
+        out = np.array([leaves(self.base, name) for name in names], dtype=bool)
+        accepted = f"inside of {self.base} (or set data.allow_outside: true)"
+        self.reject(column, out, accepted)
+        return out
+
+    def values(self, column: str) -> list[Any]:
+        """Return a column of pictures, numbers or texts, whichever all of it is."""
+        texts = self.raw[column].str.strip()
+        numbers = pd.to_numeric(texts, errors="coerce")
+        if numbers.notna().all():
+            return numbers.tolist()
+        if not texts.str.lower().str.endswith(SUFFIXES).any():
+            return self.raw[column].tolist()
+        pictures = [Picture(join(self.base, text)) for text in texts]
+        sought = np.flatnonzero(~self.outside(column, texts.tolist()))
+        broken = np.zeros(len(pictures), dtype=bool)
+        sizes = picture_sizes([pictures[index] for index in sought])
+        broken[sought] = [isinstance(size, ValueError) for size in sizes]
+        self.reject(column, broken, f"a picture below {self.base}")
+        return pictures
+
+
+def note(
+    table: pd.DataFrame,
+    bad: Any,  # noqa: ANN401
+    problems: Problems,
+    say: Callable[[int], str],
+    name_image: bool = True,
+) -> None:
+    """Note the rows where `bad` is true; `say` makes the message of a row's position."""
+    indices = np.flatnonzero(np.asarray(bad, dtype=bool))
+    rows = table["row"].to_numpy()
+    for index in problems.shown(rows[indices], indices):
+        image = str(table["image"].iloc[index]) if name_image else ""
+        problems.add(say(index), int(rows[index]), image)
+
+
+def read_calls(columns: Columns, call_columns: dict[str, str]) -> list[dict[str, Any]]:
     """Return each row's further arguments of the pipeline's call.
 
     Args:
-        raw: The table as text, with columns ``row`` and ``image``.
+        columns: The table.
         call_columns: Argument to column.
-        base: Folder that paths are relative to.
-        problems: Where pictures that can't be read are noted.
 
     Returns:
-        For every row argument -> `pathlib.Path` of a picture, number or text.
+        For every row argument -> `Picture`, number or text.
     """
-    parse = _ColumnParser(raw, problems)
-    columns = [parse.values(column, base) for column in call_columns.values()]
-    if not columns:
-        return [{}] * len(raw)
-    return [dict(zip(call_columns, row, strict=True)) for row in zip(*columns, strict=True)]
+    if not call_columns:
+        return [{}] * len(columns.raw)
+    values = [columns.values(column) for column in call_columns.values()]
+    return [dict(zip(call_columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def call_key(call: dict[str, Any]) -> str:
     """Return what rows of a batch must share: numbers, and the sizes of pictures."""
     shared = {
-        name: image_size(value) if isinstance(value, Path) else value
+        name: image_size(value) if isinstance(value, Picture) else value
         for name, value in call.items()
-        if not isinstance(value, str)
+        if isinstance(value, Picture) or not isinstance(value, str)
     }
     return repr(shared)
 
 
-class _ColumnParser:
-    """Parses text columns by declared type and notes what does not fit."""
+def picture_sizes(paths: Sequence[str]) -> list[tuple[int, int] | ValueError]:
+    """Return (height, width) from the headers of pictures, or what is wrong with them."""
 
-    def __init__(self, raw: pd.DataFrame, problems: Problems) -> None:
-        self.raw = raw
-        self.problems = problems
+    def size(path: str) -> tuple[int, int] | ValueError:
+        try:
+            return image_size(path)
+        except ValueError as error:
+            return error
 
-    def reject(self, column: str, bad: Any, accepted: str) -> None:  # noqa: ANN401
-        for index in np.flatnonzero(bad):
-            record = self.raw.iloc[index]
-            self.problems.add(
-                f"{column} must be {accepted}, got {record[column]!r}",
-                int(record["row"]),
-                "" if column == "image" else record["image"],
-            )
-
-    def integers(self, column: str, low: int, high: int, blank: int | None = None) -> pd.Series:
-        text = self.raw[column].str.strip()
-        if blank is not None:
-            text = text.mask(text == "", str(blank))
-        # At most 19 digits fit int64; those above its limit turn negative and are caught below.
-        whole = text.str.fullmatch(r"\d{1,19}")
-        values = pd.Series(0, index=text.index, dtype="int64")
-        values[whole] = text[whole].astype("uint64").astype("int64")
-        bad = ~whole | (values < (low if blank is None else blank)) | (values > high)
-        self.reject(column, bad.to_numpy(), f"an integer >= {low} and <= {high}")
-        return values
-
-    def numbers(self, column: str, low: float) -> pd.Series:
-        values = pd.to_numeric(self.raw[column], errors="coerce").astype("float64")
-        bad = ~(np.isfinite(values.to_numpy()) & (values.to_numpy() >= low))
-        self.reject(column, bad, f"a number >= {low:g}")
-        return values
-
-    def texts(self, column: str, good: Callable[[str], bool], accepted: str) -> None:
-        verdict = {text: good(text) for text in self.raw[column].unique()}
-        fits = np.array([verdict[text] for text in self.raw[column]])
-        self.reject(column, ~fits, accepted)
-
-    def values(self, column: str, base: Path) -> list[Any]:
-        """Return a column of pictures' paths, numbers or texts, whichever all of it is."""
-        texts = self.raw[column].str.strip()
-        numbers = pd.to_numeric(texts, errors="coerce")
-        if numbers.notna().all():
-            return numbers.tolist()
-        if not texts.str.lower().str.endswith(PICTURES).any():
-            return self.raw[column].tolist()
-        paths = [base / text for text in texts]
-        readable = []
-        for path in paths:
-            try:
-                image_size(path)
-                readable.append(True)
-            except ValueError:
-                readable.append(False)
-        self.reject(column, ~np.array(readable), f"a picture below {base}")
-        return paths
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(size, paths))
 
 
 def _can_draw(device: str) -> bool:
@@ -224,120 +305,81 @@ def _can_draw(device: str) -> bool:
     return True
 
 
-def read_image(path: str | Path) -> Tensor:
-    """Read an image as it is: never resized, EXIF rotation applied.
+def _fill_sizes(table: pd.DataFrame, problems: Problems) -> pd.DataFrame:
+    """Read the sizes that the table does not give from the images' headers."""
+    sizes = table[["height", "width"]].to_numpy().copy()
 
-    Args:
-        path: A file that `read_picture` accepts.
+    def half(index: int) -> str:
+        high, wide = sizes[index]
+        return f"height and width go together, got height={high or ''}, width={wide or ''}"
 
-    Returns:
-        (3, height, width), float32, range [0, 1].
-
-    Raises:
-        ValueError: As in `read_picture`.
-    """
-    array = np.asarray(read_picture(path), dtype=np.float32) / 255
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """Read a picture as 8-bit RGB: never resized, EXIF rotation applied.
-
-    Args:
-        path: A file that Pillow reads, in 8-bit grey, palette, RGB or opaque RGBA.
-
-    Raises:
-        ValueError: If it can't be read, is truncated, has transparent pixels, or is of a kind
-            (CMYK, 16-bit, ...) whose conversion would be a guess.
-    """
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from error
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if np.asarray(image.getchannel("A")).min() < 255:
-            raise ValueError(f"{path} has transparent pixels; flatten it onto a background first")
-    elif image.mode not in ("RGB", "L", "P", "1"):
-        raise ValueError(f"{path} has colour mode {image.mode}; save it as 8-bit RGB first")
-    return image.convert("RGB")
+    note(table, (sizes == 0).sum(axis=1) == 1, problems, half)
+    images = table["image"].to_numpy()
+    rows = table["row"].to_numpy()
+    unknown = np.flatnonzero((sizes == 0).all(axis=1) & (images != ""))
+    unknown = np.array([i for i in unknown if int(rows[i]) not in problems.rows], dtype=int)
+    for index, size in zip(unknown, picture_sizes(images[unknown].tolist()), strict=True):
+        if isinstance(size, ValueError):
+            problems.add(f"image: {size}", int(rows[index]), str(images[index]))
+        else:
+            sizes[index] = size
+    return table.assign(height=sizes[:, 0], width=sizes[:, 1])
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Return (height, width) from an image's header, EXIF rotation applied.
-
-    Raises:
-        ValueError: If it is not an image.
-    """
-    try:
-        with Image.open(path) as file:
-            width, height = file.size
-            turned = file.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable image ({error})") from error
-    return (width, height) if turned else (height, width)
-
-
-def check_sizes(
+def _check_sizes(
     table: pd.DataFrame,
-    path: Path,
-    *,
+    problems: Problems,
     height: int | None,
     width: int | None,
     max_pixels: int | None,
 ) -> pd.DataFrame:
-    """Fill in ``height`` and ``width`` of every row and refuse what does not fit.
+    """Refuse what does not fit the limits; rows of unknown size get the fixed one.
 
     Images are never resized: a target must be what the teacher drew.
-
-    Args:
-        table: As `read_metadata` returns it.
-        path: The CSV, for messages.
-        height: With `width`, the size in pixels that every row must have.
-        width: See `height`.
-        max_pixels: Largest area in pixels; smaller images of any size are accepted.
-
-    Returns:
-        The table; rows of unknown size (no image, no columns) get `height` and `width`, or 0, the
-        pipeline's own default.
-
-    Raises:
-        MetadataError: Naming every row whose size does not fit, its size and the limit.
     """
-    problems = Problems(path)
-    fixed = (height, width) if height and width else None
-    sizes = np.zeros((len(table), 2), dtype=np.int64)
-    # Lists, not `iloc`: a hundred times faster on a large table.
-    columns = [table[name].tolist() for name in ("row", "image", "height", "width")]
-    for index, (row, image, *listed) in enumerate(zip(*columns, strict=True)):
-        size = (int(listed[0]), int(listed[1]))
-        if size == (0, 0) and image:
-            try:
-                size = image_size(image)
-            except ValueError as error:
-                problems.add(f"image: {error}", row, image)
-                continue
-        if size == (0, 0):
-            size = fixed or size
-        elif fixed and size != fixed:
-            problems.add(
-                f"the image is {size[0]}x{size[1]} (height x width), but height and width are set "
-                f"to {height}x{width}; images are never resized",
-                row,
-                image,
-            )
-        elif max_pixels and size[0] * size[1] > max_pixels:
-            problems.add(
-                f"the image is {size[0]}x{size[1]} = {size[0] * size[1]} pixels, more than "
-                f"max_pixels={max_pixels}; images are never resized",
-                row,
-                image,
-            )
-        sizes[index] = size
-    problems.check()
+    sizes = table[["height", "width"]].to_numpy()
+    unknown = (sizes == 0).any(axis=1, keepdims=True)
+    if height and width:
+        sizes = np.where(unknown, (height, width), sizes)
+        bad = (sizes != (height, width)).any(axis=1)
+        limit = f"but height and width are set to {height}x{width}"
+    else:
+        bad = sizes.prod(axis=1) > (max_pixels or np.inf)
+        limit = f"more than max_pixels={max_pixels}"
+
+    def say(index: int) -> str:
+        high, wide = sizes[index]
+        size = f"{high}x{wide} (height x width) = {high * wide} pixels"
+        return f"the image is {size}, {limit}; images are never resized"
+
+    note(table, bad, problems, say)
     return table.assign(height=sizes[:, 0], width=sizes[:, 1])
+
+
+def _check_duplicates(table: pd.DataFrame, calls: pd.DataFrame, problems: Problems) -> None:
+    """Refuse rows that must draw the same but have different targets: one of them is wrong."""
+    key = ["prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale", "height", "width"]
+    keys = pd.concat([table[key], calls.add_prefix("call ")], axis=1)
+    again = keys.duplicated(keep=False).to_numpy()
+    if not again.any():
+        return
+    group = keys[again].groupby(list(keys), sort=False).ngroup().to_numpy()
+    first = np.unique(group, return_index=True)[1][group]
+    some = table[again]
+    other = np.zeros(len(some), dtype=bool)
+    for column in ("image", "latents"):
+        values = some[column].to_numpy()
+        other |= (values != values[first]) & (values != "") & (values[first] != "")
+    origin = some["row"].to_numpy()[first]
+    note(
+        some,
+        other,
+        problems,
+        lambda index: (
+            f"another image or latents than in row {origin[index]}, which has the same prompt, "
+            "seed, steps, cfg_scale and size: one seed draws one image"
+        ),
+    )
 
 
 def hold_out(prompts: pd.Series, fraction: float, seed: int) -> pd.Series:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -17,16 +16,17 @@ import torch
 
 from lit_distill.data import Batch, DistillDataModule, split_batch
 from lit_distill.families import guidance
-from lit_distill.generate import PROVENANCE_FILE
+from lit_distill.generate import read_provenance
 from lit_distill.module import DirectDistill
+from lit_distill.storage import opened, parent
 
 
-def held_out(trainer: pl.Trainer) -> tuple[Path | None, Any]:
-    """Return the CSV of the held-out rows and their table; None where unknown."""
+def held_out(trainer: pl.Trainer) -> tuple[str | None, Any]:
+    """Return the path or URL of the held-out rows and their table; None where unknown."""
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, DistillDataModule) or data.val_set is None:
         return None, None
-    return Path(str(data.val_metadata_path or data.metadata_path)), data.val_set.table
+    return str(data.val_metadata_path or data.metadata_path), data.val_set.table
 
 
 def teacher_settings(trainer: pl.Trainer, module: DirectDistill) -> tuple[int, float]:
@@ -49,7 +49,7 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
     program = Path(sys.argv[0]).name.replace("__main__.py", "lit-distill")
     facts: dict[str, Any] = {"command": shlex.join([program, *sys.argv[1:]])}
     if trainer.ckpt_path:
-        facts["checkpoint"] = _file(Path(trainer.ckpt_path))
+        facts["checkpoint"] = _file(str(trainer.ckpt_path))
         saved = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)
         facts["optimizer steps"] = str(saved.get("global_step", "unknown"))
     hidden = ("_class_path", "_instantiator", "metrics")
@@ -57,9 +57,11 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
     facts["metrics"] = module.held_out.evaluation.describe()
     if table is not None:
         facts["held-out rows"] = f"{rows} of {_file(table)}"
-        made = table.parent / PROVENANCE_FILE
-        if made.is_file():
-            facts["held-out rows made with"] = json.loads(made.read_text(encoding="utf-8"))
+        made = read_provenance(parent(table))
+        if made is not None:
+            drawn_with = made.pop("drawn_with", {})  # long lists, of which a name says enough
+            drawn_by = {"drawn by": drawn_with["scheduler"]["class"]} if drawn_with else {}
+            facts["held-out rows made with"] = made | drawn_by
     names = ("lit-distill", "torch", "lightning", "torchmetrics", "diffusers", "transformers")
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in (*names, "peft"))
     device = module.device
@@ -72,9 +74,9 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
     return facts
 
 
-def _file(path: Path) -> str:
+def _file(path: str) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened(path) as file:
         while block := file.read(2**20):
             digest.update(block)
     return f"{path} (sha256 {digest.hexdigest()[:16]})"

@@ -29,7 +29,7 @@ from lit_distill.metadata import call_key
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from lit_distill.generate import Prompt
+    from lit_distill.prompts import Prompt
 
 FACTS_FILE = "lit_distill.json"
 """Beside a merged pipeline, where no single file could carry the facts."""
@@ -216,13 +216,16 @@ def prompt_batches(
         "row": [],
     }
     batches: list[Batch] = []
-    for _, alike in itertools.groupby(enumerate(prompts), lambda row: call_key(row[1].call)):
+    for (own_size, _), alike in itertools.groupby(
+        enumerate(prompts), lambda row: (row[1].size, call_key(row[1].call))
+    ):
         rows = list(alike)
         for start in range(0, len(rows), batch_size):
             numbers, chosen = zip(*rows[start : start + batch_size], strict=True)
             batches.append(
                 {
                     **whole,
+                    "size": own_size or size,
                     "prompt": [prompt.text for prompt in chosen],
                     "call": collate_calls([open_pictures(prompt.call) for prompt in chosen]),
                     "seed": [first_seed + number for number in numbers],

@@ -22,9 +22,9 @@ from lit_distill.adapters import make_trainable, take_lora
 from lit_distill.cli import main
 from lit_distill.codec import LatentCodec
 from lit_distill.data import LATENTS_KEY
-from lit_distill.generate import read_prompts
 from lit_distill.layouts import layout_of
 from lit_distill.lora import to_state
+from lit_distill.prompts import read_prompts
 
 OUT = Path("runs/style")
 STYLE = OUT / "style"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from lit_distill.cli import main
 
@@ -15,6 +16,23 @@ torch.set_num_threads(1)  # a second thread only gets in the way of matrices thi
 
 TINY = Path(str(files("lit_distill").joinpath("assets", "tiny")))
 ROOT = Path(__file__).parent.parent
+
+
+HEADER = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes rows to a table, beside two images."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "b.png")
+
+    def write(*rows, header=HEADER, encoding="utf-8", name="metadata.csv"):
+        path = tmp_path / name
+        path.write_text("\r\n".join([header, *rows]) + "\r\n", encoding=encoding)
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,10 @@
-import hashlib
 import json
 import subprocess
 import sys
 import time
 
-import pandas as pd
 import pytest
-from conftest import ROOT, TINY, generate
+from conftest import ROOT, TINY
 from PIL import Image
 
 from lit_distill.cli import build_cli, main
@@ -45,43 +43,6 @@ def test_nothing_heavy_is_imported_for_the_command_line():
     code = "import sys, lit_distill.cli; print('diffusers' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.strip() == "False"
-
-
-def hashes(folder):
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
-
-
-def test_generate_goes_on_after_an_interruption_with_the_same_files(pairs, tmp_path):
-    generate(tmp_path, "prompts_heldout.txt", 8, 1_000_000)
-    whole = hashes(tmp_path)
-    assert whole == hashes(pairs / "heldout")
-    for name in ("images/000003.png", "latents/000005.safetensors", "metadata.csv"):
-        (tmp_path / name).unlink()
-    kept = (tmp_path / "images/000000.png").stat().st_mtime_ns
-    generate(tmp_path, "prompts_heldout.txt", 8, 1_000_000)
-    assert hashes(tmp_path) == whole
-    assert (tmp_path / "images/000000.png").stat().st_mtime_ns == kept
-
-
-def test_generate_refuses_a_folder_of_other_pairs(pairs):
-    with pytest.raises(ValueError, match=r"cfg_scale was 4.0, now 5.0"):
-        generate(pairs / "heldout", "prompts_heldout.txt", 8, 1_000_000, "--cfg_scale", "5")
-
-
-def test_generate_records_how_the_pairs_were_made(pairs):
-    table = pd.read_csv(pairs / "heldout/metadata.csv")
-    prompts = (TINY / "prompts_heldout.txt").read_text().splitlines()
-    assert table["prompt"].tolist() == prompts[:8]
-    assert table["seed"].tolist() == list(range(1_000_000, 1_000_008))
-    assert set(table["num_inference_steps"]) == {4}
-    assert set(table["teacher_num_inference_steps"]) == {10}
-    note = json.loads(Image.open(pairs / "heldout/images/000000.png").info["lit_distill"])
-    assert note["prompt"] == prompts[0]
-    assert note["cfg_scale"] == 4.0
 
 
 @pytest.mark.parametrize("config", ["tiny_lora", "tiny_full"])

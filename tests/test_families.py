@@ -19,9 +19,12 @@ from lit_distill import DirectDistill, DistillDataModule, LatentCodec, rollout
 from lit_distill.adapters import adapters_off, make_trainable
 from lit_distill.encode import EncodeOnce, UnjoinableError
 from lit_distill.families import denoisers, guidance, quirk_of
-from lit_distill.generate import Prompt, Teacher, generate_pairs, plan_pairs
+from lit_distill.generate import generate_pairs
+from lit_distill.pictures import Picture
 from lit_distill.preflight import PreflightError, preflight
+from lit_distill.prompts import Prompt, plan_pairs
 from lit_distill.rollout import draw, replaced_forward
+from lit_distill.teacher import Teacher
 
 ALL = sorted(FAMILIES)
 PROMPTS = ["a red cat", "two dogs that run on a long green field"]
@@ -207,7 +210,7 @@ def test_two_steps_of_training_lower_the_loss(name, tmp_path, monkeypatch):
         student_num_inference_steps=3,
         **size,
     )
-    prompt = Prompt(PROMPTS[0], {"image": tmp_path / "edit.png"} if columns else {})
+    prompt = Prompt(PROMPTS[0], {"image": Picture(tmp_path / "edit.png")} if columns else {})
     metadata = generate_pairs(pl.Trainer(**quiet), teacher, plan_pairs([prompt], 1), tmp_path / "p")
     assert pd.read_csv(metadata).columns[0] == ("video" if "num_frames" in given else "image")
 

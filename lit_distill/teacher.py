@@ -1,0 +1,197 @@
+"""The teacher: everything that decides what it draws, its pipeline, and a record of both."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_distill.adapters import base_pipeline
+from lit_distill.cache import weights_facts
+from lit_distill.data import collate_calls, open_pictures
+from lit_distill.encode import fingerprint
+from lit_distill.families import denoisers
+from lit_distill.prompts import Pair, Size
+from lit_distill.rollout import draw, replaced_forward
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Everything that decides what the teacher draws, and the student's steps to be recorded.
+
+    Attributes:
+        model: Hub id or folder of the pipeline.
+        lora: LoRA that is fused into it, if any.
+        revision: Branch, tag or commit of the hub repository.
+        torch_dtype: Data type of the weights.
+        num_inference_steps: The teacher's steps.
+        cfg_scale: The teacher's guidance, 1 = off.
+        scheduler: Name of the diffusers class that takes the place of the pipeline's scheduler,
+            with the latter's settings; None: the pipeline's own.
+        height: Height in pixels of rows without a size; None: the pipeline's default.
+        width: Width in pixels; given together with `height`.
+        rand_device: Device whose generator draws the noise.
+        batch_size: Prompts a batch; part of the result, since sums depend on it in the last bit.
+        call_kwargs: Further arguments of the pipeline's call, e.g. ``negative_prompt``.
+        call_columns: Arguments of the pipeline's call that every row brings, and their columns.
+        student_num_inference_steps: Written to the CSV for the student.
+        student_cfg_scale: Written to the CSV for the student.
+    """
+
+    model: str
+    lora: str | None = None
+    revision: str | None = None
+    torch_dtype: str = "bfloat16"
+    num_inference_steps: int = 50
+    cfg_scale: float = 4.0
+    scheduler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    rand_device: str = "cpu"
+    batch_size: int = 1
+    call_kwargs: dict[str, Any] = field(default_factory=dict)
+    call_columns: dict[str, str] = field(default_factory=dict)
+    student_num_inference_steps: int = 4
+    student_cfg_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("num_inference_steps", "batch_size", "student_num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}")
+        for name in ("cfg_scale", "student_cfg_scale"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be >= 1 (1 = off), got {getattr(self, name)}")
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"height={self.height}, width={self.width}: set both or neither")
+
+    def size(self, pair: Pair) -> Size | None:
+        """Return the (height, width) that a pair is drawn at; None: the pipeline's default."""
+        if pair.size is not None or self.height is None or self.width is None:
+            return pair.size
+        return self.height, self.width
+
+    def load(self) -> DiffusionPipeline:
+        """Load the pipeline, with the scheduler that it draws with.
+
+        Raises:
+            ValueError: If diffusers has no such scheduler.
+        """
+        pipe = base_pipeline(
+            {
+                "pretrained_model_name_or_path": self.model,
+                "revision": self.revision,
+                "torch_dtype": self.torch_dtype,
+                "teacher_lora": self.lora,
+            }
+        )
+        if self.scheduler is not None:
+            cls = _scheduler(self.scheduler)
+            flow = "FlowMatch" in type(pipe.scheduler).__name__
+            # Those that serve both kinds of models take this one for the other kind.
+            told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            taken = inspect.signature(cls).parameters
+            takes = flow and "use_flow_sigmas" in taken
+            config = {k: v for k, v in pipe.scheduler.config.items() if k in taken}
+            pipe.scheduler = cls.from_config(config | (told if takes else {}))
+        return pipe
+
+    def draw(self, pipe: DiffusionPipeline, pairs: Sequence[Pair]) -> tuple[Tensor, list[Any]]:
+        """Draw a batch of pairs that share size and the numbers of their calls.
+
+        Returns:
+            Final latents, (B, ...), and B images or lists of frames.
+
+        Raises:
+            ValueError: If the pipeline draws another size than it was asked for.
+        """
+        size = self.size(pairs[0])
+        latents, images = draw(
+            pipe,
+            num_inference_steps=self.num_inference_steps,
+            cfg_scale=self.cfg_scale,
+            generator=[torch.Generator(self.rand_device).manual_seed(p.seed) for p in pairs],
+            prompt=[pair.prompt for pair in pairs],
+            **({} if size is None else {"height": size[0], "width": size[1]}),
+            **self.call_kwargs,
+            **collate_calls([open_pictures(pair.call) for pair in pairs]),
+        )
+        width, height = (images[0][0] if isinstance(images[0], list) else images[0]).size
+        if size is not None and (height, width) != size:
+            raise ValueError(
+                f"{type(pipe).__name__} draws {height}x{width} (height x width) when asked for "
+                f"{size[0]}x{size[1]}: both sides must be multiples of what the pipeline needs"
+            )
+        return latents, images
+
+
+def _scheduler(name: str) -> Any:  # noqa: ANN401
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if not hasattr(found, "set_timesteps"):
+        raise ValueError(
+            f"scheduler must be a scheduler class of diffusers, such as "
+            f"FlowMatchHeunDiscreteScheduler or UniPCMultistepScheduler, got {name!r}"
+        )
+    return found
+
+
+def record(teacher: Teacher, pipe: DiffusionPipeline, examples: Sequence[Pair]) -> dict[str, Any]:
+    """Return what a loaded pipeline draws with, as plain JSON.
+
+    Args:
+        teacher: What draws.
+        pipe: Its pipeline, `teacher.load()`.
+        examples: A pair of each size.
+
+    Returns:
+        The scheduler's class and configuration; for each size the timesteps and sigmas that the
+        pipeline itself sets; a digest of the denoisers' weights.
+    """
+    config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
+    schedules = {}
+    for pair in examples:
+        size = teacher.size(pair)
+        name = "default" if size is None else f"{size[0]}x{size[1]}"
+        schedules[name] = _schedule(teacher, pipe, pair)
+    facts = {
+        "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
+        "schedules": schedules,
+        "denoiser_sha256": fingerprint([weights_facts(d) for d in denoisers(pipe).values()]),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return plain
+
+
+class _ScheduleIsSet(Exception):  # noqa: N818
+    """Leaves a pipeline at its first call of a denoiser."""
+
+
+def _schedule(teacher: Teacher, pipe: DiffusionPipeline, pair: Pair) -> dict[str, Any]:
+    """Return the timesteps and sigmas of a pair, seen when the pipeline first calls a denoiser."""
+    seen: dict[str, Any] = {}
+
+    def look(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        for name in ("timesteps", "sigmas"):
+            values = getattr(pipe.scheduler, name, None)
+            if values is not None:
+                # Six digits: another device or version may differ in the last ones.
+                seen[name] = [float(f"{float(value):.6g}") for value in values]
+        raise _ScheduleIsSet
+
+    with ExitStack() as stack:
+        for denoiser in denoisers(pipe).values():
+            stack.enter_context(replaced_forward(denoiser, look))
+        stack.enter_context(suppress(_ScheduleIsSet))
+        teacher.draw(pipe, [pair])
+    return seen
