@@ -12,7 +12,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from lit_distill.data import NO_TARGET, Batch, PairDataset, collate, open_pictur
 from lit_distill.families import denoisers
 from lit_distill.joining import Example, Joiner, Mixed, UnjoinableError, extent, unlike
 from lit_distill.pictures import Picture, read_image
-from lit_distill.rollout import replaced_forward, run
+from lit_distill.rollout import run
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -113,16 +113,25 @@ class EncodeOnce:
         def stop(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
             raise _ReachedError
 
-        with ExitStack() as stack:
-            for denoiser in denoisers(self.pipe).values():
-                stack.enter_context(replaced_forward(denoiser, stop))
+        own = denoisers(self.pipe)
+        encoders = [c for c in self.pipe.components.values() if isinstance(c, nn.Module)]
+        weights = (p for c in encoders if c not in own.values() for p in c.parameters())
+        device = next(weights, torch.empty(0)).device
+        for name, denoiser in own.items():
+            # The denoiser need not be where the encoders are; pipelines run where their first is.
+            stand_in = shell(denoiser, device)
+            stand_in.forward = stop
+            self.pipe.__dict__[name] = stand_in
+        try:
             with suppress(_ReachedError), torch.no_grad():
                 run(self.pipe, cfg_scale=cfg_scale, output_type="latent", **arguments)
+        finally:
+            self.pipe.__dict__.update(own)
 
     def release(self, device: torch.device) -> Any:  # noqa: ANN401
         """Let go of everything but the denoisers; shells stay in the pipeline.
 
-        A shell has its model's configuration, data type and device, and no weights.
+        A shell has its model's configuration, modules and buffers, and no weights.
 
         Returns:
             The VAE, in host memory, or None.
@@ -175,7 +184,9 @@ def encode_ahead(
             scales |= needed
             key = _row_key(once, record, call, needed)
             todo[key] = partial(_rehearse, once, [record], call, needed, key)
-    mine = [work for key, work in todo.items() if key not in once.store][rank::world_size]
+    # Shared out before what is kept is left out: a slow process may see more kept than a quick one.
+    share = list(todo.items())[rank::world_size]
+    mine = [work for key, work in share if key not in once.store]
     try:
         for work in tqdm(mine, desc="Encoding", disable=rank != 0 or not mine):
             work()
@@ -243,10 +254,23 @@ class _ReachedError(Exception):
 
 
 def shell(model: Any, device: torch.device) -> Any:  # noqa: ANN401
-    """Return a stand-in for a model: the same configuration, data type and methods, no weights."""
+    """Return a stand-in for a model: its configuration, modules and buffers, but no weights.
+
+    Pipelines look at all of these: SDXL's at a layer's width, FLUX.2's at the VAE's statistics.
+    """
     empty = copy.copy(model)
-    anchor = nn.Parameter(torch.empty(0, dtype=model.dtype, device=device), requires_grad=False)
-    empty.__dict__.update(_modules={}, _buffers={}, _parameters={"anchor": anchor})
+    empty.__dict__.update(
+        _modules={
+            name: None if child is None else shell(child, device)
+            for name, child in model._modules.items()
+        },
+        _buffers={k: None if v is None else v.to(device) for k, v in model._buffers.items()},
+        _parameters={
+            name: nn.Parameter(torch.empty(0, dtype=p.dtype, device=device), requires_grad=False)
+            for name, p in model._parameters.items()
+            if p is not None
+        },
+    )
     return empty
 
 

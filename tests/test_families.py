@@ -1,5 +1,6 @@
 """What holds for every family of pipelines, and for one that nobody has heard of."""
 
+import contextlib
 import inspect
 
 import lightning.pytorch as pl
@@ -17,9 +18,11 @@ from pipelines import CALL_KWARGS, FAMILIES, build
 import lit_distill.adapters
 from lit_distill import DirectDistill, DistillDataModule, LatentCodec, rollout
 from lit_distill.adapters import adapters_off, make_trainable
-from lit_distill.encode import EncodeOnce, UnjoinableError
+from lit_distill.cache import EncodingStore
+from lit_distill.encode import EncodeOnce
 from lit_distill.families import denoisers, guidance, quirk_of
 from lit_distill.generate import generate_pairs
+from lit_distill.joining import UnjoinableError
 from lit_distill.pictures import Picture
 from lit_distill.preflight import PreflightError, preflight
 from lit_distill.prompts import Prompt, plan_pairs
@@ -139,25 +142,37 @@ def test_preflight_finds_what_is_wrong_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_encoding_once_changes_nothing(name):
+def test_encoding_ahead_and_letting_go_of_the_encoders_changes_nothing(name, tmp_path):
     pipe = build(name)
+
+    def draw_all():
+        singles = [
+            rollout(pipe, **call(name, [prompt]), generator=generators(1, first), cfg_scale=scale)
+            for first, prompt in enumerate(PROMPTS)
+            for scale in (1.0, 3.0)
+        ]
+        return torch.cat(singles)
+
     with torch.no_grad():
-        own = [
-            rollout(pipe, **call(name, [prompt]), generator=generators(1, first))
-            for first, prompt in enumerate(PROMPTS)
-        ]
-        EncodeOnce(pipe)
-        once = [
-            rollout(pipe, **call(name, [prompt]), generator=generators(1, first))
-            for first, prompt in enumerate(PROMPTS)
-        ]
-        assert torch.equal(torch.cat(own), torch.cat(once))
+        own = draw_all()
+        once = EncodeOnce(pipe, EncodingStore(tmp_path))
+        for prompts in ([PROMPTS[0]], [PROMPTS[1]], PROMPTS):
+            for scale in (1.0, 3.0):
+                with contextlib.suppress(UnjoinableError):
+                    given = call(name, prompts) | {"generator": generators(len(prompts))}
+                    once.rehearse(cfg_scale=scale, **given)
+        once.store.flush()
+        once.release(torch.device("cpu"))
+        left = [c for c in pipe.components.values() if isinstance(c, torch.nn.Module)]
+        count = sum(p.numel() for c in left for p in c.parameters())
+        assert count == sum(p.numel() for d in denoisers(pipe).values() for p in d.parameters())
+        assert torch.equal(draw_all(), own)
         if "rollout_batch_size" in FOUND.get(name, {}):
             with pytest.raises(UnjoinableError, match=r"set model\.rollout_batch_size: 1"):
                 rollout(pipe, **call(name, PROMPTS), generator=generators(2))
         else:
             both = rollout(pipe, **call(name, PROMPTS), generator=generators(2))
-            torch.testing.assert_close(both, torch.cat(own), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(both, own[::2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ALL)

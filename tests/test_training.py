@@ -275,6 +275,15 @@ def test_two_processes_resume_exactly_and_from_one(two, strategy, pairs, tmp_pat
     assert difference(own, content["state_dict"]) == 0
 
 
+def test_two_processes_share_buckets_and_a_cache(two):
+    """17 rows, in buckets of 6 and 11, in batches of 3 a process: one row comes twice an epoch."""
+    shared, counts, rest_is_the_same = two[0]["ddp buckets"]
+    assert shared
+    assert counts == [[18, 17]] * 3
+    assert rest_is_the_same
+    assert list((two[1] / "cache").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_signal_to_one_process_stops_and_saves_both(two, strategy):
     found, out = two

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pandas as pd
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
@@ -157,6 +158,53 @@ def stop(pairs, out, strategy, report):
         report("stopped", str(end))
 
 
+class Rows(pl.Callback):
+    """Notes the steps and rows of every batch, of both processes; saves in mid-epoch."""
+
+    def __init__(self, half):
+        self.half = half
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        both = [None, None]
+        mine = (batch["num_inference_steps"], batch["row"])
+        torch.distributed.all_gather_object(both, mine)
+        self.seen.append(both)
+        if trainer.global_step == 4:
+            trainer.save_checkpoint(self.half)
+
+
+def epochs(pairs, out, ckpt_path=None):
+    """Train three epochs of a table with two step counts, encoded ahead; return the batches."""
+    torch.manual_seed(0)
+    module = DirectDistill(
+        "tiny-digits", torch_dtype="float32", lora=LORA, checkpointing="none", freeze=UNUSED
+    )
+    options = {"base_path": str(Path(pairs) / "train"), "cache_dir": f"{out}/cache"}
+    data = DistillDataModule(f"{out}/mixed.csv", batch_size=3, **options)
+    rows = Rows(f"{out}/half.ckpt")
+    options = QUIET | {"enable_checkpointing": False, "callbacks": [rows]}
+    trainer = pl.Trainer(strategy="ddp", devices=2, max_epochs=3, **options)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return rows.seen
+
+
+def buckets(pairs, out, report):
+    """Both processes draw from one bucket at every step, and miss no row, also after a resume."""
+    rows = pd.read_csv(Path(pairs) / "train/metadata.csv").iloc[:17]
+    rows["num_inference_steps"] = [2 if index % 3 else 3 for index in range(len(rows))]
+    if "LOCAL_RANK" not in os.environ:
+        rows.to_csv(f"{out}/mixed.csv", index=False)
+    seen = epochs(pairs, out)
+    shared = all(one[0] == two[0] and len(one[1]) == len(two[1]) for one, two in seen)
+    counts = []  # of rows, in each epoch
+    for epoch in range(3):
+        part = seen[epoch * len(seen) // 3 : (epoch + 1) * len(seen) // 3]
+        drawn = [row for both in part for _, batch in both for row in batch]
+        counts.append([len(drawn), len(set(drawn))])
+    report("buckets", shared, counts, epochs(pairs, out, f"{out}/half.ckpt") == seen[4:])
+
+
 def main(pairs, out, *strategies):
     expected = {}
     if "LOCAL_RANK" not in os.environ:  # before Lightning makes this process the first of two
@@ -173,6 +221,8 @@ def main(pairs, out, *strategies):
             if first:
                 report(case, *map(difference, found, expected[case]))
         resume(pairs, out, strategy, report)
+        if strategy == "ddp":
+            buckets(pairs, out, report)
         stop(pairs, out, strategy, report)
 
 
