@@ -434,7 +434,10 @@ class DirectDistill(pl.LightningModule):
         if size not in self._codecs:
             call = self._call(split_batch(batch, 1)[0])
             del call["generator"]
-            self._codecs[size] = LatentCodec(self.pipe, **call)
+            try:
+                self._codecs[size] = LatentCodec(self.pipe, **call)
+            except ValueError as error:
+                raise ValueError(f"row {batch['row'][0]}: {error}") from error
         return self._codecs[size]
 
     @torch.no_grad()
