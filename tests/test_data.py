@@ -1,6 +1,8 @@
 import numpy as np
+import pytest
+from PIL import Image
 
-from lit_distill import DistillDataModule
+from lit_distill import DirectDistill, DistillDataModule
 from lit_distill.data import BucketBatchSampler
 
 HEADER = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
