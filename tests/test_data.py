@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
+from conftest import HEADER
 from PIL import Image
 
 from lit_distill import DirectDistill, DistillDataModule
 from lit_distill.data import BucketBatchSampler
-
-HEADER = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
 
 
 def sampler(rank=0, world_size=1, **options):
