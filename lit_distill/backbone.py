@@ -189,9 +189,11 @@ class Backbone:
 
         Raises:
             PreflightError: If a check fails that no setting avoids.
+            ValueError: If the pipeline does not draw the size of an image.
         """
         report = self.preflight(trainer, **self._example(data))
         report.raise_failures()
+        self.check_sizes(data)
         for finding in report.findings:
             if finding.verdict == "avoidable":
                 rank_zero_warn(
@@ -203,6 +205,17 @@ class Backbone:
         for name, value in report.settings.items():
             known = self.settings[name]
             self.settings[name] = known + value if isinstance(value, list) else value
+
+    def check_sizes(self, data: DistillDataModule) -> None:
+        """Learn the codec of every size of image targets: bad sizes are refused before training.
+
+        Raises:
+            ValueError: Naming a row of a size that the pipeline does not draw.
+        """
+        for each in (data.train_set, data.val_set):
+            for record in [] if each is None else each.image_sizes():
+                opened = record | {"call": open_pictures(record["call"])} | NO_TARGET
+                self.codec(collate([opened]))
 
     def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
         """Return what preflight sees, on the trainer's device and in its precision."""
@@ -312,8 +325,11 @@ class Backbone:
         if size not in self._codecs:
             call = self.call(split_batch(batch, 1)[0])
             del call["generator"]
-            with self.own_dtype():
-                self._codecs[size] = LatentCodec(self.pipe, **call)
+            try:
+                with self.own_dtype():
+                    self._codecs[size] = LatentCodec(self.pipe, **call)
+            except ValueError as error:
+                raise ValueError(f"row {batch['row'][0]}: {error}") from error
         return self._codecs[size]
 
     def online_target(self, batch: Batch) -> Tensor:

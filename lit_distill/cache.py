@@ -183,19 +183,6 @@ def _unpacked(structure: Any, tensors: Any) -> Any:  # noqa: ANN401
     return entries if content == "dict" else _class(content)(**entries)
 
 
-def file_facts(path: str) -> tuple[Any, ...]:
-    """Return what tells that a file, a local one or any fsspec URL, is still the same."""
-    if "://" in path:
-        from fsspec.core import url_to_fs
-
-        system, inner = url_to_fs(path)
-        info = system.info(inner)
-        changed = next(info[k] for k in ("ETag", "mtime", "LastModified", "created") if k in info)
-        return path, info["size"], str(changed)
-    status = os.stat(path)  # noqa: PTH116 - a Path object a row is what costs here
-    return path, status.st_size, status.st_mtime_ns
-
-
 def weights_facts(module: torch.nn.Module) -> list[Any]:
     """Return what tells one set of weights from another: names, shapes, types, a few values."""
     facts: list[Any] = [type(module).__name__]

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from lit_distill.columns import note
 from lit_distill.data import LATENTS_KEY
-from lit_distill.metadata import note, parse_metadata
+from lit_distill.metadata import parse_metadata
 from lit_distill.pictures import Picture, read_picture
 from lit_distill.storage import THREADS, opened
 from lit_distill.tables import Problems

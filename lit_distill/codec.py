@@ -51,6 +51,19 @@ class LatentCodec:
         with torch.no_grad():
             self._learn(tail)
         self.latent_shape = tail.latent_shape
+        self._check_sides(call_kwargs.get("height"), call_kwargs.get("width"))
+
+    def _check_sides(self, height: int | None, width: int | None) -> None:
+        """Refuse a size that the pipeline would cut or round: the target would be another image."""
+        if height is None or width is None:
+            return
+        rows, columns = self.z_shape[-2:]
+        if height % rows or width % columns or height // rows != width // columns:
+            raise ValueError(
+                f"{type(self.pipe).__name__} can't draw {height}x{width} pixels (height x width): "
+                f"its latents are {rows}x{columns} then; both sides must be multiples of what the "
+                "pipeline needs"
+            )
 
     @property
     def vae(self) -> Any:  # noqa: ANN401

@@ -102,6 +102,16 @@ class PairDataset(Dataset[dict[str, Any]]):
         """Return one row as it is in the table: files are paths."""
         return {name: column[index] for name, column in self.columns.items()}
 
+    def image_sizes(self) -> list[dict[str, Any]]:
+        """Return a row of every size among those whose target is an image."""
+        names = ("image", "latents", "height", "width")
+        rows = zip(*(self.columns[name].tolist() for name in names), strict=True)
+        first: dict[tuple[int, int], int] = {}
+        for index, (image, latents, height, width) in enumerate(rows):
+            if image and not latents:
+                first.setdefault((height, width), index)
+        return [self.record(index) for index in first.values()]
+
     def buckets(self) -> list[np.ndarray]:
         """Return the indices of rows that may share a batch, one array a bucket."""
         keys = ["height", "width", "num_inference_steps", "cfg_scale", "rand_device", "call_key"]

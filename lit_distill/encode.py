@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from lit_distill.cache import EncodingStore, file_facts, weights_facts
+from lit_distill.cache import EncodingStore, weights_facts
 from lit_distill.codec import has_frames, vae_encode
 from lit_distill.data import NO_TARGET, Batch, PairDataset, collate, open_pictures
 from lit_distill.families import denoisers
 from lit_distill.joining import Example, Joiner, Mixed, UnjoinableError, extent, unlike
 from lit_distill.pictures import Picture, read_image
 from lit_distill.rollout import run
+from lit_distill.storage import file_facts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -27,7 +25,7 @@ from lit_distill.adapters import (
 from lit_distill.card import model_card, student_facts
 from lit_distill.checkpoints import read_checkpoint
 from lit_distill.data import collate_calls, open_pictures
-from lit_distill.families import DTYPES, denoisers, load_pipeline
+from lit_distill.families import DTYPES, denoisers, load_pipeline, silent_diffusers
 from lit_distill.layouts import layout_of
 from lit_distill.lora import METADATA_KEY, LoRA, add_loras, differences, read_lora, to_state
 from lit_distill.pictures import Picture
@@ -312,7 +310,7 @@ class _Export:
 
     def _diffusers(self, pipe: DiffusionPipeline, lora: LoRA) -> None:
         """Reader: diffusers' load_lora_weights."""
-        with _silent_diffusers():  # it remarks on text encoders that have no LoRA
+        with silent_diffusers():  # it remarks on text encoders that have no LoRA
             for index, component in enumerate(lora):
                 path = self._lora_path(component, pipe)
                 place = {f"load_into_{component}": True} if index else {}
@@ -366,18 +364,6 @@ def _conditions(row: dict[str, Any]) -> dict[str, Any]:
     """Return the call arguments that a row brings: pictures and texts, or a number."""
     pictures = {name: Picture(path) for name, path in row.get("pictures", {}).items()}
     return collate_calls([open_pictures(row.get("call", {}) | pictures)])
-
-
-@contextmanager
-def _silent_diffusers() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _reader_name(reader: Any) -> str:  # noqa: ANN401

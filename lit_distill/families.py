@@ -193,3 +193,16 @@ def _set_guider(guider: Any, cfg_scale: float) -> Any:  # noqa: ANN401
     original = getattr(guider, "use_original_formulation", False)
     fresh.guidance_scale = cfg_scale - 1 if original else cfg_scale
     return fresh
+
+
+@contextmanager
+def silent_diffusers() -> Iterator[None]:
+    """Keep diffusers from logging warnings."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

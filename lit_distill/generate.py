@@ -28,8 +28,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from torch.utils.data import DataLoader
 
+from lit_distill.columns import call_key
 from lit_distill.data import LATENTS_KEY
-from lit_distill.metadata import call_key
 from lit_distill.pictures import Picture, image_size
 from lit_distill.prompts import Pair
 from lit_distill.storage import exist, is_url, opened

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from lit_distill.metadata import Columns, read_calls
+from lit_distill.columns import Columns, read_calls
 from lit_distill.storage import parent
 from lit_distill.tables import Problems, read_table
 

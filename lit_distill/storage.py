@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 THREADS = 16
 """Files that are waited for at the same time: enough for an object store, harmless on a disk."""
@@ -83,3 +83,16 @@ def _names(folder: str) -> set[str]:
         return {str(name).rpartition("/")[2] for name in system.ls(path, detail=False)}
     except (FileNotFoundError, NotADirectoryError):
         return set()
+
+
+def file_facts(path: str) -> tuple[Any, ...]:
+    """Return what tells that a file, a local one or any fsspec URL, is still the same."""
+    if is_url(path):
+        import fsspec
+
+        system, inner = fsspec.url_to_fs(path)
+        info = system.info(inner)
+        changed = next(info[k] for k in ("ETag", "mtime", "LastModified", "created") if k in info)
+        return path, info["size"], str(changed)
+    status = os.stat(path)  # noqa: PTH116 - a Path object a row is what costs here
+    return path, status.st_size, status.st_mtime_ns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from lit_distill.adapters import base_pipeline
 from lit_distill.cache import weights_facts
 from lit_distill.data import collate_calls, open_pictures
 from lit_distill.encode import fingerprint
-from lit_distill.families import denoisers
+from lit_distill.families import denoisers, silent_diffusers
 from lit_distill.prompts import Pair, Size
 from lit_distill.rollout import draw, replaced_forward
 
@@ -99,10 +99,12 @@ class Teacher:
             flow = "FlowMatch" in type(pipe.scheduler).__name__
             # Those that serve both kinds of models take this one for the other kind.
             told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            taken = inspect.signature(cls).parameters
-            takes = flow and "use_flow_sigmas" in taken
-            config = {k: v for k, v in pipe.scheduler.config.items() if k in taken}
-            pipe.scheduler = cls.from_config(config | (told if takes else {}))
+            takes = flow and "use_flow_sigmas" in inspect.signature(cls).parameters
+            # All settings go along, for pipelines read some (base_shift) that the class does not;
+            # it warns about those.
+            with silent_diffusers():
+                own = pipe.scheduler.config
+                pipe.scheduler = cls.from_config(own, **(told if takes else {}))
         return pipe
 
     def draw(self, pipe: DiffusionPipeline, pairs: Sequence[Pair]) -> tuple[Tensor, list[Any]]:
@@ -115,16 +117,17 @@ class Teacher:
             ValueError: If the pipeline draws another size than it was asked for.
         """
         size = self.size(pairs[0])
-        latents, images = draw(
-            pipe,
-            num_inference_steps=self.num_inference_steps,
-            cfg_scale=self.cfg_scale,
-            generator=[torch.Generator(self.rand_device).manual_seed(p.seed) for p in pairs],
-            prompt=[pair.prompt for pair in pairs],
-            **({} if size is None else {"height": size[0], "width": size[1]}),
-            **self.call_kwargs,
-            **collate_calls([open_pictures(pair.call) for pair in pairs]),
-        )
+        with nullcontext() if self.scheduler is None else silent_diffusers():  # see load
+            latents, images = draw(
+                pipe,
+                num_inference_steps=self.num_inference_steps,
+                cfg_scale=self.cfg_scale,
+                generator=[torch.Generator(self.rand_device).manual_seed(p.seed) for p in pairs],
+                prompt=[pair.prompt for pair in pairs],
+                **({} if size is None else {"height": size[0], "width": size[1]}),
+                **self.call_kwargs,
+                **collate_calls([open_pictures(pair.call) for pair in pairs]),
+            )
         width, height = (images[0][0] if isinstance(images[0], list) else images[0]).size
         if size is not None and (height, width) != size:
             raise ValueError(

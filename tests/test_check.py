@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from lit_distill import DirectDistill, load_pipeline
 from lit_distill.check import check_data
 from lit_distill.cli import main
-from lit_distill.metadata import MetadataError, read_metadata
+from lit_distill.metadata import read_metadata
 from lit_distill.pairing import check_pairing
+from lit_distill.tables import MetadataError
 
 QUIET = ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
 CPU = torch.device("cpu")

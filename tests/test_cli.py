@@ -35,7 +35,7 @@ def test_help_lists_the_commands_soon():
     started = time.monotonic()
     found = run("--help")
     assert time.monotonic() - started < 20  # about 5 s where nothing else runs
-    for command in ("fit", "validate", "test", "predict", "generate", "export", "plot"):
+    for command in ("fit", "validate", "test", "predict", "generate", "check", "export", "plot"):
         assert f"    {command}" in found.stdout
 
 

@@ -1,9 +1,10 @@
 import numpy as np
+import pytest
+from conftest import HEADER
+from PIL import Image
 
-from lit_distill import DistillDataModule
+from lit_distill import DirectDistill, DistillDataModule
 from lit_distill.data import BucketBatchSampler
-
-HEADER = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
 
 
 def sampler(rank=0, world_size=1, **options):
@@ -70,3 +71,15 @@ def test_call_columns_are_pictures_numbers_or_texts(write):
     assert [picture.size for picture in call["image"]] == [(48, 32)] * 2
     assert call["strength"] == 0.5
     assert sorted(call["prompt_2"]) == ["ink", "oil"]
+
+
+def test_an_image_of_a_size_that_the_pipeline_would_round_is_named(write, tmp_path):
+    Image.new("RGB", (33, 33)).save(tmp_path / "c.png")
+    data = DistillDataModule(str(write("a.png,x,1,cpu,4,1", "c.png,y,2,cpu,4,1")))
+    data.setup("fit")
+    batches = {batch["row"][0]: batch for batch in data.train_dataloader()}
+    model = DirectDistill("tiny-digits", torch_dtype="float32", lora={"r": 4})
+    model.configure_model()
+    assert model.teacher_target(batches[2]).shape == (1, 16, 16)
+    with pytest.raises(ValueError, match=r"row 3: QwenImagePipeline can't draw 33x33 pixels"):
+        model.teacher_target(batches[3])

@@ -129,6 +129,7 @@ def test_two_processes_write_what_one_does(tmp_path):
     assert found.returncode == 0, found.stderr
     assert "Drew 10 images" in found.stderr
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    assert len(read_metadata(tmp_path / "two/metadata.csv")) == 10
 
 
 def test_generate_refuses_a_folder_of_other_pairs(pairs):

@@ -10,8 +10,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lit_distill import DistillDataModule
-from lit_distill.metadata import MetadataError, hold_out, read_metadata
+from lit_distill.metadata import hold_out, read_metadata
 from lit_distill.pictures import read_image
+from lit_distill.tables import MetadataError
 
 GOOD = "a.png,x,1,cpu,4,1"
 

@@ -318,3 +318,16 @@ def test_rows_are_drawn_one_by_one_where_batches_are_not_masked(monkeypatch):
 def test_patterns_that_fit_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         module(**options).configure_model()
+
+
+def test_a_size_that_the_pipeline_does_not_draw_is_refused_before_training(tmp_path):
+    header = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
+    rows = []
+    for index, side in enumerate((32, 40, 36)):
+        Image.new("RGB", (side, 32), "red").save(tmp_path / f"{index}.png")
+        rows.append(f"{index}.png,a red seven,{index},cpu,4,1")
+    (tmp_path / "metadata.csv").write_text("\n".join([header, *rows]) + "\n")
+    trainer = pl.Trainer(max_steps=1, enable_checkpointing=False, **QUIET)
+    with pytest.raises(ValueError, match=r"row 4: .*36"):
+        trainer.fit(module(), datamodule=DistillDataModule(str(tmp_path / "metadata.csv")))
+    assert trainer.global_step == 0
