@@ -1,4 +1,6 @@
+import os
 import warnings
+from functools import partial
 
 import lightning.pytorch as pl
 import pandas as pd
@@ -6,12 +8,14 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 import lit_distill.encode
-from lit_distill import DirectDistill, DistillDataModule
+from lit_distill import DirectDistill, DistillDataModule, load_pipeline
 from lit_distill.cache import EncodingStore
+from lit_distill.encode import EncodeOnce, encoded_image
 from lit_distill.families import denoisers
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -155,3 +159,28 @@ def test_training_with_and_without_the_cache_is_the_same_to_the_last_bit(
     again, again_metrics = fit(table, tmp_path)
     assert again.values == plain.values
     assert again_metrics == plain_metrics
+
+
+def test_nothing_stale_is_found_again(tmp_path):
+    """Other weights of an encoder, other arguments and a changed file have other keys."""
+
+    def once(change=None):
+        pipe = load_pipeline("tiny-digits")
+        if change is not None:
+            with torch.no_grad():
+                next(getattr(pipe, change).parameters()).flatten()[0] += 1
+        return EncodeOnce(pipe, EncodingStore(tmp_path / "cache"))
+
+    keys = {once().key("a"), once("text_encoder").key("a"), once("vae").key("a"), once().key("b")}
+    assert len(keys) == 4
+    assert once("transformer").key("a") == once().key("a")  # encodes nothing
+    image = tmp_path / "a.png"
+    Image.new("RGB", (32, 32), "red").save(image)
+    cached = once()
+    cached.image_latents(str(image))
+    encoded = partial(encoded_image, cached.store, cached.identity)
+    assert encoded(str(image)).shape == (4, 1, 8, 8)
+    Image.new("RGB", (32, 32), "blue").save(image)
+    os.utime(image, ns=(0, 0))
+    with pytest.raises(ValueError, match=r"a\.png has changed since training began"):
+        encoded(str(image))
