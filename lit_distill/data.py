@@ -98,6 +98,11 @@ class PairDataset(Dataset[dict[str, Any]]):
         targets = {"image": image, "encoded": encoded, "latents": latents}
         return row | targets | {"call": open_pictures(row["call"])}
 
+    @property
+    def prompts(self) -> Any:  # noqa: ANN401
+        """All rows' prompts, an array."""
+        return self.columns["prompt"]
+
     def record(self, index: int) -> dict[str, Any]:
         """Return one row as it is in the table: files are paths."""
         return {name: column[index] for name, column in self.columns.items()}

@@ -196,8 +196,10 @@ def encode_ahead(
     barrier()
     once.store.reload()
     # Every process learns how prompts of different length are put together.
-    rows = [dataset.record(index) for dataset in datasets for index in range(len(dataset))]
-    ends = [choose(rows, key=lambda row: len(row["prompt"])) for choose in (min, max)]
+    lengths = [
+        (len(text), n, i) for n, d in enumerate(datasets) for i, text in enumerate(d.prompts)
+    ]
+    ends = [datasets[n].record(index) for _, n, index in (min(lengths), max(lengths))]
     if ends[0]["call_key"] == ends[1]["call_key"]:
         with suppress(UnjoinableError):  # which preflight is going to find
             _rehearse(once, ends, call, scales)
