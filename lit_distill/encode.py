@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
+from lit_distill.batches import NO_TARGET, Batch, collate, open_pictures
 from lit_distill.cache import EncodingStore, weights_facts
 from lit_distill.codec import has_frames, vae_encode
-from lit_distill.data import NO_TARGET, Batch, PairDataset, collate, open_pictures
+from lit_distill.data import PairDataset
 from lit_distill.families import denoisers
 from lit_distill.joining import Example, Joiner, Mixed, UnjoinableError, extent, unlike
 from lit_distill.pictures import Picture, read_image

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lit_distill import DirectDistill, DistillDataModule
-from lit_distill.data import collate
+from lit_distill.batches import collate
 from lit_distill.ema import EMA
 from lit_distill.schedule import WarmupCosine
 from lit_distill.sharding import whole
