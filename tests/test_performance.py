@@ -12,6 +12,7 @@ from pipelines import build
 
 from lit_distill import DirectDistill, DistillDataModule, rollout
 from lit_distill.adapters import make_trainable
+from lit_distill.cli import build_cli, main
 from lit_distill.families import denoisers, use_attention
 from lit_distill.quantization import quantization_config
 
@@ -207,3 +208,20 @@ def test_a_missing_quantiser_is_named_with_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ImportError, match=r"torchao needs .* pip install 'lit-distill\[quant\]'"):
         quantization_config(INT8, "tiny-digits")
+
+
+def test_how_a_machine_computes_is_not_taken_from_a_checkpoint(pairs, tmp_path, backend_restored):
+    data = ["--data.val_metadata_path", str(pairs / "heldout/metadata.csv")]
+    train = ["--config", str(ROOT / "configs/tiny_lora.yaml"), "--trainer.max_steps", "1"]
+    train += ["--data.metadata_path", str(pairs / "train/metadata.csv")]
+    train += ["--trainer.default_root_dir", str(tmp_path), "--model.lora.r", "3"]
+    main(["fit", *train, *data, "--model.attention_backend", "_native_math"])
+    test = ["validate", "--ckpt_path", str(next(tmp_path.rglob("last.ckpt"))), *data]
+    test += ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    with pytest.warns(UserWarning, match="model.attention_backend=None differs from the check"):
+        found = build_cli(test).model.hparams
+    assert found["lora"]["r"] == 3  # a trait of the student
+    assert found["attention_backend"] is None
+    with pytest.warns(UserWarning, match="model.attention_backend='native' differs"):
+        found = build_cli([*test, "--model.attention_backend", "native"]).model.hparams
+    assert found["attention_backend"] == "native"
