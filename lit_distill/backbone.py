@@ -22,16 +22,10 @@ from lit_distill.adapters import (
     put_lora,
     set_training_mode,
 )
+from lit_distill.batches import NO_TARGET, Batch, collate, open_pictures, split_batch
 from lit_distill.cache import EncodingStore
 from lit_distill.codec import LatentCodec
-from lit_distill.data import (
-    NO_TARGET,
-    Batch,
-    DistillDataModule,
-    collate,
-    open_pictures,
-    split_batch,
-)
+from lit_distill.data import DistillDataModule
 from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
 from lit_distill.families import DTYPES, denoisers, load_pipeline, use_attention
 from lit_distill.joining import UnjoinableError

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lit_distill.data import Batch
+from lit_distill.batches import Batch
 from lit_distill.evaluation import Draws
 from lit_distill.export import ExportFormat, export_student
 from lit_distill.module import DirectDistill

@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypedDict
+from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
-import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lit_distill.batches import Batch, open_pictures
+from lit_distill.buckets import BucketBatchSampler, PairLoader, PlannedBatches
 from lit_distill.metadata import hold_out, read_metadata
-from lit_distill.pictures import Picture, read_image, read_picture
+from lit_distill.pictures import read_image
 from lit_distill.storage import opened
 
 LATENTS_KEY = "latents"
 """Name of the tensor in a file of the ``latents`` column."""
-
-
-NO_TARGET: dict[str, Any] = {"image": None, "encoded": None, "latents": None}
-
-
-class Batch(TypedDict):
-    """What `DistillDataModule` yields: B rows that share everything but prompt, seed and target.
-
-    Attributes:
-        prompt: B texts.
-        seed: B seeds of the start noise.
-        rand_device: Device whose generator draws the noise.
-        num_inference_steps: The student's.
-        cfg_scale: The student's, 1 = off.
-        size: (height, width) in pixels; None: the pipeline's own default.
-        call: Further arguments of the pipeline's call: B pictures or texts, or a number for all.
-        image: The teacher's images, (B, 3, height, width), range [0, 1], or None.
-        encoded: What the VAE made of the images, (B, C, h, w) or (B, C, 1, h, w), in their place
-            where they were encoded before training; or None.
-        latents: The teacher's exact final latents, (B, ...), or None.
-        row: B row numbers as a spreadsheet shows them, the header being row 1.
-    """
-
-    prompt: list[str]
-    seed: list[int]
-    rand_device: str
-    num_inference_steps: int
-    cfg_scale: float
-    size: tuple[int, int] | None
-    call: dict[str, Any]
-    image: Tensor | None
-    encoded: Tensor | None
-    latents: Tensor | None
-    row: list[int]
 
 
 class PairDataset(Dataset[dict[str, Any]]):
@@ -98,6 +64,11 @@ class PairDataset(Dataset[dict[str, Any]]):
         targets = {"image": image, "encoded": encoded, "latents": latents}
         return row | targets | {"call": open_pictures(row["call"])}
 
+    @property
+    def prompts(self) -> Any:  # noqa: ANN401
+        """All rows' prompts, an array."""
+        return self.columns["prompt"]
+
     def record(self, index: int) -> dict[str, Any]:
         """Return one row as it is in the table: files are paths."""
         return {name: column[index] for name, column in self.columns.items()}
@@ -118,185 +89,6 @@ class PairDataset(Dataset[dict[str, Any]]):
         kind = np.where(self.table["latents"] != "", 2, np.where(self.table["image"] != "", 1, 0))
         groups = self.table.assign(kind=kind).groupby([*keys, "kind"], sort=True)
         return [np.sort(index) for index in groups.indices.values()]
-
-
-def collate(rows: list[dict[str, Any]]) -> Batch:
-    """Make a batch of rows of one bucket."""
-    first = rows[0]
-
-    def stacked(name: str) -> Tensor | None:
-        return None if first[name] is None else torch.stack([row[name] for row in rows])
-
-    size = (int(first["height"]), int(first["width"]))
-    return {
-        "prompt": [str(row["prompt"]) for row in rows],
-        "seed": [int(row["seed"]) for row in rows],
-        "rand_device": str(first["rand_device"]),
-        "num_inference_steps": int(first["num_inference_steps"]),
-        "cfg_scale": float(first["cfg_scale"]),
-        "size": None if size == (0, 0) else size,
-        "call": collate_calls([row["call"] for row in rows]),
-        "image": stacked("image"),
-        "encoded": stacked("encoded"),
-        "latents": stacked("latents"),
-        "row": [int(row["row"]) for row in rows],
-    }
-
-
-def open_pictures(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a row's call arguments with pictures in place of their paths."""
-    return {k: read_picture(v) if isinstance(v, Picture) else v for k, v in call.items()}
-
-
-def collate_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the call arguments of a batch: a number common to all, or a list of all else."""
-    return {
-        name: value if isinstance(value, int | float) else [call[name] for call in calls]
-        for name, value in calls[0].items()
-    }
-
-
-def split_batch(batch: Batch, size: int | None) -> list[Batch]:
-    """Return the batch in parts of at most `size` rows; None: in one part."""
-    rows = len(batch["row"])
-    if size is None or size >= rows:
-        return [batch]
-
-    def part(value: Any, start: int) -> Any:  # noqa: ANN401
-        if isinstance(value, dict):
-            return {name: part(entry, start) for name, entry in value.items()}
-        # The size is a tuple; what is one for each row is a list or a tensor.
-        return value[start : start + size] if isinstance(value, list | Tensor) else value
-
-    return [part(batch, start) for start in range(0, rows, size)]
-
-
-class BucketBatchSampler:
-    """Plans an epoch's batches, each from one bucket: a pure function of (seed, epoch).
-
-    All ranks draw from the same bucket at the same step. With several ranks the last batch of a
-    bucket is filled up with rows from its beginning, so that every rank has work at every step.
-
-    Args:
-        buckets: Indices that may share a batch, one array a bucket.
-        batch_size: Rows a batch and rank, >= 1.
-        shuffle: Whether rows and batches come in a new order each epoch.
-        seed: Seed of that order.
-        repeat: How often an epoch passes over every row.
-        drop_last: Whether batches that a bucket's last rows don't fill are left out.
-        rank: This process.
-        world_size: Number of processes.
-    """
-
-    def __init__(
-        self,
-        buckets: list[np.ndarray],
-        *,
-        batch_size: int,
-        shuffle: bool,
-        seed: int = 0,
-        repeat: int = 1,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.buckets = buckets
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.repeat = repeat
-        self.drop_last = drop_last
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.position = 0
-
-    def plan(self) -> list[list[int]]:
-        """Return this rank's batches of the current epoch."""
-        rng = np.random.default_rng([self.seed, self.epoch])
-        chunks = []
-        size = self.batch_size * self.world_size
-        for bucket in self.buckets:
-            order = [
-                rng.permutation(bucket) if self.shuffle else bucket for _ in range(self.repeat)
-            ]
-            rows = np.concatenate(order)
-            if self.drop_last:
-                rows = rows[: len(rows) // size * size]
-            missing = -len(rows) % self.world_size
-            rows = np.concatenate([rows, np.resize(rows, missing)])
-            chunks += [rows[start : start + size] for start in range(0, len(rows), size)]
-        if self.shuffle:
-            chunks = [chunks[index] for index in rng.permutation(len(chunks))]
-        return [chunk[self.rank :: self.world_size].tolist() for chunk in chunks]
-
-    def __len__(self) -> int:
-        size = self.batch_size * self.world_size
-        rows = [len(bucket) * self.repeat for bucket in self.buckets]
-        return sum(count // size if self.drop_last else -(-count // size) for count in rows)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        yield from self.plan()[self.position :]
-
-
-class PairLoader(DataLoader[dict[str, Any]]):
-    """A `DataLoader` over pairs that knows where it is and can go on from there.
-
-    Lightning keeps its state in the checkpoint and gives it back on resume. Epochs are counted
-    here: Lightning's own count runs ahead when training stops in the middle of one.
-    """
-
-    batch_sampler: BucketBatchSampler
-
-    def __init__(self, dataset: PairDataset, batches: BucketBatchSampler, num_workers: int) -> None:
-        super().__init__(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the rest of the epoch, or the next one; held-out rows always from the first."""
-        batches = self.batch_sampler
-        if not batches.shuffle:
-            batches.position = 0
-        elif batches.position >= len(batches):
-            batches.epoch, batches.position = batches.epoch + 1, 0
-        for batch in super().__iter__():
-            batches.position += 1
-            yield batch
-
-    def _order(self) -> dict[str, int]:
-        """Return what the order of rows depends on, beside the epoch."""
-        batches = self.batch_sampler
-        rows = sum(len(bucket) for bucket in batches.buckets)
-        step = batches.batch_size * batches.world_size
-        return {"seed": batches.seed, "repeat": batches.repeat, "rows": rows, "rows_a_batch": step}
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch, the number of batches of it that were handed out, and the order."""
-        batches = self.batch_sampler
-        return {"epoch": batches.epoch, "position": batches.position, **self._order()}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken.
-
-        With as many rows a batch over all processes, the rest of the epoch is the same, however
-        many processes there are; else it goes on after as many rows as were seen.
-        """
-        order = self._order()
-        for name, value in order.items():
-            if state[name] != value:
-                rank_zero_warn(
-                    f"data: {name}={value} differs from the checkpoint's {state[name]}; the rest "
-                    "of this epoch may repeat or miss rows"
-                )
-        seen = state["position"] * state["rows_a_batch"]
-        self.batch_sampler.epoch = state["epoch"]
-        self.batch_sampler.position = seen // order["rows_a_batch"]
 
 
 class DistillDataModule(pl.LightningDataModule):
@@ -444,18 +236,4 @@ class DistillDataModule(pl.LightningDataModule):
         """Return a loader of the held-out rows, a plain one: Lightning rebuilds it to predict."""
         assert self.val_set is not None, "call setup('predict') first"
         plan = self._loader(self.val_set, train=False).batch_sampler.plan()
-        return DataLoader(_PlannedBatches(self.val_set, plan), batch_size=None)
-
-
-class _PlannedBatches(Dataset[Batch]):
-    """Whole batches as items."""
-
-    def __init__(self, dataset: PairDataset, plan: list[list[int]]) -> None:
-        self.dataset = dataset
-        self.plan = plan
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, index: int) -> Batch:
-        return collate([self.dataset[row] for row in self.plan[index]])
+        return DataLoader(PlannedBatches(self.val_set, plan), batch_size=None)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
+from lit_distill.batches import NO_TARGET, Batch, collate, open_pictures
 from lit_distill.cache import EncodingStore, weights_facts
 from lit_distill.codec import has_frames, vae_encode
-from lit_distill.data import NO_TARGET, Batch, PairDataset, collate, open_pictures
+from lit_distill.data import PairDataset
 from lit_distill.families import denoisers
 from lit_distill.joining import Example, Joiner, Mixed, UnjoinableError, extent, unlike
 from lit_distill.pictures import Picture, read_image
@@ -196,8 +197,10 @@ def encode_ahead(
     barrier()
     once.store.reload()
     # Every process learns how prompts of different length are put together.
-    rows = [dataset.record(index) for dataset in datasets for index in range(len(dataset))]
-    ends = [choose(rows, key=lambda row: len(row["prompt"])) for choose in (min, max)]
+    lengths = [
+        (len(text), n, i) for n, d in enumerate(datasets) for i, text in enumerate(d.prompts)
+    ]
+    ends = [datasets[n].record(index) for _, n, index in (min(lengths), max(lengths))]
     if ends[0]["call_key"] == ends[1]["call_key"]:
         with suppress(UnjoinableError):  # which preflight is going to find
             _rehearse(once, ends, call, scales)

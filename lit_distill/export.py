@@ -22,9 +22,9 @@ from lit_distill.adapters import (
     put_lora,
     take_lora,
 )
+from lit_distill.batches import collate_calls, open_pictures
 from lit_distill.card import model_card, student_facts
 from lit_distill.checkpoints import read_checkpoint
-from lit_distill.data import collate_calls, open_pictures
 from lit_distill.families import DTYPES, denoisers, load_pipeline, silent_diffusers
 from lit_distill.layouts import layout_of
 from lit_distill.lora import METADATA_KEY, LoRA, add_loras, differences, read_lora, to_state

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_distill.data import Batch
+from lit_distill.batches import Batch
 from lit_distill.evaluation import Draws, Evaluation
 from lit_distill.metrics import latent_mse
 

@@ -17,10 +17,11 @@ from torchmetrics import Metric
 
 import lit_distill
 from lit_distill.backbone import Backbone
+from lit_distill.batches import Batch
 from lit_distill.card import training_facts
 from lit_distill.checkpoints import AtomicCheckpointIO, check_state
 from lit_distill.codec import LatentCodec
-from lit_distill.data import Batch, DistillDataModule
+from lit_distill.data import DistillDataModule
 from lit_distill.families import DTYPES, denoisers
 from lit_distill.heldout import HeldOut
 from lit_distill.losses import DistillLoss, LatentMSE

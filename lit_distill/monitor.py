@@ -13,7 +13,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_distill.data import Batch
+from lit_distill.batches import Batch
 from lit_distill.module import DirectDistill
 
 

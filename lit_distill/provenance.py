@@ -14,7 +14,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lit_distill.data import Batch, DistillDataModule, split_batch
+from lit_distill.batches import Batch, split_batch
+from lit_distill.data import DistillDataModule
 from lit_distill.families import guidance
 from lit_distill.generate import read_provenance
 from lit_distill.module import DirectDistill

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
+from lit_distill.batches import NO_TARGET, Batch
 from lit_distill.callbacks import to_pil
-from lit_distill.data import NO_TARGET, Batch
 from lit_distill.evaluation import Draws
 from lit_distill.metrics import latent_mse
 from lit_distill.module import DirectDistill

@@ -19,10 +19,10 @@ from lit_distill.adapters import (
     make_trainable,
     put_lora,
 )
+from lit_distill.batches import Batch, collate_calls, open_pictures
 from lit_distill.card import student_facts
 from lit_distill.checkpoints import STATE_PREFIX, check_state, read_checkpoint
 from lit_distill.columns import call_key
-from lit_distill.data import Batch, collate_calls, open_pictures
 from lit_distill.families import denoisers, guidance, load_pipeline
 from lit_distill.lora import METADATA_KEY, load_tensors, read_lora
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lit_distill.adapters import base_pipeline
+from lit_distill.batches import collate_calls, open_pictures
 from lit_distill.cache import weights_facts
-from lit_distill.data import collate_calls, open_pictures
 from lit_distill.encode import fingerprint
 from lit_distill.families import denoisers, silent_diffusers
 from lit_distill.prompts import Pair, Size

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_distill.data import Batch
+from lit_distill.batches import Batch
 from lit_distill.evaluation import Draws
 from lit_distill.families import load_pipeline
 from lit_distill.module import DirectDistill

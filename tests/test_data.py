@@ -4,7 +4,7 @@ from conftest import HEADER
 from PIL import Image
 
 from lit_distill import DirectDistill, DistillDataModule
-from lit_distill.data import BucketBatchSampler
+from lit_distill.buckets import BucketBatchSampler
 
 
 def sampler(rank=0, world_size=1, **options):

@@ -12,7 +12,7 @@ from pipelines import CALL_KWARGS, build
 import lit_distill.adapters
 from lit_distill import DirectDistill, DistillDataModule, export_student, load_student
 from lit_distill.adapters import adapters_off, default_target_modules, make_trainable
-from lit_distill.data import split_batch
+from lit_distill.batches import split_batch
 from lit_distill.preflight import PreflightError, preflight
 from lit_distill.schedule import WarmupCosine
 

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lit_distill import DirectDistill, DistillDataModule
-from lit_distill.data import collate
+from lit_distill.batches import collate
 from lit_distill.ema import EMA
 from lit_distill.schedule import WarmupCosine
 from lit_distill.sharding import whole
@@ -191,10 +191,6 @@ def epochs(pairs, out, ckpt_path=None):
 
 def buckets(pairs, out, report):
     """Both processes draw from one bucket at every step, and miss no row, also after a resume."""
-    rows = pd.read_csv(Path(pairs) / "train/metadata.csv").iloc[:17]
-    rows["num_inference_steps"] = [2 if index % 3 else 3 for index in range(len(rows))]
-    if "LOCAL_RANK" not in os.environ:
-        rows.to_csv(f"{out}/mixed.csv", index=False)
     seen = epochs(pairs, out)
     shared = all(one[0] == two[0] and len(one[1]) == len(two[1]) for one, two in seen)
     counts = []  # of rows, in each epoch
@@ -209,6 +205,9 @@ def main(pairs, out, *strategies):
     expected = {}
     if "LOCAL_RANK" not in os.environ:  # before Lightning makes this process the first of two
         expected = {case: one_step(pairs, case, "auto", 1) for case in CASES}
+        rows = pd.read_csv(Path(pairs) / "train/metadata.csv").iloc[:17]
+        rows["num_inference_steps"] = [2 if index % 3 else 3 for index in range(len(rows))]
+        rows.to_csv(f"{out}/mixed.csv", index=False)
     first = bool(expected)
     for strategy in strategies:
 
