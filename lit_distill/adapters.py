@@ -180,17 +180,24 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
-def base_pipeline(hyper: dict[str, Any], *, torch_dtype: Any = None) -> DiffusionPipeline:  # noqa: ANN401
+def base_pipeline(
+    hyper: dict[str, Any],
+    *,
+    torch_dtype: Any = None,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401
+) -> DiffusionPipeline:
     """Load what a student starts from: the pretrained pipeline, the teacher's LoRA fused into it.
 
     Args:
         hyper: Hyperparameters of `DirectDistill`.
         torch_dtype: Data type of the weights; default: that of `hyper`.
+        **options: Further arguments of `load_pipeline`.
     """
     pipe = load_pipeline(
         hyper["pretrained_model_name_or_path"],
         revision=hyper.get("revision"),
         torch_dtype=torch_dtype or hyper["torch_dtype"],
+        **options,
     )
     if hyper.get("teacher_lora"):
         fuse_lora(pipe, read_lora(hyper["teacher_lora"], pipe))

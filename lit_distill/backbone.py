@@ -27,7 +27,7 @@ from lit_distill.cache import EncodingStore
 from lit_distill.codec import LatentCodec
 from lit_distill.data import DistillDataModule
 from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
-from lit_distill.families import DTYPES, denoisers, load_pipeline
+from lit_distill.families import DTYPES, denoisers, load_pipeline, use_attention
 from lit_distill.joining import UnjoinableError
 from lit_distill.lora import LoRA, read_lora
 from lit_distill.precision import compute_in
@@ -38,6 +38,7 @@ from lit_distill.preflight import (
     preflight_size,
     trial_arguments,
 )
+from lit_distill.quantization import quantization_config
 from lit_distill.rollout import draw, rollout
 from lit_distill.sharding import empty_denoisers, load_sharded
 
@@ -80,6 +81,11 @@ class Backbone:
         """
         if mesh is None:
             pipe = self._whole()
+        elif self.settings["quantization"]:
+            raise ValueError(
+                "model.quantization: fsdp2 does not shard quantised weights; use strategy ddp, "
+                "with the denoiser whole on each device"
+            )
         else:
             assert device is not None
             options = {name: self.settings[name] for name in ("revision", "torch_dtype")}
@@ -92,6 +98,8 @@ class Backbone:
                 device,
             )
         self._sharded = mesh is not None
+        if self.settings["attention_backend"]:
+            use_attention(pipe, self.settings["attention_backend"])
         self.pipe = pipe
         self._teacher_scheduler = pipe.scheduler
         pipe.scheduler = changed_scheduler(pipe, self.settings["scheduler"])
@@ -106,8 +114,12 @@ class Backbone:
         return name
 
     def _load(self) -> DiffusionPipeline:
-        self._name()
-        return base_pipeline(dict(self.settings))
+        name, quantization = self._name(), self.settings["quantization"]
+        options: dict[str, Any] = {}
+        if quantization:
+            config = quantization_config(quantization, name, self.settings["revision"])
+            options["quantization_config"] = config
+        return base_pipeline(dict(self.settings), **options)
 
     def _whole(self) -> DiffusionPipeline:
         pipe = self._load()

@@ -350,8 +350,15 @@ class DistillCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # On fit, Lightning would let the checkpoint's settings silently beat the command line's.
-        if self.config.get("subcommand") not in ("fit", "export", "plot"):
-            super()._parse_ckpt_path()
+        subcommand = self.config.get("subcommand")
+        if subcommand in ("fit", "export", "plot"):
+            return
+        settings = self.config[subcommand].model.init_args if subcommand else {}
+        # How this machine computes is no trait of the student.
+        machine = {k: settings[k] for k in ("attention_backend", "quantization") if k in settings}
+        super()._parse_ckpt_path()
+        for name, value in machine.items():
+            self.config[subcommand].model.init_args[name] = value
 
     def before_fit(self) -> None:
         """Show images of held-out rows at every validation, unless an ImageGrid is set up."""

@@ -111,14 +111,58 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:
     from diffusers import ModelMixin
 
     models = {k: v for k, v in pipe.components.items() if isinstance(v, ModelMixin)}
-    named = {k: models[k] for k in ("transformer", "transformer_2", "unet") if k in models}
-    found = named or {k: v for k, v in models.items() if not hasattr(v, "decode")}
+    found = _without_vae(models)
     if not found:
         raise ValueError(
             f"{type(pipe).__name__} has no denoiser: none of its components "
             f"({', '.join(pipe.components)}) is a diffusers model without a decoder"
         )
     return found
+
+
+def denoiser_classes(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Return the classes of the denoisers that `load_pipeline` would load, by name."""
+    import diffusers
+
+    source = pipeline_source(name_or_path)
+    index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
+    names = {key: str(entry[1]) for key, entry in index.items() if isinstance(entry, list)}
+    kinds = {key: getattr(diffusers, name, None) for key, name in names.items()}
+    models = {k: v for k, v in kinds.items() if diffusers.ModelMixin in getattr(v, "__mro__", ())}
+    return _without_vae(models)
+
+
+def _without_vae(models: dict[str, Any]) -> dict[str, Any]:
+    order: tuple[str, ...] = ("transformer", "transformer_2", "unet")
+    named = {k: models[k] for k in order if k in models}
+    return named or {k: v for k, v in models.items() if not hasattr(v, "decode")}
+
+
+def use_attention(pipe: DiffusionPipeline, backend: str) -> None:
+    """Let the denoisers compute attention with one of diffusers' backends.
+
+    diffusers keeps the choice for the whole process: models that leave theirs open follow it.
+
+    Args:
+        pipe: The pipeline, changed in place.
+        backend: Name in diffusers' dispatcher, such as ``native`` or ``_native_cudnn``.
+
+    Raises:
+        ValueError: If there is no such backend, what it needs is not installed, or a denoiser does
+            not take its attention from the dispatcher.
+    """
+    for name, denoiser in denoisers(pipe).items():
+        processors = (getattr(module, "processor", None) for module in denoiser.modules())
+        if not any(hasattr(processor, "_attention_backend") for processor in processors):
+            raise ValueError(
+                f"model.attention_backend: {type(denoiser).__name__} ({name}) does not take its "
+                "attention from diffusers' dispatcher; leave it out"
+            )
+        try:
+            with silent_diffusers():  # it says that backends are experimental
+                denoiser.set_attention_backend(backend)
+        except (ValueError, RuntimeError, ImportError, OSError) as error:
+            raise ValueError(f"model.attention_backend {backend!r}: {error}") from error
 
 
 def call_parameters(pipe: DiffusionPipeline) -> set[str]:

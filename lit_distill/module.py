@@ -79,6 +79,13 @@ class DirectDistill(pl.LightningModule):
             checkpointing, freeze, train_mode and rollout_batch_size are changed, with a warning,
             where it can't be with what is set.
         compile: Compile the denoiser's repeated blocks with torch.compile.
+        attention_backend: How attention is computed, by its name in diffusers' dispatcher: native,
+            _native_cudnn, _native_flash, flash, _flash_3, ...; null: as diffusers chooses.
+            For the whole process.
+        quantization: Frozen weights in fewer bits, for LoRA only: quant_backend and quant_kwargs of
+            diffusers' PipelineQuantizationConfig, for the denoisers, such as {quant_backend:
+            bitsandbytes_4bit, quant_kwargs: {load_in_4bit: true, bnb_4bit_quant_type: nf4}} or
+            {quant_backend: torchao, quant_kwargs: {quant_type: Int8WeightOnlyConfig}}.
         metrics: What is measured on held-out rows besides the latent error, by name: any
             torchmetrics class whose update asks for what lit_distill.evaluation offers. Null: psnr,
             ssim, sharpness and diversity. {}: nothing, which saves decoding the images.
@@ -109,6 +116,8 @@ class DirectDistill(pl.LightningModule):
         rollout_batch_size: int | None = None,
         preflight: bool = True,
         compile: bool = False,
+        attention_backend: str | None = None,
+        quantization: dict[str, Any] | None = None,
         metrics: dict[str, Metric] | None = None,
     ) -> None:
         super().__init__()
@@ -126,6 +135,16 @@ class DirectDistill(pl.LightningModule):
             raise ValueError(
                 "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "
                 "LoRA, fuse the LoRA into the model first"
+            )
+        if quantization and lora is None and not init_lora:
+            raise ValueError(
+                "model.quantization: quantised weights can't be trained, and model.lora is null "
+                "(full training); set model.lora, for example {r: 32}"
+            )
+        if quantization and teacher_lora:
+            raise ValueError(
+                "model.quantization and model.teacher_lora: a LoRA can't be fused into quantised "
+                "weights; fuse it before, and name the merged folder as the pretrained model"
             )
         self.init_lora = init_lora
         if rollout_batch_size is not None and rollout_batch_size < 1:

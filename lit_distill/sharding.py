@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_distill.checkpoints import check_state, read_checkpoint
-from lit_distill.families import denoisers, pipeline_source
+from lit_distill.families import denoiser_classes, denoisers, pipeline_source
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -143,21 +143,15 @@ def _broadcast(thing: Any) -> list[Any]:  # noqa: ANN401
 
 def empty_denoisers(name: str, revision: str | None) -> dict[str, Any]:
     """Return the pipeline's denoisers as their configuration describes them, without memory."""
-    import diffusers
     from accelerate import init_empty_weights
 
     source = pipeline_source(name)
-    index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
     empty: dict[str, Any] = {}
-    for key, entry in index.items():
-        kind: Any = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) else None
-        if diffusers.ModelMixin in getattr(kind, "__mro__", ()):
-            config = kind.load_config(source, subfolder=key, revision=revision)
-            with init_empty_weights():  # a meta device context breaks tables made on the host
-                model = kind.from_config(config)
-            empty[key] = model.eval()
-    named = {k: v for k, v in empty.items() if k in ("transformer", "transformer_2", "unet")}
-    return named or {k: v for k, v in empty.items() if not hasattr(v, "decode")}
+    for key, kind in denoiser_classes(name, revision).items():
+        config = kind.load_config(source, subfolder=key, revision=revision)
+        with init_empty_weights():  # a meta device context breaks tables made on the host
+            empty[key] = kind.from_config(config).eval()
+    return empty
 
 
 def shard(denoiser: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
