@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_distill.families import denoisers, load_pipeline
+from lit_distill.families import denoisers, load_pipeline, repeated_blocks
 from lit_distill.lora import Factors, LoRA, read_lora
 
 if TYPE_CHECKING:
@@ -72,11 +72,8 @@ def set_training_mode(
         for key, denoiser in denoisers(pipe).items()
         for name, module in denoiser.named_modules()
     }
-    for pattern in patterns:
-        found = fnmatch.filter(modules, pattern)
-        if not found:
-            raise ValueError(f"model.train_mode: no module is called {_near(pattern, modules)}")
-        for module in (child for name in found for child in modules[name].modules()):
+    for chosen in _fitting(modules, patterns, "model.train_mode: no module"):
+        for module in chosen.modules():
             module.training = training and not isinstance(module, nn.Dropout)
 
 
@@ -92,14 +89,19 @@ def freeze_parameters(pipe: DiffusionPipeline, patterns: Sequence[str]) -> None:
         for name, parameter in denoiser.named_parameters()
         if parameter.requires_grad
     }
+    for parameter in _fitting(trained, patterns, "model.freeze: no trained parameter"):
+        parameter.requires_grad_(False)
+
+
+def _fitting(named: dict[str, Any], patterns: Sequence[str], nothing: str) -> list[Any]:
+    """Return what the patterns fit; an error that begins with `nothing` if one fits none."""
+    fitting = []
     for pattern in patterns:
-        found = fnmatch.filter(trained, pattern)
-        if not found:
-            raise ValueError(
-                f"model.freeze: no trained parameter is called {_near(pattern, trained)}"
-            )
-        for name in found:
-            trained[name].requires_grad_(False)
+        names = fnmatch.filter(named, pattern)
+        if not names:
+            raise ValueError(f"{nothing} is called {_near(pattern, named)}")
+        fitting += [named[name] for name in names]
+    return fitting
 
 
 def _add_lora(denoiser: Any, lora: dict[str, Any]) -> None:  # noqa: ANN401
@@ -138,17 +140,10 @@ def _near(name: str, names: Any) -> str:  # noqa: ANN401
 def default_target_modules(denoiser: nn.Module) -> list[str]:
     """Return the names of the attention and MLP linears of the denoiser's repeated blocks.
 
-    Repeated blocks are lists of modules of one class. Linears that embed, normalise or modulate
-    are left out. Full names: an ending such as ``attn.to_out`` is a linear in one kind of Flux2's
-    blocks and a list in the other.
+    Linears that embed, normalise or modulate are left out. Full names: an ending such as
+    ``attn.to_out`` is a linear in one kind of Flux2's blocks and a list in the other.
     """
-    blocks = [
-        name
-        for name, module in denoiser.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(child) for child in module}) == 1
-        and any(True for _ in module[0].children())
-    ]
+    blocks = repeated_blocks(denoiser)
     targets = []
     for name, module in denoiser.named_modules():
         inside = [block for block in blocks if name.startswith(f"{block}.")]

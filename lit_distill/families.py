@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -136,6 +137,17 @@ def _without_vae(models: dict[str, Any]) -> dict[str, Any]:
     order: tuple[str, ...] = ("transformer", "transformer_2", "unet")
     named = {k: models[k] for k in order if k in models}
     return named or {k: v for k, v in models.items() if not hasattr(v, "decode")}
+
+
+def repeated_blocks(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the denoiser's repeated blocks, lists of modules of one class, by name."""
+    return {
+        name: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(child) for child in module}) == 1
+        and any(True for _ in module[0].children())
+    }
 
 
 def use_attention(pipe: DiffusionPipeline, backend: str) -> None:

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 
 from lit_distill.batches import Batch, split_batch
+from lit_distill.checkpoints import read_checkpoint
 from lit_distill.data import DistillDataModule
 from lit_distill.families import guidance
 from lit_distill.generate import read_provenance
@@ -51,7 +52,7 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
     facts: dict[str, Any] = {"command": shlex.join([program, *sys.argv[1:]])}
     if trainer.ckpt_path:
         facts["checkpoint"] = _file(str(trainer.ckpt_path))
-        saved = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)
+        saved = read_checkpoint(str(trainer.ckpt_path))
         facts["optimizer steps"] = str(saved.get("global_step", "unknown"))
     hidden = ("_class_path", "_instantiator", "metrics")
     facts["settings"] = {k: v for k, v in module.hparams.items() if k not in hidden}

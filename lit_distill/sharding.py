@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_distill.checkpoints import check_state, read_checkpoint
-from lit_distill.families import denoiser_classes, denoisers, pipeline_source
+from lit_distill.families import (
+    denoiser_classes,
+    denoisers,
+    pipeline_source,
+    repeated_blocks,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -170,24 +175,12 @@ def shard(denoiser: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     )
     # The root comes last: without it, parameters outside the blocks get each process's own
     # gradient. It reshards after a forward too, which no backward may follow (validation, EMA).
-    for module in [*repeated_blocks(denoiser), denoiser]:
+    blocks = [block for each in repeated_blocks(denoiser).values() for block in each]
+    for module in [*reversed(blocks), denoiser]:  # inner ones first
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     whole = [n for n, p in denoiser.named_parameters() if not isinstance(p, DTensor)]
     if whole:
         raise RuntimeError(f"{type(denoiser).__name__}: {whole[:3]} were not sharded")
-
-
-def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """Return the members of lists of modules of one class, inner ones first."""
-    blocks = [
-        child
-        for module in denoiser.modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(child) for child in module}) == 1
-        and any(True for _ in module[0].children())
-        for child in module
-    ]
-    return blocks[::-1]
 
 
 def _hand_out(state: dict[str, Any], denoiser: nn.Module) -> None:

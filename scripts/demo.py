@@ -26,12 +26,12 @@ def stage(title: str, arguments: list[str]) -> None:
     print(f"   {time.monotonic() - started:.0f} s", flush=True)
 
 
-def pairs(prompts: str, folder: str, *options: str) -> list[str]:
-    """Return the command that draws the teacher's pairs, 50 steps with guidance 4."""
+def pairs(prompts: str, out: Path, *options: str) -> list[str]:
+    """Return the command that draws the teacher's pairs to `out`, 50 steps with guidance 4."""
     prompts_file = str(files("lit_distill").joinpath("assets", "tiny", prompts))
     model = ["--model.pretrained_model_name_or_path", "tiny-digits"]
     model += ["--model.torch_dtype", "float32", "--trainer.accelerator", "cpu"]
-    where = ["--prompts", prompts_file, "--out", str(OUT / folder), "--batch_size", "32"]
+    where = ["--prompts", prompts_file, "--out", str(out), "--batch_size", "32"]
     teacher = ["--num_inference_steps", "50", "--cfg_scale", "4", "--trainer.logger", "false"]
     return ["generate", *model, *where, *teacher, *options]
 
@@ -39,12 +39,17 @@ def pairs(prompts: str, folder: str, *options: str) -> list[str]:
 if __name__ == "__main__":
     stage(
         "512 pairs of the teacher",
-        pairs("prompts_train.txt", "train", "--seeds_per_prompt", "2", "--limit", "512"),
+        pairs("prompts_train.txt", OUT / "train", "--seeds_per_prompt", "2", "--limit", "512"),
     )
     stage(
         "148 held-out pairs: two seeds each of 74 prompts that the student never sees",
         pairs(
-            "prompts_heldout.txt", "heldout", "--seeds_per_prompt", "2", "--first_seed", "1000000"
+            "prompts_heldout.txt",
+            OUT / "heldout",
+            "--seeds_per_prompt",
+            "2",
+            "--first_seed",
+            "1000000",
         ),
     )
     if not CHECKPOINT.is_file():

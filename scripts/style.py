@@ -7,19 +7,16 @@ repository root: python scripts/style.py
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import time
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from demo import pairs, stage
 from safetensors.torch import load_file
 
 from lit_distill import load_pipeline
 from lit_distill.adapters import make_trainable, take_lora
-from lit_distill.cli import main
 from lit_distill.codec import LatentCodec
 from lit_distill.data import LATENTS_KEY
 from lit_distill.layouts import layout_of
@@ -29,24 +26,6 @@ from lit_distill.prompts import read_prompts
 OUT = Path("runs/style")
 STYLE = OUT / "style"
 STEPS, BATCH = 2000, 64
-
-
-def stage(title: str, arguments: list[str]) -> None:
-    """Announce and run one command."""
-    print(f"\n== {title}\n$ lit-distill {shlex.join(arguments)}", flush=True)
-    started = time.monotonic()
-    main(arguments)
-    print(f"   {time.monotonic() - started:.0f} s", flush=True)
-
-
-def pairs(prompts: str, folder: str, *options: str) -> list[str]:
-    """Return the command that draws pairs, 50 steps with guidance 4."""
-    prompts_file = str(files("lit_distill").joinpath("assets", "tiny", prompts))
-    model = ["--model.pretrained_model_name_or_path", "tiny-digits"]
-    model += ["--model.torch_dtype", "float32", "--trainer.accelerator", "cpu"]
-    where = ["--prompts", prompts_file, "--out", str(OUT / folder), "--batch_size", "32"]
-    teacher = ["--num_inference_steps", "50", "--cfg_scale", "4", "--trainer.logger", "false"]
-    return ["generate", *model, *where, *teacher, *options]
 
 
 def train_style(base: Path) -> None:
@@ -94,7 +73,7 @@ def train_style(base: Path) -> None:
 if __name__ == "__main__":
     stage(
         "512 pairs of the plain teacher, to train the style on",
-        pairs("prompts_train.txt", "plain", "--seeds_per_prompt", "2", "--limit", "512"),
+        pairs("prompts_train.txt", OUT / "plain", "--seeds_per_prompt", "2", "--limit", "512"),
     )
     if not STYLE.is_dir():
         print("\n== training the style LoRA", flush=True)
@@ -102,12 +81,20 @@ if __name__ == "__main__":
     styled = ["--model.teacher_lora", str(STYLE)]
     stage(
         "512 pairs of the styled teacher",
-        pairs("prompts_train.txt", "train", "--seeds_per_prompt", "2", "--limit", "512", *styled),
+        pairs(
+            "prompts_train.txt", OUT / "train", "--seeds_per_prompt", "2", "--limit", "512", *styled
+        ),
     )
     stage(
         "64 held-out pairs of the styled teacher",
         pairs(
-            "prompts_heldout.txt", "heldout", "--limit", "64", "--first_seed", "1000000", *styled
+            "prompts_heldout.txt",
+            OUT / "heldout",
+            "--limit",
+            "64",
+            "--first_seed",
+            "1000000",
+            *styled,
         ),
     )
     shutil.rmtree(OUT / "fit", ignore_errors=True)

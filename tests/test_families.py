@@ -257,6 +257,16 @@ def test_two_steps_of_training_lower_the_loss(name, tmp_path, monkeypatch):
     assert torch.equal(off, base.student_rollout(batch))
 
 
+def test_the_callers_prompts_are_left_alone():
+    """Z-Image's pipeline writes its chat template into the list that it is given."""
+    pipe, prompts = build("ZImage"), [PROMPTS[0]]
+    with torch.no_grad():
+        first = rollout(pipe, **call("ZImage") | {"prompt": prompts}, generator=generators())
+        again = rollout(pipe, **call("ZImage") | {"prompt": prompts}, generator=generators())
+    assert prompts == [PROMPTS[0]]
+    assert torch.equal(first, again)
+
+
 def test_hardly_any_family_needs_a_line_in_the_table():
     ordinary = [name for name in ALL if quirk_of(build(name)) == quirk_of(build("QwenImage"))]
     assert len(ordinary) >= len(ALL) - 1
