@@ -243,7 +243,7 @@ def take_lora(pipe: DiffusionPipeline) -> LoRA:
             if layer.use_dora.get(adapter) or up.bias is not None:
                 raise ValueError(
                     f"{component}.{name}: its adapter is not plain LoRA (use_dora, lora_bias), "
-                    "which cannot be written as two factors; use format merged"
+                    "which cannot be written as two factors, in no format; train without these"
                 )
             down, up = (factor.weight.detach().float().cpu().clone() for factor in (down, up))
             alpha = layer.scaling[adapter] * len(down)

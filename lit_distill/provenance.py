@@ -52,7 +52,7 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
     facts: dict[str, Any] = {"command": shlex.join([program, *sys.argv[1:]])}
     if trainer.ckpt_path:
         facts["checkpoint"] = _file(str(trainer.ckpt_path))
-        saved = read_checkpoint(str(trainer.ckpt_path))
+        saved = read_checkpoint(str(trainer.ckpt_path), mmap=True)
         facts["optimizer steps"] = str(saved.get("global_step", "unknown"))
     hidden = ("_class_path", "_instantiator", "metrics")
     facts["settings"] = {k: v for k, v in module.hparams.items() if k not in hidden}
