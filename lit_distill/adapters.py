@@ -77,18 +77,23 @@ def set_training_mode(
             module.training = training and not isinstance(module, nn.Dropout)
 
 
+def trained_parameters(pipe: DiffusionPipeline) -> dict[str, nn.Parameter]:
+    """Return what trains, by name: ``transformer.<parameter>``."""
+    return {
+        f"{key}.{name}": parameter
+        for key, denoiser in denoisers(pipe).items()
+        for name, parameter in denoiser.named_parameters()
+        if parameter.requires_grad
+    }
+
+
 def freeze_parameters(pipe: DiffusionPipeline, patterns: Sequence[str]) -> None:
     """Freeze the denoisers' trained parameters whose names fit one of the patterns.
 
     Raises:
         ValueError: If a pattern fits none, naming the nearest ones.
     """
-    trained = {
-        f"{key}.{name}": parameter
-        for key, denoiser in denoisers(pipe).items()
-        for name, parameter in denoiser.named_parameters()
-        if parameter.requires_grad
-    }
+    trained = trained_parameters(pipe)
     for parameter in _fitting(trained, patterns, "model.freeze: no trained parameter"):
         parameter.requires_grad_(False)
 

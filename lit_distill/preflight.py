@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_distill.adapters import set_training_mode
+from lit_distill.adapters import set_training_mode, trained_parameters
 from lit_distill.families import denoisers, guidance
 from lit_distill.rollout import Checkpointing, Steps, run, silenced
 from lit_distill.sharding import whole
@@ -182,12 +182,7 @@ class _Checks:
             for key, denoiser in denoisers(pipe).items()
             for name, module in denoiser.named_modules()
         }
-        self.parameters = [
-            (f"{key}.{name}", parameter)
-            for key, denoiser in denoisers(pipe).items()
-            for name, parameter in denoiser.named_parameters()
-            if parameter.requires_grad
-        ]
+        self.parameters = list(trained_parameters(pipe).items())
 
     def _arguments(self, prompts: Sequence[str] = (), first: int = 0) -> dict[str, Any]:
         return trial_arguments(

@@ -18,6 +18,7 @@ from lit_distill.adapters import (
     lora_fields,
     make_trainable,
     put_lora,
+    trained_parameters,
 )
 from lit_distill.batches import Batch, collate_calls, open_pictures
 from lit_distill.card import student_facts
@@ -104,12 +105,7 @@ def student_pipeline(
     loaded = {p: p.dtype for d in denoisers(pipe).values() for p in d.parameters()}
     make_trainable(pipe, hyper["lora"], hyper.get("freeze") or ())
     state: dict[str, Tensor] = content["state_dict"]
-    own = {
-        f"{STATE_PREFIX}{name}.{key}": parameter
-        for name, denoiser in denoisers(pipe).items()
-        for key, parameter in denoiser.named_parameters()
-        if parameter.requires_grad
-    }
+    own = {f"{STATE_PREFIX}{name}": p for name, p in trained_parameters(pipe).items()}
     check_state(state, own, where)
     with torch.no_grad():
         for key, parameter in own.items():
