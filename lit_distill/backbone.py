@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -27,7 +27,13 @@ from lit_distill.cache import EncodingStore
 from lit_distill.codec import LatentCodec
 from lit_distill.data import DistillDataModule
 from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
-from lit_distill.families import DTYPES, denoisers, load_pipeline, use_attention
+from lit_distill.families import (
+    DTYPES,
+    call_parameters,
+    denoisers,
+    load_pipeline,
+    use_attention,
+)
 from lit_distill.joining import UnjoinableError
 from lit_distill.lora import LoRA, read_lora
 from lit_distill.precision import compute_in
@@ -39,12 +45,19 @@ from lit_distill.preflight import (
     trial_arguments,
 )
 from lit_distill.quantization import quantization_config
-from lit_distill.rollout import draw, rollout
+from lit_distill.rollout import draw, rollout, schedule
 from lit_distill.sharding import empty_denoisers, load_sharded
+from lit_distill.trajectory import Trajectory, trajectory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch.distributed.device_mesh import DeviceMesh
+
+
+LAST_STEP = 0.05
+"""Share of noise below which a student's last step has next to nothing left to do."""
+
+Drawn = TypeVar("Drawn", Tensor, Trajectory)
 
 
 class Backbone:
@@ -100,6 +113,11 @@ class Backbone:
         self._sharded = mesh is not None
         if self.settings["attention_backend"]:
             use_attention(pipe, self.settings["attention_backend"])
+        if self.settings["sigmas"] and "sigmas" not in call_parameters(pipe):
+            raise ValueError(
+                f"model.sigmas: {type(pipe).__name__}'s call takes no sigmas; choose the student's "
+                "schedule by fields of its scheduler instead (model.scheduler)"
+            )
         self.pipe = pipe
         self._teacher_scheduler = pipe.scheduler
         pipe.scheduler = changed_scheduler(pipe, self.settings["scheduler"])
@@ -197,6 +215,7 @@ class Backbone:
             PreflightError: If a check fails that no setting avoids.
             ValueError: If the pipeline does not draw the size of an image.
         """
+        self._check_last_step(self._first(data))
         report = self.preflight(trainer, **self._example(data))
         report.raise_failures()
         self.check_sizes(data)
@@ -211,6 +230,35 @@ class Backbone:
         for name, value in report.settings.items():
             known = self.settings[name]
             self.settings[name] = known + value if isinstance(value, list) else value
+
+    def check_steps(self, data: DistillDataModule) -> None:
+        """See that the student's sigmas are of as many steps as its rows.
+
+        Raises:
+            ValueError: Naming a row of another number of steps.
+        """
+        sigmas = self.settings["sigmas"]
+        for each in (data.train_set, data.val_set):
+            for row in [] if each is None or not sigmas else map(each.record, range(len(each))):
+                if row["num_inference_steps"] != len(sigmas):
+                    raise ValueError(
+                        f"row {row['row']} is to be drawn in {row['num_inference_steps']} steps, "
+                        f"but model.sigmas has {len(sigmas)}; they must be as many"
+                    )
+
+    def _check_last_step(self, batch: Batch) -> None:
+        """Warn where the student's last step has next to nothing to do."""
+        steps = batch["num_inference_steps"]
+        call = self.student_call(batch, steps)
+        levels = schedule(self.pipe, partial(rollout, self.pipe, **call)).get("sigmas")
+        # Those of flow matching only, which are shares of noise.
+        if levels is None or levels[0] > 1 or levels[-2] >= LAST_STEP:
+            return
+        rank_zero_warn(
+            f"the last of the student's {steps} steps begins at sigma {levels[-2]:.3g}: it moves "
+            "the latents by next to nothing, so that one step less does the work. Give it its "
+            "share with model.scheduler: {shift_terminal: null}, or set model.sigmas"
+        )
 
     def check_sizes(self, data: DistillDataModule) -> None:
         """Learn the codec of every size of image targets: bad sizes are refused before training.
@@ -232,11 +280,16 @@ class Backbone:
                 self.pipe, checkpointing=self.settings["checkpointing"], **{**fixed, **call}
             )
 
-    def _example(self, data: DistillDataModule) -> dict[str, Any]:
-        """Return the first training row as arguments of `preflight`, at a small size."""
+    @staticmethod
+    def _first(data: DistillDataModule) -> Batch:
+        """Return the first training row, without its target."""
         assert data.train_set is not None
         row = data.train_set.record(0)
-        batch = collate([row | {"call": open_pictures(row["call"])} | NO_TARGET])
+        return collate([row | {"call": open_pictures(row["call"])} | NO_TARGET])
+
+    def _example(self, data: DistillDataModule) -> dict[str, Any]:
+        """Return the first training row as arguments of `preflight`, at a small size."""
+        batch = self._first(data)
         call = self.call(batch) | {"prompt": batch["prompt"][0]}
         del call["generator"]
         if batch["size"] is not None:
@@ -292,20 +345,37 @@ class Backbone:
         given = {"prompt": batch["prompt"], "generator": generators, **size}
         return {**(self.settings["call_kwargs"] or {}), **given, **batch["call"]}
 
+    def student_call(self, batch: Batch, num_inference_steps: int) -> dict[str, Any]:
+        """Return the arguments of `call`, steps, and the student's own sigmas if it has these."""
+        own = self.settings["sigmas"]
+        given = {"sigmas": list(own)} if own and len(own) == num_inference_steps else {}
+        return self.call(batch) | {"num_inference_steps": num_inference_steps} | given
+
     def rollout(self, batch: Batch, **options: Any) -> Tensor:  # noqa: ANN401
-        """Return final latents, of as many samples at a time as the pipeline draws rightly.
+        """Return the student's final latents, (B, ...).
+
+        As many samples at a time are drawn as the pipeline draws rightly.
 
         Args:
             batch: The rows.
             **options: Further arguments of `lit_distill.rollout`.
         """
-        return self._rollout(self.pipe, batch, **options)
+        return torch.cat(self._student(batch, rollout, options))
 
-    def _rollout(self, pipe: DiffusionPipeline, batch: Batch, **options: Any) -> Tensor:  # noqa: ANN401
-        parts = split_batch(batch, self.settings["rollout_batch_size"])
+    def trajectory(self, batch: Batch, **options: Any) -> Trajectory:  # noqa: ANN401
+        """Return the student's states after every step; otherwise as `rollout`."""
+        return _joined(self._student(batch, trajectory, options))
+
+    def _student(
+        self, batch: Batch, draw: Callable[..., Drawn], options: dict[str, Any]
+    ) -> list[Drawn]:
+        steps = batch["num_inference_steps"]
         with self.own_dtype():
-            drawn = [rollout(pipe, **self.call(part), **options) for part in parts]
-        return torch.cat(drawn)
+            parts = self._parts(batch)
+            return [draw(self.pipe, **self.student_call(part, steps), **options) for part in parts]
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        return split_batch(batch, self.settings["rollout_batch_size"])
 
     def draw(
         self,
@@ -320,9 +390,14 @@ class Backbone:
             pipe: Draw with this pipeline instead.
             **options: Further arguments of `lit_distill.rollout.draw`.
         """
-        parts = split_batch(batch, self.settings["rollout_batch_size"])
+        steps = options.pop("num_inference_steps")
+        drawn = []
         with self.own_dtype():
-            drawn = [draw(pipe or self.pipe, **self.call(part), **options) for part in parts]
+            for part in self._parts(batch):
+                call = self.student_call(part, steps)
+                if pipe is not None:  # whose schedule is its own
+                    call = self.call(part) | {"num_inference_steps": steps}
+                drawn.append(draw(pipe or self.pipe, **call, **options))
         return torch.cat([part for part, _ in drawn]), [one for _, part in drawn for one in part]
 
     def codec(self, batch: Batch) -> LatentCodec:
@@ -344,20 +419,29 @@ class Backbone:
         Raises:
             ValueError: If the whole denoiser is trained, so that no teacher is left in it.
         """
+        return torch.cat(self._online(batch, rollout)).float()
+
+    def online_trajectory(self, batch: Batch) -> Trajectory:
+        """Return the states of the online teacher, which draws the batch now.
+
+        Raises:
+            ValueError: As `online_target`, or if its scheduler is no Euler one.
+        """
+        return _joined(self._online(batch, trajectory))
+
+    def _online(self, batch: Batch, draw: Callable[..., Drawn]) -> list[Drawn]:
         if self.settings["lora"] is None and not self.settings["teacher_model"]:
             raise ValueError(
                 f"row {batch['row'][0]} has neither image nor latents, and full training leaves no "
                 "teacher to draw one: make pairs first with `lit-distill generate`"
             )
+        options = {"num_inference_steps": self.settings["teacher_num_inference_steps"]}
+        options["cfg_scale"] = self.settings["teacher_cfg_scale"]
         own, self.pipe.scheduler = self.pipe.scheduler, self._teacher_scheduler
         try:
-            with adapters_off(nn.ModuleDict(denoisers(self.pipe))):
-                return self._rollout(
-                    self._teacher_pipeline(),
-                    batch,
-                    num_inference_steps=self.settings["teacher_num_inference_steps"],
-                    cfg_scale=self.settings["teacher_cfg_scale"],
-                ).float()
+            with adapters_off(nn.ModuleDict(denoisers(self.pipe))), self.own_dtype():
+                pipe = self._teacher_pipeline()
+                return [draw(pipe, **self.call(part), **options) for part in self._parts(batch)]
         finally:
             self.pipe.scheduler = own
 
@@ -394,3 +478,7 @@ class Backbone:
     def release_undistilled(self) -> None:
         """Free the second denoiser: it is not kept while training."""
         self._base.clear()
+
+
+def _joined(parts: list[Trajectory]) -> Trajectory:
+    return Trajectory(torch.cat([part.states for part in parts], 1), parts[0].sigmas)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lit_distill.pictures import Picture, read_picture
 
-NO_TARGET: dict[str, Any] = {"image": None, "encoded": None, "latents": None}
+TARGETS = ("image", "encoded", "latents", "trajectory", "sigmas")
+NO_TARGET: dict[str, Any] = dict.fromkeys(TARGETS)
 
 
 class Batch(TypedDict):
@@ -27,6 +28,8 @@ class Batch(TypedDict):
         encoded: What the VAE made of the images, (B, C, h, w) or (B, C, 1, h, w), in their place
             where they were encoded before training; or None.
         latents: The teacher's exact final latents, (B, ...), or None.
+        trajectory: The teacher's states between the student's steps, (B, steps - 1, ...), or None.
+        sigmas: Noise levels of these states, (B, steps - 1), or None.
         row: B row numbers as a spreadsheet shows them, the header being row 1.
     """
 
@@ -40,6 +43,8 @@ class Batch(TypedDict):
     image: Tensor | None
     encoded: Tensor | None
     latents: Tensor | None
+    trajectory: Tensor | None
+    sigmas: Tensor | None
     row: list[int]
 
 
@@ -48,7 +53,8 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
     first = rows[0]
 
     def stacked(name: str) -> Tensor | None:
-        return None if first[name] is None else torch.stack([row[name] for row in rows])
+        tensors = [row[name] for row in rows]
+        return None if any(tensor is None for tensor in tensors) else torch.stack(tensors)
 
     size = (int(first["height"]), int(first["width"]))
     return {
@@ -62,6 +68,8 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
         "image": stacked("image"),
         "encoded": stacked("encoded"),
         "latents": stacked("latents"),
+        "trajectory": stacked("trajectory"),
+        "sigmas": stacked("sigmas"),
         "row": [int(row["row"]) for row in rows],
     }
 

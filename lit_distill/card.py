@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,13 +94,19 @@ def student_facts(content: dict[str, Any], pipe: DiffusionPipeline) -> dict[str,
         "base_model": hyper["pretrained_model_name_or_path"],
         "base_revision": hyper.get("revision") or _commit(pipe),
         "torch_dtype": hyper["torch_dtype"],
-        "call_kwargs": hyper.get("call_kwargs") or {},
+        "call_kwargs": student_call_kwargs(hyper),
         "scheduler": type(pipe.scheduler).__name__,
         "lora": lora
         and {"r": lora.get("r", 8), "lora_alpha": lora.get("lora_alpha", lora.get("r", 8))},
         "teacher_lora": hyper.get("teacher_lora"),
         "teacher_model": hyper.get("teacher_model"),
     }
+
+
+def student_call_kwargs(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fixed arguments of the student's call: those of the teacher's, and its sigmas."""
+    own = {"sigmas": list(hyper["sigmas"])} if hyper.get("sigmas") else {}
+    return (hyper.get("call_kwargs") or {}) | own
 
 
 def _commit(pipe: DiffusionPipeline) -> str | None:

@@ -114,6 +114,7 @@ class DistillTrainer(pl.Trainer):
         rand_device: str = "cpu",
         student_num_inference_steps: int = 4,
         student_cfg_scale: float = 1.0,
+        store_trajectory: bool = False,
     ) -> None:
         """Draw the teacher's images, exact latents and metadata.csv from a file of prompts.
 
@@ -122,7 +123,8 @@ class DistillTrainer(pl.Trainer):
 
         Args:
             model: Which pipeline to draw with: teacher_model, or else the pretrained one with
-                teacher_lora; of the other settings only torch_dtype and call_kwargs matter.
+                teacher_lora; of the other settings only torch_dtype, call_kwargs and, with
+                store_trajectory, scheduler and sigmas matter.
             datamodule: Only its call_columns matter: fields of the prompts that are arguments of
                 the pipeline's call.
             prompts: Text file with a prompt a line, or .csv, .json or .jsonl with a field prompt,
@@ -143,6 +145,8 @@ class DistillTrainer(pl.Trainer):
             rand_device: Device whose generator draws the noise: cpu works everywhere alike.
             student_num_inference_steps: Steps of the student, written to the CSV.
             student_cfg_scale: Guidance of the student, written to the CSV, 1 = off.
+            store_trajectory: Keep also the teacher's states at the noise levels of the student's
+                steps, for training with model.trajectory.
         """
         hyper = model.hparams
         teacher = Teacher(
@@ -161,6 +165,9 @@ class DistillTrainer(pl.Trainer):
             rand_device=rand_device,
             student_num_inference_steps=student_num_inference_steps,
             student_cfg_scale=student_cfg_scale,
+            student_scheduler=model.hparams["scheduler"],
+            student_sigmas=model.hparams["sigmas"],
+            store_trajectory=store_trajectory,
         )
         rows = read_prompts(prompts, teacher.call_columns)
         pairs = plan_pairs(rows, seeds_per_prompt, first_seed, limit)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_distill.families import denoisers, guidance
-from lit_distill.rollout import replaced_forward, undecorated_call, watched_scheduler
+from lit_distill.rollout import Steps, replaced_forward, undecorated_call, watched_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -143,6 +143,19 @@ class LatentCodec:
         flat[:, source] = (z.flatten(1).float() - shift) / scale
         return flat.view(-1, *self.latent_shape)
 
+    def unpack(self, latents: Tensor) -> Tensor:
+        """Return what the VAE decodes of final latents, the inverse of `pack`.
+
+        Args:
+            latents: (B, *latent_shape), as `rollout` returns them.
+
+        Returns:
+            (B, C, h, w), or with one frame (B, C, 1, h, w), float32.
+        """
+        shift, scale, source = self._map(latents.device)
+        z = scale * latents.flatten(1).float()[:, source] + shift
+        return z.view(-1, *self.z_shape)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of final latents, differentiably where gradients are on.
 
@@ -152,9 +165,7 @@ class LatentCodec:
         Returns:
             (B, 3, height, width), float32, range [0, 1].
         """
-        shift, scale, source = self._map(latents.device)
-        z = scale * latents.flatten(1).float()[:, source] + shift
-        z = z.view(-1, *self.z_shape).to(self.vae.device, self.vae.dtype)
+        z = self.unpack(latents).to(self.vae.device, self.vae.dtype)
         with torch.autocast(self.vae.device.type, enabled=False):
             pixels = self.vae.decode(z, return_dict=False)[0]
         if len(self.z_shape) == 4:
@@ -217,8 +228,8 @@ class _Tail:
     def __call__(self, latents: Tensor) -> Tensor:
         vae = _CapturingVAE(self.pipe.vae)
 
-        def tap(done: int, total: int, sample: Tensor) -> Tensor:
-            if done < total - 1:
+        def tap(steps: Steps, sample: Tensor) -> Tensor:
+            if steps.done < steps.total - 1:
                 return sample
             self.latent_shape = sample.shape[1:]
             # Single precision whatever the pipeline's: a position has to survive the way, and

@@ -19,7 +19,11 @@ from lit_distill.pictures import read_image
 from lit_distill.storage import opened
 
 LATENTS_KEY = "latents"
-"""Name of the tensor in a file of the ``latents`` column."""
+TRAJECTORY_KEY = "trajectory"
+SIGMAS_KEY = "sigmas"
+"""Names of tensors in a file of the ``latents`` column: the final latents; where they were made
+with store_trajectory, also the states between the student's steps, (steps - 1, ...), and the noise
+level of each, (steps - 1,)."""
 
 
 class PairDataset(Dataset[dict[str, Any]]):
@@ -42,11 +46,12 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one row; exact latents are preferred to the image they decode to."""
         row = self.record(index)
-        image, encoded, latents = None, None, None
+        image, encoded, tensors = None, None, {}
         if row["latents"]:
             try:
                 with opened(row["latents"]) as stream:
-                    latents = load(stream.read())[LATENTS_KEY]
+                    tensors = load(stream.read())
+                    tensors[LATENTS_KEY]
             except Exception as error:  # safetensors raises its own kinds, without the file's name
                 raise ValueError(
                     f"row {row['row']}: {row['latents']} holds no tensor "
@@ -61,7 +66,8 @@ class PairDataset(Dataset[dict[str, Any]]):
                     f"row {row['row']}: {row['image']} is {image.shape[1]}x{image.shape[2]} (height"
                     f" x width), but the table says {row['height']}x{row['width']}"
                 )
-        targets = {"image": image, "encoded": encoded, "latents": latents}
+        targets = {"image": image, "encoded": encoded}
+        targets |= {key: tensors.get(key) for key in (LATENTS_KEY, TRAJECTORY_KEY, SIGMAS_KEY)}
         return row | targets | {"call": open_pictures(row["call"])}
 
     @property

@@ -29,11 +29,12 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader
 
 from lit_distill.columns import call_key
-from lit_distill.data import LATENTS_KEY
+from lit_distill.data import LATENTS_KEY, SIGMAS_KEY, TRAJECTORY_KEY
 from lit_distill.pictures import Picture, image_size
 from lit_distill.prompts import Pair
 from lit_distill.storage import exist, is_url, opened
-from lit_distill.teacher import Teacher, record
+from lit_distill.teacher import Teacher, record, student_sigmas
+from lit_distill.trajectory import Recorder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -260,6 +261,7 @@ class _Draws(pl.LightningModule):
         # One of each size, the first: what is recorded must not depend on what is left to draw.
         self.examples = list({teacher.size(pair): pair for pair in reversed(pairs)}.values())
         self.drawn = 0
+        self.sigmas: dict[Any, torch.Tensor] = {}
 
     def setup(self, stage: str) -> None:
         """Choose what is left to draw: the first process does, the others follow."""
@@ -273,6 +275,11 @@ class _Draws(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         self.pipe.to(self.device)
+        if self.teacher.store_trajectory:
+            self.sigmas = {
+                self.teacher.size(pair): student_sigmas(self.teacher, self.pipe, pair)
+                for pair in self.examples
+            }
         if self.trainer.is_global_zero:
             facts = {"drawn_with": record(self.teacher, self.pipe, self.examples)}
             before = read_provenance(self.out) or {}
@@ -287,9 +294,15 @@ class _Draws(pl.LightningModule):
         return DataLoader(mine, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
 
     def predict_step(self, batch: list[Pair], batch_idx: int) -> None:
-        latents, images = self.teacher.draw(self.pipe, batch)
-        for pair, image, final in zip(_plain(batch, self.inputs), images, latents, strict=True):
-            self._write(pair, image, final)
+        recorder = Recorder() if self.teacher.store_trajectory else None
+        latents, images = self.teacher.draw(self.pipe, batch, recorder)
+        tensors = [{LATENTS_KEY: final} for final in latents]
+        if recorder is not None:
+            found = recorder.trajectory().at(self.sigmas[self.teacher.size(batch[0])])
+            for row, states in zip(tensors, found.states.transpose(0, 1), strict=True):
+                row |= {TRAJECTORY_KEY: states, SIGMAS_KEY: found.sigmas}
+        for pair, image, row in zip(_plain(batch, self.inputs), images, tensors, strict=True):
+            self._write(pair, image, row)
         self.drawn += len(batch)
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -312,13 +325,13 @@ class _Draws(pl.LightningModule):
         rate = f"{images / seconds:.3g} images/s"
         rank_zero_info(f"Drew {images} images in {seconds:.1f} s, {rate}.")
 
-    def _write(self, pair: Pair, image: Any, latents: torch.Tensor) -> None:  # noqa: ANN401
+    def _write(self, pair: Pair, image: Any, tensors: dict[str, torch.Tensor]) -> None:  # noqa: ANN401
         image_path, latents_path = pair.files(self.out)
         facts = asdict(self.teacher) | {"prompt": pair.prompt, "seed": pair.seed, "call": pair.call}
         note = PngInfo()
         note.add_itxt("lit_distill", json.dumps(facts, ensure_ascii=False))
         if not latents_path.is_file():
-            write_whole(latents_path, save({LATENTS_KEY: latents.cpu().contiguous()}))
+            write_whole(latents_path, save({k: t.cpu().contiguous() for k, t in tensors.items()}))
         if not image_path.is_file():
             # A video is an animated PNG: lossless, one file, and any browser plays it.
             first, *rest = image if isinstance(image, list) else [image]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from lit_distill.resume import Run, StopOnSignal
 from lit_distill.rollout import Checkpointing
 from lit_distill.schedule import WarmupCosine
 from lit_distill.steps import OptimizerStep, gradient_norm
+from lit_distill.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -59,6 +61,12 @@ class DirectDistill(pl.LightningModule):
         scheduler: Fields of the scheduler's configuration in which the student's differs from the
             teacher's, such as {shift_terminal: null}, without which Qwen-Image has no one-step
             schedule. They travel with the export.
+        sigmas: The student's noise levels, one a step, falling, as the pipeline's call takes them
+            (before the scheduler shifts them); null: the pipeline's own choice. Part of the call
+            that the export's card tells.
+        trajectory: Match the teacher's states after every step, from the student's own state before
+            it, instead of only the last through all steps. Rows need the states: lit-distill
+            generate --store_trajectory true, or the online teacher.
         checkpointing: What the backward pass recomputes instead of storing: none, block (the
             denoiser's blocks), step (each denoiser call) or nested (both: memory flat in steps).
         grad_steps: Back-propagate through the last grad_steps steps only; null: through all.
@@ -101,6 +109,8 @@ class DirectDistill(pl.LightningModule):
         teacher_lora: str | None = None,
         teacher_model: str | None = None,
         scheduler: dict[str, Any] | None = None,
+        sigmas: list[float] | None = None,
+        trajectory: bool = False,
         checkpointing: Checkpointing = "block",
         grad_steps: int | None = None,
         loss: DistillLoss | None = None,
@@ -145,6 +155,13 @@ class DirectDistill(pl.LightningModule):
             raise ValueError(
                 "model.quantization and model.teacher_lora: a LoRA can't be fused into quantised "
                 "weights; fuse it before, and name the merged folder as the pretrained model"
+            )
+        if sigmas is not None and not (sigmas and _falling([*sigmas, 0.0])):
+            raise ValueError(f"model.sigmas must be positive and falling, got {sigmas}")
+        if trajectory and grad_steps is not None:
+            raise ValueError(
+                "model.trajectory and model.grad_steps: set one; with trajectory no gradient "
+                "goes through more than one step"
             )
         self.init_lora = init_lora
         if rollout_batch_size is not None and rollout_batch_size < 1:
@@ -199,6 +216,8 @@ class DirectDistill(pl.LightningModule):
                 device = self.trainer.strategy.root_device
                 self.backbone.load(self._device_mesh["data_parallel"], device)
             data = self._fit_data()
+            if data is not None:
+                self.backbone.check_steps(data)
             self.backbone.encode(data, self._trainer)
             # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
             if data is not None and self.hparams["preflight"]:
@@ -216,7 +235,10 @@ class DirectDistill(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Place the pipeline and switch on the dropout of adapters, if they have any."""
-        self.backbone.place(self.device)
+        if self.loss.needs_codec:
+            self.backbone.take_vae(self.device)
+        else:
+            self.backbone.place(self.device)
         if self._run.seed is None:
             self._run.seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         for name, module in self.denoisers.named_modules():
@@ -239,8 +261,9 @@ class DirectDistill(pl.LightningModule):
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_end(self) -> None:
-        """Let go of the VAE again."""
-        self.backbone.release_vae(self.device)
+        """Let go of the VAE again, unless the loss looks through it."""
+        if not self.loss.needs_codec:
+            self.backbone.release_vae(self.device)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
@@ -290,11 +313,46 @@ class DirectDistill(pl.LightningModule):
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""
         return self.backbone.rollout(
             batch,
-            num_inference_steps=batch["num_inference_steps"],
             cfg_scale=batch["cfg_scale"],
             grad_steps=self.hparams["grad_steps"],
             checkpointing=self.hparams["checkpointing"],
         )
+
+    def student_trajectory(self, batch: Batch) -> Trajectory:
+        """Return the student's states after every step; each differentiable in its own step."""
+        return self.backbone.trajectory(
+            batch, cfg_scale=batch["cfg_scale"], checkpointing=self.hparams["checkpointing"]
+        )
+
+    @torch.no_grad()
+    def teacher_trajectory(self, batch: Batch, sigmas: Tensor) -> Trajectory:
+        """Return the teacher's states at the student's noise levels, stored or drawn now.
+
+        Args:
+            batch: The rows.
+            sigmas: The student's noise levels after each step, (K,).
+
+        Raises:
+            ValueError: If the rows hold no states, or those of another schedule.
+        """
+        stored, levels = batch["trajectory"], batch["sigmas"]
+        if stored is not None and levels is not None and batch["latents"] is not None:
+            same = levels.shape[1] == len(sigmas) - 1
+            if not same or not torch.allclose(levels.cpu(), sigmas[:-1], rtol=1e-3):
+                raise ValueError(
+                    f"row {batch['row'][0]}: the teacher's states are at sigmas "
+                    f"{[round(x, 4) for x in levels[0].tolist()]}, the student's steps at "
+                    f"{[round(x, 4) for x in sigmas[:-1].tolist()]}: make the pairs with the "
+                    "model.scheduler, model.sigmas and number of steps that you train with"
+                )
+            states = [*stored.float().transpose(0, 1), batch["latents"].float()]
+            return Trajectory(torch.stack(states), sigmas)
+        if any(batch[kind] is not None for kind in ("latents", "encoded", "image")):
+            raise ValueError(
+                f"model.trajectory: row {batch['row'][0]} has no states of the teacher between its "
+                "steps; make the pairs with `lit-distill generate --store_trajectory true`"
+            )
+        return self.backbone.online_trajectory(batch).at(sigmas)
 
     def draw(
         self,
@@ -354,16 +412,26 @@ class DirectDistill(pl.LightningModule):
                 f"the pipeline draws {tuple(latents.shape[1:])} at size {batch['size']} "
                 "(height, width); were they made by another pipeline or at another size?"
             )
-        loss: Tensor = self.loss(latents.float(), target.float())
+        codec = self.codec(batch) if self.loss.needs_codec else None
+        loss: Tensor = self.loss(latents.float(), target.float(), codec)
         return loss
 
     # Steps
 
+    def losses(self, batch: Batch) -> Tensor:
+        """Return the training loss of each sample, (B,), float32, with its graph."""
+        if not self.hparams["trajectory"]:
+            target = self.teacher_target(batch)
+            return self.compare(self.student_rollout(batch), target, batch)
+        student = self.student_trajectory(batch)
+        teacher = self.teacher_trajectory(batch, student.sigmas)
+        pairs = zip(student.states, teacher.states, strict=True)
+        return torch.stack([self.compare(own, target, batch) for own, target in pairs]).mean(0)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the student's rollout against the teacher's target."""
         self._run.seed_batch(self.global_rank)
-        target = self.teacher_target(batch)
-        losses = self.compare(self.student_rollout(batch), target, batch)
+        losses = self.losses(batch)
         self._step.add(batch["num_inference_steps"], batch["row"], losses.detach())
         return losses.mean()
 
@@ -502,3 +570,7 @@ class DirectDistill(pl.LightningModule):
                     f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
                     f"going on with {value!r}"
                 )
+
+
+def _falling(values: list[float]) -> bool:
+    return all(left > right for left, right in itertools.pairwise(values))

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 
 from lit_distill.batches import Batch, split_batch
+from lit_distill.card import student_call_kwargs
 from lit_distill.checkpoints import read_checkpoint
 from lit_distill.data import DistillDataModule
 from lit_distill.families import guidance
@@ -87,7 +88,7 @@ def _file(path: str) -> str:
 def run_snippet(trainer: pl.Trainer, module: DirectDistill, batch: Batch) -> str:
     """Return Python that draws an image with the student as it was trained to."""
     checkpoint = str(trainer.ckpt_path or "student.ckpt")
-    call = {**module.call_kwargs, **split_batch(batch, 1)[0]["call"]}
+    call = {**student_call_kwargs(module.hparams), **split_batch(batch, 1)[0]["call"]}
     settings: dict[str, Any] = {"num_inference_steps": batch["num_inference_steps"]}
     with guidance(module.pipe, batch["cfg_scale"], 1, call) as arguments_of_guidance:
         settings |= arguments_of_guidance

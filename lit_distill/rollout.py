@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Checkpointing = Literal["none", "block", "step", "nested"]
-StepTap = Callable[[int, int, Tensor], Tensor]
+StepTap = Callable[["Steps", Tensor], Tensor]
+"""Called with what is known of the run and a step's output; what it returns goes on instead."""
 
 
 def rollout(
@@ -93,6 +94,7 @@ def draw(
     num_inference_steps: int,
     generator: Sequence[torch.Generator],
     cfg_scale: float = 1.0,
+    tap: StepTap | None = None,
     **call_kwargs: Any,  # noqa: ANN401
 ) -> tuple[Tensor, list[Any]]:
     """Draw as `pipe()` does and return the exact final latents with the images.
@@ -102,6 +104,7 @@ def draw(
         num_inference_steps: Number of denoising steps, >= 1.
         generator: One generator a sample.
         cfg_scale: Classifier-free guidance, the textbook scale, >= 1; 1 means off.
+        tap: Sees every step.
         **call_kwargs: Passed to the pipeline's `__call__`: ``prompt``, ``height``, ...
 
     Returns:
@@ -116,6 +119,7 @@ def draw(
         num_inference_steps=num_inference_steps,
         generator=generator,
         cfg_scale=cfg_scale,
+        tap=tap,
         output_type="pil",
         **call_kwargs,
     )
@@ -129,6 +133,7 @@ def run(
     generator: Sequence[torch.Generator],
     cfg_scale: float,
     output_type: str,
+    tap: StepTap | None = None,
     grad_steps: int | None = None,
     checkpointing: Checkpointing = "none",
     **call_kwargs: Any,  # noqa: ANN401
@@ -149,7 +154,7 @@ def run(
         call_kwargs |= stack.enter_context(guidance(pipe, cfg_scale, len(generator), call_kwargs))
         if cfg_scale == 1:
             call_kwargs.pop("negative_prompt", None)  # unused, and QwenImage warns about it
-        steps = stack.enter_context(watched_scheduler(pipe))
+        steps = stack.enter_context(watched_scheduler(pipe, tap))
         for denoiser in denoisers(pipe).values():
             stack.enter_context(_tapped_denoiser(denoiser, steps, grad_steps, checkpointing))
         output = undecorated_call(pipe)(
@@ -190,7 +195,8 @@ class Steps:
     """Where a running pipeline is.
 
     Attributes:
-        done: Steps that the scheduler has made.
+        scheduler: The pipeline's scheduler in this run.
+        done: Steps that the scheduler has made; in a tap, before the one that it sees.
         calls: Calls of a denoiser, not counting recomputation.
         latents: The output of the last step, once there is one.
     """
@@ -214,8 +220,7 @@ def watched_scheduler(pipe: DiffusionPipeline, tap: StepTap | None = None) -> It
 
     Args:
         pipe: The pipeline; its own scheduler comes back on exit.
-        tap: Called with (steps done before this one, total, the step's output); what it returns
-            goes on in its place.
+        tap: Sees every step.
 
     Yields:
         The counter, updated at every step.
@@ -236,7 +241,7 @@ def watched_scheduler(pipe: DiffusionPipeline, tap: StepTap | None = None) -> It
         output = step(*args, **kwargs)
         latents = output[0]
         if tap is not None:
-            latents = tap(steps.done, steps.total, latents)
+            latents = tap(steps, latents)
             if isinstance(output, tuple):
                 output = (latents, *output[1:])
             else:
@@ -251,6 +256,37 @@ def watched_scheduler(pipe: DiffusionPipeline, tap: StepTap | None = None) -> It
         yield steps
     finally:
         pipe.scheduler = own
+
+
+class _ScheduleIsSet(Exception):  # noqa: N818
+    """Leaves a pipeline at its first call of a denoiser."""
+
+
+def schedule(pipe: DiffusionPipeline, draw: Callable[[], Any]) -> dict[str, Tensor]:
+    """Return the ``timesteps`` and ``sigmas`` that the pipeline itself sets; nothing is computed.
+
+    Args:
+        pipe: The pipeline.
+        draw: Draws with it; left at the first call of a denoiser.
+
+    Returns:
+        Those of the two that its scheduler has, as (steps,) or (steps + 1,).
+    """
+    seen: dict[str, Tensor] = {}
+
+    def look(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        for name in ("timesteps", "sigmas"):
+            values = getattr(pipe.scheduler, name, None)
+            if values is not None:
+                seen[name] = torch.as_tensor(values).float().cpu()
+        raise _ScheduleIsSet
+
+    with ExitStack() as stack:
+        for denoiser in denoisers(pipe).values():
+            stack.enter_context(replaced_forward(denoiser, look))
+        stack.enter_context(suppress(_ScheduleIsSet))
+        draw()
+    return seen
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from lit_distill.adapters import (
     put_lora,
     trained_parameters,
 )
-from lit_distill.batches import Batch, collate_calls, open_pictures
+from lit_distill.batches import NO_TARGET, Batch, collate_calls, open_pictures
 from lit_distill.card import student_facts
 from lit_distill.checkpoints import STATE_PREFIX, check_state, read_checkpoint
 from lit_distill.columns import call_key
@@ -171,6 +171,8 @@ def with_defaults(pipe: DiffusionPipeline, facts: dict[str, Any]) -> DiffusionPi
     @functools.wraps(own.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         given = signature.bind_partial(self, *args, **kwargs).arguments
+        if "num_inference_steps" in given:  # other steps have other sigmas
+            given = {"sigmas": None, **given}
         return own.__call__(self, *args, **kwargs, **_without(defaults, given))
 
     pipe.__class__ = type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
@@ -206,10 +208,8 @@ def prompt_batches(
         "cfg_scale": facts.get("cfg_scale", 1.0),
         "size": size,
         "call": {},
-        "image": None,
-        "latents": None,
-        "encoded": None,
         "row": [],
+        **NO_TARGET,  # type: ignore[typeddict-item]
     }
     batches: list[Batch] = []
     for (own_size, _), alike in itertools.groupby(

@@ -5,20 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lit_distill.adapters import base_pipeline
+from lit_distill.adapters import base_pipeline, changed_scheduler
 from lit_distill.batches import collate_calls, open_pictures
 from lit_distill.cache import weights_facts
 from lit_distill.encode import fingerprint
 from lit_distill.families import denoisers, silent_diffusers
 from lit_distill.prompts import Pair, Size
-from lit_distill.rollout import draw, replaced_forward
+from lit_distill.rollout import StepTap, draw, schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -45,6 +46,9 @@ class Teacher:
         call_columns: Arguments of the pipeline's call that every row brings, and their columns.
         student_num_inference_steps: Written to the CSV for the student.
         student_cfg_scale: Written to the CSV for the student.
+        student_scheduler: Fields in which the student's scheduler differs from the teacher's.
+        student_sigmas: The student's `sigmas`, if it has its own.
+        store_trajectory: Keep the states at the noise levels of the student's steps, too.
     """
 
     model: str
@@ -62,6 +66,9 @@ class Teacher:
     call_columns: dict[str, str] = field(default_factory=dict)
     student_num_inference_steps: int = 4
     student_cfg_scale: float = 1.0
+    student_scheduler: dict[str, Any] | None = None
+    student_sigmas: list[float] | None = None
+    store_trajectory: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -107,8 +114,10 @@ class Teacher:
                 pipe.scheduler = cls.from_config(own, **(told if takes else {}))
         return pipe
 
-    def draw(self, pipe: DiffusionPipeline, pairs: Sequence[Pair]) -> tuple[Tensor, list[Any]]:
-        """Draw a batch of pairs that share size and the numbers of their calls.
+    def draw(
+        self, pipe: DiffusionPipeline, pairs: Sequence[Pair], tap: StepTap | None = None
+    ) -> tuple[Tensor, list[Any]]:
+        """Draw a batch of pairs that share size and the numbers of their calls; `tap` sees steps.
 
         Returns:
             Final latents, (B, ...), and B images or lists of frames.
@@ -124,6 +133,7 @@ class Teacher:
                 cfg_scale=self.cfg_scale,
                 generator=[torch.Generator(self.rand_device).manual_seed(p.seed) for p in pairs],
                 prompt=[pair.prompt for pair in pairs],
+                tap=tap,
                 **({} if size is None else {"height": size[0], "width": size[1]}),
                 **self.call_kwargs,
                 **collate_calls([open_pictures(pair.call) for pair in pairs]),
@@ -166,7 +176,11 @@ def record(teacher: Teacher, pipe: DiffusionPipeline, examples: Sequence[Pair]) 
     for pair in examples:
         size = teacher.size(pair)
         name = "default" if size is None else f"{size[0]}x{size[1]}"
-        schedules[name] = _schedule(teacher, pipe, pair)
+        # Six digits: another device or version may differ in the last ones.
+        schedules[name] = {
+            kind: [float(f"{value:.6g}") for value in values.tolist()]
+            for kind, values in schedule(pipe, partial(teacher.draw, pipe, [pair])).items()
+        }
     facts = {
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
         "schedules": schedules,
@@ -176,25 +190,26 @@ def record(teacher: Teacher, pipe: DiffusionPipeline, examples: Sequence[Pair]) 
     return plain
 
 
-class _ScheduleIsSet(Exception):  # noqa: N818
-    """Leaves a pipeline at its first call of a denoiser."""
+def student_sigmas(teacher: Teacher, pipe: DiffusionPipeline, pair: Pair) -> Tensor:
+    """Return the noise levels between the student's steps at the size of a pair, (steps - 1,).
 
-
-def _schedule(teacher: Teacher, pipe: DiffusionPipeline, pair: Pair) -> dict[str, Any]:
-    """Return the timesteps and sigmas of a pair, seen when the pipeline first calls a denoiser."""
-    seen: dict[str, Any] = {}
-
-    def look(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        for name in ("timesteps", "sigmas"):
-            values = getattr(pipe.scheduler, name, None)
-            if values is not None:
-                # Six digits: another device or version may differ in the last ones.
-                seen[name] = [float(f"{float(value):.6g}") for value in values]
-        raise _ScheduleIsSet
-
-    with ExitStack() as stack:
-        for denoiser in denoisers(pipe).values():
-            stack.enter_context(replaced_forward(denoiser, look))
-        stack.enter_context(suppress(_ScheduleIsSet))
-        teacher.draw(pipe, [pair])
-    return seen
+    Raises:
+        ValueError: If the scheduler has no sigmas.
+    """
+    call = teacher.call_kwargs | (
+        {"sigmas": teacher.student_sigmas} if teacher.student_sigmas else {}
+    )
+    student = replace(
+        teacher,
+        num_inference_steps=teacher.student_num_inference_steps,
+        cfg_scale=teacher.student_cfg_scale,
+        call_kwargs=call,
+    )
+    own, pipe.scheduler = pipe.scheduler, changed_scheduler(pipe, teacher.student_scheduler)
+    try:
+        seen = schedule(pipe, partial(student.draw, pipe, [pair]))
+    finally:
+        pipe.scheduler = own
+    if "sigmas" not in seen:
+        raise ValueError(f"store_trajectory: {type(own).__name__} has no sigmas")
+    return seen["sigmas"][1:-1]

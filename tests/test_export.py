@@ -23,6 +23,7 @@ from lit_distill import (
     rollout,
 )
 from lit_distill.adapters import fuse_lora, take_lora
+from lit_distill.batches import NO_TARGET
 from lit_distill.callbacks import ExportOnSave
 from lit_distill.cli import main
 from lit_distill.export import ExportError
@@ -657,7 +658,7 @@ def test_two_adapters_together_are_the_sum_of_both(exports, folder, tmp_path):
 def batch(**changes):
     values = {"prompt": ["a red cat"], "seed": [3], "rand_device": "cpu", "cfg_scale": 1.0}
     values |= {"num_inference_steps": 4, "size": (16, 16), "call": {}, "row": [2]}
-    return values | {"image": None, "latents": None, "encoded": None} | changes
+    return values | NO_TARGET | changes
 
 
 def test_a_teachers_lora_is_in_teacher_student_and_export(exports, folder, tmp_path):

@@ -12,7 +12,7 @@ from pipelines import CALL_KWARGS, build
 import lit_distill.adapters
 from lit_distill import DirectDistill, DistillDataModule, export_student, load_student
 from lit_distill.adapters import adapters_off, default_target_modules, make_trainable
-from lit_distill.batches import split_batch
+from lit_distill.batches import NO_TARGET, split_batch
 from lit_distill.preflight import PreflightError, preflight
 from lit_distill.schedule import WarmupCosine
 
@@ -296,10 +296,8 @@ def test_rows_are_drawn_one_by_one_where_batches_are_not_masked(monkeypatch):
         "cfg_scale": 1.0,
         "size": (16, 16),
         "call": {},
-        "image": None,
-        "encoded": None,
-        "latents": None,
         "row": [2, 3],
+        **NO_TARGET,
     }
     both = model.student_rollout(batch)
     singles = [model.student_rollout(part) for part in split_batch(batch, 1)]

@@ -1,0 +1,321 @@
+"""What makes students better: every option, over seeds, on the embedded pipeline.
+
+    OMP_NUM_THREADS=1 python benchmarks/quality.py [--jobs 2] [--only default trajectory ...]
+
+Pairs are drawn, students trained and measured on 256 held-out pairs of prompts that none of them
+has seen. Errors are relative to those of the undistilled pipeline at 4 steps without guidance. What
+is finished in --work is not done again. Writes benchmarks/results/quality.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pandas as pd
+import torch
+from candidates import Adversarial, Consistency, Frequency, Perceptual, Pixel, Relative, Sum
+
+from lit_distill import DirectDistill, DistillDataModule
+from lit_distill.cli import main as command
+from lit_distill.ema import EMA
+from lit_distill.losses import LatentL1, LatentMSE, LatentRMSE
+from lit_distill.metrics import FrechetDistance, default_metrics
+from lit_distill.schedule import WarmupCosine
+
+STEPS = 400
+BATCH_SIZE = 16
+STRAIGHT = {"shift_terminal": None}
+FULL: dict[str, Any] = {"lora": None}
+LORA: dict[str, Any] = {"lora": {"r": 32}}
+BETTER: dict[str, Any] = {"scheduler": STRAIGHT, "trajectory": True}
+DEAD = [f"transformer.transformer_blocks.3.{name}.*" for name in ("attn.to_add_out", "txt_mlp")]
+UNDISTILLED = "undistilled, 4 steps"
+RELATIVE = ("latent_mse", "frechet")
+COLUMNS = {
+    "latent_mse": "latent MSE",
+    "frechet": "Frechet",
+    "sharpness": "sharpness",
+    "psnr": "PSNR",
+    "seconds": "CPU s",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student that is trained.
+
+    Attributes:
+        settings: Of `DirectDistill`.
+        inference_steps: Of the rows; several: each row comes with each.
+        pairs: Number of pairs.
+        max_steps: Optimizer steps.
+        make: Makes the module.
+        loss: Makes the loss.
+        callbacks: Makes callbacks.
+        lr: Learning rate; None: 3e-3 for LoRA, 1e-3 for all weights.
+        cosine: Whether it falls to zero along a cosine.
+    """
+
+    settings: dict[str, Any]
+    inference_steps: tuple[int, ...] = (4,)
+    pairs: int = 4096
+    max_steps: int = STEPS
+    make: Callable[..., DirectDistill] = DirectDistill
+    loss: Callable[[], Any] = LatentMSE
+    callbacks: Callable[[], list[pl.Callback]] = field(default=list)
+    lr: float | None = None
+    cosine: bool = True
+
+
+def _with(loss: Callable[[], Any], weight: float) -> Callable[[], Any]:
+    return lambda: Sum([LatentMSE(), loss()], [1.0, weight])
+
+
+RUNS = {
+    # The default, and what the package offers beside it
+    "default": Run(FULL),
+    "L1": Run(FULL, loss=LatentL1),
+    "RMSE": Run(FULL, loss=LatentRMSE),
+    "no terminal": Run(FULL | {"scheduler": STRAIGHT}),
+    "sigmas 1 .9 .75 .5": Run(
+        FULL
+        | {"scheduler": STRAIGHT | {"use_dynamic_shifting": False}, "sigmas": [1, 0.9, 0.75, 0.5]}
+    ),
+    "trajectory": Run(FULL | {"trajectory": True}),
+    "trajectory, no terminal": Run(FULL | BETTER),
+    "constant rate": Run(FULL, cosine=False),
+    "constant rate, EMA": Run(FULL, cosine=False, callbacks=lambda: [EMA(0.99)]),
+    "grad_steps 2": Run(FULL | {"grad_steps": 2}),
+    # Less data, more steps
+    "512 pairs": Run(FULL, pairs=512),
+    "512 pairs, trajectory": Run(FULL | {"trajectory": True}, pairs=512),
+    "best": Run(FULL | BETTER, max_steps=2000),
+    # LoRA
+    "LoRA": Run(LORA),
+    "LoRA r 8": Run({"lora": {"r": 8}}),
+    "LoRA, trajectory": Run(LORA | {"trajectory": True}),
+    # Numbers of steps
+    **{f"{n} steps": Run(FULL | {"scheduler": STRAIGHT}, (n,)) for n in (1, 2, 8)},
+    **{f"LoRA, {n} steps": Run(LORA | {"scheduler": STRAIGHT}, (n,)) for n in (1, 2, 8)},
+    "best, 1 step": Run(FULL | {"scheduler": STRAIGHT}, (1,), max_steps=6000, loss=LatentL1),
+    "1, 2, 4 and 8 steps": Run(FULL | {"scheduler": STRAIGHT}, (1, 2, 4, 8), max_steps=4 * STEPS),
+    # What is not in the package
+    "pixel": Run(FULL, loss=_with(Pixel, 1.0)),
+    "perceptual": Run(FULL, loss=_with(Perceptual, 0.1)),
+    "frequency": Run(FULL, loss=Frequency),
+    "LoRA, relative": Run(LORA, make=Relative),
+    "LoRA, consistency": Run(LORA, make=Consistency, max_steps=2 * STEPS),
+    "LoRA, adversarial": Run(LORA, make=Adversarial, max_steps=STEPS // 2),
+}
+"""By name; consistency and adversarial make as many steps as take about the default's time."""
+
+
+def make_pairs(work: Path) -> None:
+    """Draw the pairs: of each schedule with its trajectory, and the held-out ones."""
+    training = "--seeds_per_prompt 9 --store_trajectory true"
+    _generate(work / "own", "prompts_train.txt", training)
+    straight = '--model.scheduler {"shift_terminal":null}'
+    _generate(work / "straight", "prompts_train.txt", f"{training} {straight}")
+    _generate(work / "heldout", "prompts_heldout.txt", "--seeds_per_prompt 4 --first_seed 1000000")
+
+
+def _generate(out: Path, prompts: str, options: str) -> None:
+    source = files("lit_distill").joinpath("assets", "tiny", prompts)
+    model = "--model.pretrained_model_name_or_path tiny-digits --model.torch_dtype float32"
+    how = f"--prompts {source} --out {out} --batch_size 64 --num_inference_steps 50 --cfg_scale 4"
+    arguments = f"generate {model} {how} {options} --trainer.accelerator cpu --trainer.logger false"
+    command([*arguments.split(), "--trainer.enable_progress_bar=false"])
+
+
+def table(work: Path, source: str, rows: int, inference_steps: tuple[int, ...]) -> Path:
+    """Return the path of a table of the first `rows` pairs at these numbers of steps."""
+    name = f"{rows}_{'_'.join(map(str, inference_steps))}"
+    path = work / source / f"{name}.csv"
+    pairs = pd.read_csv(work / source / "metadata.csv").sample(frac=1, random_state=0)[:rows]
+    parts = [pairs.assign(num_inference_steps=steps) for steps in inference_steps]
+    temporary = path.with_suffix(f".{time.monotonic_ns()}")
+    pd.concat(parts).to_csv(temporary, index=False)
+    temporary.replace(path)
+    return path
+
+
+class Clock(pl.Callback):
+    """Counts the CPU seconds of training."""
+
+    def on_train_start(self, *args: Any) -> None:  # noqa: ANN401
+        """Start."""
+        self.started = time.process_time()
+
+    def on_train_end(self, *args: Any) -> None:  # noqa: ANN401
+        """Stop."""
+        self.seconds = time.process_time() - self.started
+
+
+def train(run: Run, seed: int, work: Path) -> dict[str, float]:
+    """Train a student; return what it is like on the held-out rows, by metric."""
+    pl.seed_everything(seed, verbose=False)
+    lr = run.lr or (1e-3 if run.settings["lora"] is None else 3e-3)
+    module = run.make(
+        pretrained_model_name_or_path="tiny-digits",
+        torch_dtype="float32",
+        checkpointing="none",
+        preflight=False,
+        freeze=DEAD,
+        loss=run.loss(),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
+        lr_scheduler=(lambda optimizer: WarmupCosine(optimizer, 20)) if run.cosine else None,
+        metrics=default_metrics() | {"frechet": FrechetDistance("tiny-digits")},
+        **run.settings,
+    )
+    source = "straight" if run.settings.get("scheduler") else "own"
+    data = DistillDataModule(
+        str(table(work, source, run.pairs, run.inference_steps)),
+        str(table(work, "heldout", 256, run.inference_steps)),
+        batch_size=BATCH_SIZE,
+        seed=seed,
+    )
+    clock = Clock()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=run.max_steps,
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        callbacks=[clock, *run.callbacks()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, datamodule=data)
+    trainer.limit_val_batches = 1.0
+    found = trainer.validate(module, datamodule=data, verbose=False)[0]
+    values = {name.removeprefix("val_"): value for name, value in found.items()}
+    return values | {"seconds": clock.seconds}
+
+
+def one(name: str, seed: int, work: Path) -> None:
+    """Do one run and keep its result."""
+    warnings.simplefilter("ignore")
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    run = RUNS.get(name) or Run(FULL, max_steps=0)
+    values = train(run, seed, work)
+    path = result_path(work, name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values))
+    temporary.replace(path)
+
+
+def result_path(work: Path, name: str, seed: int) -> Path:
+    """Return where a run's result is kept."""
+    return work / "results" / f"{name}, seed {seed}.json"
+
+
+def train_all(jobs: list[tuple[str, int]], options: argparse.Namespace) -> None:
+    """Do runs, each in a process of its own, several at a time; say what comes of each."""
+
+    def do(job: tuple[str, int]) -> None:
+        name, seed = job
+        path = result_path(options.work, name, seed)
+        if not path.is_file():
+            own = [sys.executable, __file__, "--one", name, str(seed), "--work", str(options.work)]
+            subprocess.run(own, check=True, stdout=subprocess.DEVNULL)
+        values = json.loads(path.read_text())
+        print(f"{name}, seed {seed}: latent MSE {values['latent_mse']:.4f}", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(do, jobs))
+
+
+def summary(work: Path, names: list[str], seeds: int) -> dict[str, Any]:
+    """Return mean and half the range over seeds of all metrics; errors relative to UNDISTILLED."""
+    base = json.loads(result_path(work, UNDISTILLED, 0).read_text())
+    rows: dict[str, Any] = {}
+    for name in names:
+        found = [json.loads(result_path(work, name, seed).read_text()) for seed in range(seeds)]
+        rows[name] = {}
+        for key in found[0]:
+            kind = key.removesuffix("s").rpartition("_step")[0].rpartition("_")[0] or key
+            scale = base[kind] if kind in RELATIVE else 1.0
+            values = [each[key] / scale for each in found]
+            rows[name][key] = [statistics.mean(values), (max(values) - min(values)) / 2]
+    return {UNDISTILLED: base, "runs": rows}
+
+
+def print_table(rows: dict[str, dict[str, list[float]]]) -> None:
+    """Print the table of docs/method.md."""
+    print("| student | " + " | ".join(COLUMNS.values()) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for name, row in rows.items():
+        cells = [f"{row[k][0]:.3g} ± {row[k][1]:.1g}" for k in COLUMNS if k != "seconds"]
+        print(f"| {name} | " + " | ".join(cells) + f" | {row['seconds'][0]:.0f} |")
+
+
+def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Draw errors of all runs, the default's as a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.28 * len(rows) + 1), layout="constrained")
+    names = list(rows)[::-1]
+    panels = figure.subplots(1, 3, sharey=True)
+    for panel, key in zip(panels, ("latent_mse", "frechet", "sharpness"), strict=True):
+        means = [rows[name][key][0] for name in names]
+        spreads = [rows[name][key][1] for name in names]
+        panel.errorbar(means, names, xerr=spreads, fmt="o", markersize=4)
+        panel.axvline(rows["default"][key][0], color="grey", linewidth=1)
+        relative = ", share of the undistilled" if key in RELATIVE else ", share of the teacher's"
+        panel.set_xlabel(COLUMNS[key] + relative)
+        panel.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Do what is not done; write table and plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        one(options.one[0], int(options.one[1]), options.work)
+        return
+    make_pairs(options.work)
+    runs = [(name, seed) for name in options.only for seed in range(options.seeds)]
+    # The longest first, so that no process is left alone with one.
+    train_all([(UNDISTILLED, 0), *sorted(runs, key=lambda run: -RUNS[run[0]].max_steps)], options)
+    result = summary(options.work, options.only, options.seeds)
+    names = ("torch", "diffusers", "lightning", "peft")
+    result |= {"versions": {name: version(name) for name in names}, "seeds": options.seeds}
+    result |= {"threads": torch.get_num_threads(), "command": "python benchmarks/quality.py"}
+    print_table(result["runs"])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if "default" in result["runs"]:
+        plot(result["runs"], options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
