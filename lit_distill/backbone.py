@@ -9,38 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_distill.adapters import (
     adapters_off,
     base_pipeline,
     changed_scheduler,
-    freeze_parameters,
     lora_fields,
     make_trainable,
     put_lora,
-    set_training_mode,
 )
 from lit_distill.batches import NO_TARGET, Batch, collate, open_pictures, split_batch
 from lit_distill.cache import EncodingStore
 from lit_distill.codec import LatentCodec
+from lit_distill.compiling import compile_blocks
 from lit_distill.data import DistillDataModule
 from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
 from lit_distill.families import DTYPES, denoisers, load_pipeline, use_attention
 from lit_distill.joining import UnjoinableError
+from lit_distill.lean import make_lean
 from lit_distill.lora import LoRA, read_lora
 from lit_distill.precision import compute_in
-from lit_distill.preflight import (
-    Report,
-    other_prompt,
-    preflight,
-    preflight_size,
-    trial_arguments,
-)
 from lit_distill.quantization import quantization_config
 from lit_distill.rollout import draw, rollout
 from lit_distill.sharding import empty_denoisers, load_sharded
+from lit_distill.trial import other_prompt, preflight_size, trial_arguments
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -141,6 +134,8 @@ class Backbone:
         trains = {name: self.settings[name] for name in ("lora", "freeze", "train_mode")}
         make_trainable(pipe, **trains)
         put_lora(pipe, begin)
+        for denoiser in denoisers(pipe).values():
+            make_lean(denoiser)
 
     def _fields_of(self, begin: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
         """Return the settings of a LoRA to go on from, with those of `lora` it leaves open."""
@@ -180,7 +175,7 @@ class Backbone:
             world_size=trainer.world_size,
             barrier=trainer.strategy.barrier,
         )
-        example = self._example(data)
+        example = self.example(data)
         prompt = example.pop("prompt")
         for prompts in ([prompt], [prompt, other_prompt(prompt)]):
             with suppress(UnjoinableError):  # which preflight is going to find
@@ -190,49 +185,7 @@ class Backbone:
             each.encoded = partial(encoded_image, once.store, once.identity)
         self._vae = once.release(device)
 
-    def check(self, data: DistillDataModule, trainer: pl.Trainer) -> None:
-        """Run preflight before training; take up the settings that avoid what it finds.
-
-        Raises:
-            PreflightError: If a check fails that no setting avoids.
-            ValueError: If the pipeline does not draw the size of an image.
-        """
-        report = self.preflight(trainer, **self._example(data))
-        report.raise_failures()
-        self.check_sizes(data)
-        for finding in report.findings:
-            if finding.verdict == "avoidable":
-                rank_zero_warn(
-                    f"{report.pipeline}, {finding.check}: {finding.seen}. "
-                    f"{finding.remedy} It is done for this run."
-                )
-        freeze_parameters(self.pipe, report.settings.get("freeze", []))
-        set_training_mode(self.pipe, report.settings.get("train_mode", []))
-        for name, value in report.settings.items():
-            known = self.settings[name]
-            self.settings[name] = known + value if isinstance(value, list) else value
-
-    def check_sizes(self, data: DistillDataModule) -> None:
-        """Learn the codec of every size of image targets: bad sizes are refused before training.
-
-        Raises:
-            ValueError: Naming a row of a size that the pipeline does not draw.
-        """
-        for each in (data.train_set, data.val_set):
-            for record in [] if each is None else each.image_sizes():
-                opened = record | {"call": open_pictures(record["call"])} | NO_TARGET
-                self.codec(collate([opened]))
-
-    def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
-        """Return what preflight sees, on the trainer's device and in its precision."""
-        self.place(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context(), self.own_dtype():
-            fixed = self.settings["call_kwargs"] or {}
-            return preflight(
-                self.pipe, checkpointing=self.settings["checkpointing"], **{**fixed, **call}
-            )
-
-    def _example(self, data: DistillDataModule) -> dict[str, Any]:
+    def example(self, data: DistillDataModule) -> dict[str, Any]:
         """Return the first training row as arguments of `preflight`, at a small size."""
         assert data.train_set is not None
         row = data.train_set.record(0)
@@ -245,8 +198,7 @@ class Backbone:
 
     def compile(self) -> None:
         """Compile the denoisers' repeated blocks."""
-        for denoiser in denoisers(self.pipe).values():
-            denoiser.compile_repeated_blocks(fullgraph=True)
+        compile_blocks(self.pipe)
 
     # Where it is
 
