@@ -42,7 +42,6 @@ BATCH_SIZE = 16
 STRAIGHT = {"shift_terminal": None}
 FULL: dict[str, Any] = {"lora": None}
 LORA: dict[str, Any] = {"lora": {"r": 32}}
-BETTER: dict[str, Any] = {"scheduler": STRAIGHT, "trajectory": True}
 DEAD = [f"transformer.transformer_blocks.3.{name}.*" for name in ("attn.to_add_out", "txt_mlp")]
 UNDISTILLED = "undistilled, 4 steps"
 RELATIVE = ("latent_mse", "frechet")
@@ -97,14 +96,13 @@ RUNS = {
         | {"scheduler": STRAIGHT | {"use_dynamic_shifting": False}, "sigmas": [1, 0.9, 0.75, 0.5]}
     ),
     "trajectory": Run(FULL | {"trajectory": True}),
-    "trajectory, no terminal": Run(FULL | BETTER),
     "constant rate": Run(FULL, cosine=False),
     "constant rate, EMA": Run(FULL, cosine=False, callbacks=lambda: [EMA(0.99)]),
     "grad_steps 2": Run(FULL | {"grad_steps": 2}),
     # Less data, more steps
     "512 pairs": Run(FULL, pairs=512),
     "512 pairs, trajectory": Run(FULL | {"trajectory": True}, pairs=512),
-    "best": Run(FULL | BETTER, max_steps=2000),
+    "best": Run(FULL | {"trajectory": True}, max_steps=2000),
     # LoRA
     "LoRA": Run(LORA),
     "LoRA r 8": Run({"lora": {"r": 8}}),
@@ -126,11 +124,9 @@ RUNS = {
 
 
 def make_pairs(work: Path) -> None:
-    """Draw the pairs: of each schedule with its trajectory, and the held-out ones."""
+    """Draw 9 pairs of each prompt to train with, and 4 of each held-out one."""
     training = "--seeds_per_prompt 9 --store_trajectory true"
-    _generate(work / "own", "prompts_train.txt", training)
-    straight = '--model.scheduler {"shift_terminal":null}'
-    _generate(work / "straight", "prompts_train.txt", f"{training} {straight}")
+    _generate(work / "train", "prompts_train.txt", training)
     _generate(work / "heldout", "prompts_heldout.txt", "--seeds_per_prompt 4 --first_seed 1000000")
 
 
@@ -182,9 +178,8 @@ def train(run: Run, seed: int, work: Path) -> dict[str, float]:
         metrics=default_metrics() | {"frechet": FrechetDistance("tiny-digits")},
         **run.settings,
     )
-    source = "straight" if run.settings.get("scheduler") else "own"
     data = DistillDataModule(
-        str(table(work, source, run.pairs, run.inference_steps)),
+        str(table(work, "train", run.pairs, run.inference_steps)),
         str(table(work, "heldout", 256, run.inference_steps)),
         batch_size=BATCH_SIZE,
         seed=seed,

@@ -1,20 +1,23 @@
-"""Time, memory and FLOPs of a training step: the bare rollout beside Lightning's Trainer.
+"""Time, memory and FLOPs of a training step: the bare rollout, Lightning's Trainer, the reference.
 
-    python benchmarks/step.py [--layers 4 --width 384 --image_tokens 1024 --text_tokens 64]
+    python benchmarks/step.py [--layers 4 --width 384 --image_tokens 1024] [--reference PATH]
 
 A Qwen-Image transformer of random weights, with the embedded pipeline's encoders, is trained as
 LoRA in each checkpointing mode. After every step of the Trainer the same step is made without
-Lightning: rollout, mean squared error, backward pass, AdamW; same weights (the learning rate is 0),
-prompt, noise and target, so both have the same loss, which is checked. Reported are
+Lightning (rollout, mean squared error, backward pass, AdamW) and, with a checkout of
+DiffSynth-Studio, by that; same weights (the learning rate is 0), prompt embeddings, noise, target
+and sigmas, so all have the same loss, or the benchmark refuses. Reported are
 
 * seconds: of the whole process's CPU where there is no GPU, so run it on one thread
-  (OMP_NUM_THREADS=1); wall time on a GPU. The ratio is the median over neighbouring steps;
+  (OMP_NUM_THREADS=1); wall time on a GPU. Ratios are medians over neighbouring steps;
 * saved: bytes that live after the forward pass but did not before: what the backward pass needs;
 * peak: the most bytes that lived at any moment of the step besides what lived before it (weights,
   optimizer); counted tensor by tensor, so not subject to allocators or other programs;
-* FLOPs: of matrix products and attention, recomputation included, by torch's FlopCounterMode.
+* FLOPs: of matrix products and attention, recomputation included, by torch's FlopCounterMode;
+* overhead: seconds inside the loader, logging and the gradient's norm, as a share of the step.
 
-The curve over the number of steps is counted, not timed.
+The reference checkpoints blocks or nothing: it is compared with none by none, else by blocks.
+Curves over steps, batch size, resolution and layers are counted, not timed.
 """
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ import logging
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +42,31 @@ import lightning.pytorch as pl
 import pandas as pd
 import torch
 import transformers
+from counters import CHANNELS, COUNTERS, Bytes, Flops, forward_flops
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.profilers import Profiler
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
 from lit_distill import DirectDistill, DistillDataModule, load_pipeline, rollout
+from lit_distill.adapters import make_trainable
+from lit_distill.encode import EncodeOnce
 from lit_distill.families import DTYPES
+from lit_distill.lean import make_lean
+from lit_distill.rollout import run
 
-MODES = ("none", "block", "step", "nested")
+MODES = ("none", "selective", "block", "step", "nested")
+CURVES = {
+    "steps": [1, 2, 4, 8],
+    "batch_size": [1, 2, 4],
+    "image_tokens": [64, 256, 1024],
+    "layers": [2, 4, 8],
+}
+OVERHEAD = (
+    "[_TrainingEpochLoop].train_dataloader_next",
+    "[LightningModule]DirectDistill.on_before_optimizer_step",
+)
 HEAD = 128  # width of an attention head, as published
-CHANNELS = 16  # of a latent token: 4, of 2 x 2 positions
 PIXELS = 8  # a token's side in pixels with the embedded VAE
-MIB = 2**20
 
 
 def make_pipeline(options: argparse.Namespace) -> Any:  # noqa: ANN401
@@ -83,130 +93,28 @@ def make_prompt(pipe: Any, tokens: int) -> str:  # noqa: ANN401
     return " ".join(["red"] * (1 + (tokens - length[1]) // (length[2] - length[1])))
 
 
-def forward_flops(options: argparse.Namespace, text_width: int) -> int:
-    """Return the floating point operations of one denoiser call: two a multiplication."""
-    width, rank = options.width, options.rank
-    tokens = options.image_tokens + options.text_tokens
-    block = 12 * width**2 * tokens  # q, k, v, out and the MLP of four times the width
-    block += 2 * 6 * width**2  # modulation of image and text, once a sample
-    block += rank * 18 * width * tokens  # LoRA of these: four of (w, w), one of (w, 4w) and back
-    block += 2 * tokens**2 * width
-    ends = (2 * CHANNELS * options.image_tokens + text_width * options.text_tokens) * width
-    ends += (256 + width + 2 * width) * width  # the time's embedding, the last norm's modulation
-    return 2 * options.batch_size * (options.layers * block + ends)
-
-
-def _attention(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
-    return sdpa_flop_count(*shapes[:3])  # query, key, value
-
-
-def _attention_backward(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
-    return sdpa_backward_flop_count(*shapes[:4])  # gradient, query, key, value
-
-
-# Which torch counts on GPUs only.
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that were made since and still live, each storage once.
-
-    `torch.autograd.graph.saved_tensors_hooks` misses what checkpointing keeps by itself: the
-    keyword arguments of a call that is to be run again.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        """Run the operation and note what it has made."""
-        made = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        for tensor in _tensors(made):
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._known or storage._cdata in given:
-                continue  # a view
-            self._known.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        return made
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:  # noqa: ANN401
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-class Bytes:
-    """Counts the memory of a step, as a context around it."""
-
-    def __enter__(self) -> Bytes:
-        self.saved = 0
-        self.live = LiveBytes()
-        self.live.__enter__()
-        return self
-
-    def forward_done(self) -> None:
-        """Note what waits for the backward pass."""
-        self.saved = self.live.now
-
-    def __exit__(self, *exception: object) -> None:
-        self.live.__exit__(*exception)
-
-    def result(self) -> dict[str, float]:
-        """Return the counts."""
-        return {
-            "saved_MiB": round(self.saved / MIB, 2),
-            "peak_MiB": round(self.live.peak / MIB, 2),
-        }
-
-
-class Flops(FlopCounterMode):
-    """Counts the operations of a step; never in one with `Bytes`, for it keeps tensors alive."""
-
-    def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=_CPU_ATTENTION)
-
-    def forward_done(self) -> None:
-        """Go on: the backward pass is counted too."""
-
-    def result(self) -> dict[str, float]:
-        """Return the count."""
-        return {"GFLOP": round(self.get_total_flops() / 1e9, 3)}
-
-
-COUNTERS: tuple[type[Bytes | Flops], ...] = (Bytes, Flops)
-
-
 class Bare:
     """The step without Lightning."""
 
-    def __init__(self, pipe: Any, steps: int, mode: Any, options: argparse.Namespace) -> None:  # noqa: ANN401
+    def __init__(self, pipe: Any, mode: Any, options: argparse.Namespace) -> None:  # noqa: ANN401
         trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
-        self.pipe, self.steps, self.mode, self.options = pipe, steps, mode, options
+        self.pipe, self.mode, self.options = pipe, mode, options
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
         self.target = options.target.to(pipe.transformer.device).expand(options.batch_size, -1, -1)
 
+    def call(self) -> dict[str, Any]:
+        """Return the arguments of the rollout."""
+        count = self.options.batch_size
+        return {
+            "prompt": [self.options.prompt] * count,
+            "num_inference_steps": self.options.steps,
+            "generator": [torch.Generator().manual_seed(0) for _ in range(count)],
+            **self.options.size,
+        }
+
     def __call__(self, counter: Bytes | Flops | None = None) -> float:
         """Make a step; return its loss."""
-        latents = rollout(
-            self.pipe,
-            prompt=[self.options.prompt] * self.options.batch_size,
-            num_inference_steps=self.steps,
-            generator=[torch.Generator().manual_seed(0) for _ in range(self.options.batch_size)],
-            checkpointing=self.mode,
-            **self.options.size,
-        )
+        latents = rollout(self.pipe, checkpointing=self.mode, **self.call())
         loss = (latents.float() - self.target).pow(2).mean()
         if counter:
             counter.forward_done()
@@ -215,14 +123,28 @@ class Bare:
         self.optimizer.zero_grad()
         return float(loss.detach())
 
-    def counted(self) -> dict[str, float]:
-        """Make a step for each counter; return the counts."""
-        counts = {}
-        for kind in COUNTERS:
-            with kind() as counter:
-                self(counter)
-            counts |= counter.result()
-        return counts
+    @torch.no_grad()
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Return what the pipeline gives the denoiser, for another implementation."""
+        seen: list[torch.Tensor] = []
+        hook = self.pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+        steps, _ = run(self.pipe, cfg_scale=1.0, output_type="latent", **self.call())
+        hook.remove()
+        text = self.pipe.encode_prompt([self.options.prompt], device=seen[0].device)[0]
+        sigmas = steps.scheduler.sigmas[:-1].cpu()
+        return {"noise": seen[0], "prompt_embeds": text, "target": self.target, "sigmas": sigmas}
+
+
+def counted(step: Any) -> dict[str, float]:  # noqa: ANN401
+    """Make a step for each counter; return the counts."""
+    counts: dict[str, float] = {}
+    for kind in COUNTERS:
+        with kind() as counter:
+            step(counter)
+        counts |= counter.result()
+    return counts
 
 
 def clock() -> float:
@@ -233,19 +155,64 @@ def clock() -> float:
     return time.perf_counter()
 
 
-class Interleaved(pl.Callback):
-    """Makes a bare step after each of the Trainer's. The first pair warms up, two are counted."""
+class Watch(Profiler):
+    """Seconds of the CPU that chosen actions of the Trainer take, step by step."""
 
-    def __init__(self, mode: str, options: argparse.Namespace) -> None:
-        self.mode, self.options = mode, options
-        self.seconds: list[tuple[float, float]] = []
-        self.counts: dict[str, dict[str, float]] = {"bare": {}, "trainer": {}}
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[float] = []
+        self.now = 0.0
+        self._begun: dict[str, float] = {}
+
+    def start(self, action_name: str) -> None:
+        """Note the beginning."""
+        if action_name in OVERHEAD:
+            self._begun[action_name] = time.process_time()
+
+    def stop(self, action_name: str) -> None:
+        """Add what has passed."""
+        if action_name in self._begun:
+            self.now += time.process_time() - self._begun.pop(action_name)
+
+
+class TimedLogger(CSVLogger):
+    """Adds the seconds of logging to a watch."""
+
+    watch: Watch
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Log."""
+        begun = time.process_time()
+        super().log_metrics(*args, **kwargs)
+        self.watch.now += time.process_time() - begun
+
+    def save(self) -> None:
+        """Write what is logged."""
+        begun = time.process_time()
+        super().save()
+        self.watch.now += time.process_time() - begun
+
+
+class Interleaved(pl.Callback):
+    """Makes the other steps after each of the Trainer's. The first warms up, two are counted."""
+
+    def __init__(self, mode: str, options: argparse.Namespace, watch: Watch) -> None:
+        self.mode, self.options, self.watch = mode, options, watch
+        self.seconds: list[dict[str, float]] = []
+        self.counts: dict[str, dict[str, float]] = {}
         self._counter: Bytes | Flops | None = None
         self._begun = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:  # noqa: ANN401
-        """Make the bare step ready."""
-        self.bare = Bare(module.pipe, self.options.steps, self.mode, self.options)
+        """Make the other steps ready."""
+        bare = Bare(module.pipe, self.mode, self.options)
+        self.others: dict[str, Any] = {"bare": bare}
+        if self.options.reference:
+            from reference import ReferenceStep
+
+            self.others["reference"] = ReferenceStep(
+                self.options.reference, module.pipe, bare.inputs(), blocks=self.mode != "none"
+            )
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:  # noqa: ANN401
         """Begin to count, once the optimizer has its state."""
@@ -265,22 +232,43 @@ class Interleaved(pl.Callback):
         outputs: Any,  # noqa: ANN401
         *args: Any,  # noqa: ANN401
     ) -> None:
-        """Stop the Trainer's clock, make the bare step, and start it again."""
-        ended = clock()
+        """Stop the Trainer's clock, make the other steps, and start it again."""
+        seconds = {"trainer": clock() - self._begun}
         counter, self._counter = self._counter, None
         if counter:
             counter.__exit__(None, None, None)
-            self.counts["trainer"] |= counter.result()
-            with type(counter)() as own:
-                loss = self.bare(own)
-            self.counts["bare"] |= own.result()
-        else:
-            loss = self.bare()
-            if trainer.global_step > 1 + len(COUNTERS):
-                self.seconds.append((clock() - ended, ended - self._begun))
-        if not math.isclose(loss, float(outputs["loss"]), rel_tol=1e-5):
-            raise RuntimeError(f"the Trainer's loss is {outputs['loss']}, the bare step's {loss}")
+            self.counts.setdefault("trainer", {}).update(counter.result())
+        for name, step in self.others.items():
+            begun = clock()
+            if counter:
+                with type(counter)() as own:
+                    loss = step(own)
+                self.counts.setdefault(name, {}).update(own.result())
+            else:
+                loss = step()
+            seconds[name] = clock() - begun
+            single = self.options.torch_dtype == "float32"
+            close = (1e-5 if name == "bare" else 1e-4) if single else 2e-2
+            if not math.isclose(loss, float(outputs["loss"]), rel_tol=close):
+                raise RuntimeError(f"the Trainer's loss is {outputs['loss']}, of {name}: {loss}")
+        if trainer.global_step > 1 + len(COUNTERS):
+            self.seconds.append(seconds | {"overhead": self.watch.now})
+        self.watch.now = 0.0
         self._begun = clock()
+
+    def result(self) -> dict[str, Any]:
+        """Return seconds, counts and ratios."""
+        names = ["trainer", *self.others]
+        found: dict[str, Any] = {
+            name: {"seconds": round(statistics.median(s[name] for s in self.seconds), 4)}
+            | self.counts[name]
+            for name in names
+        }
+        for name in self.others:
+            ratio = statistics.median(s["trainer"] / s[name] for s in self.seconds)
+            found[f"trainer_over_{name}"] = round(ratio, 4)
+        share = statistics.median(s["overhead"] / s["trainer"] for s in self.seconds)
+        return found | {"overhead": round(share, 5)}
 
 
 def measure(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -297,13 +285,16 @@ def measure(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.0, weight_decay=0.0),
     )
     module.backbone._load = lambda: make_pipeline(options)  # type: ignore[method-assign]
-    pairs = 1 + len(COUNTERS) + options.repeats
-    interleaved = Interleaved(mode, options)
+    steps = 1 + len(COUNTERS) + options.repeats
+    watch, logger = Watch(), TimedLogger(folder)
+    logger.watch = watch
+    interleaved = Interleaved(mode, options, watch)
     trainer = pl.Trainer(
-        max_steps=pairs,
-        logger=CSVLogger(folder),
+        max_steps=steps,
+        logger=logger,
         log_every_n_steps=1,
         callbacks=[interleaved],
+        profiler=watch,
         precision="bf16-mixed" if options.torch_dtype == "bfloat16" else "32-true",
         devices=1,
         enable_checkpointing=False,
@@ -312,21 +303,45 @@ def measure(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         use_distributed_sampler=False,
     )
     data = DistillDataModule(
-        str(write_table(folder, options)), batch_size=options.batch_size, repeat=pairs
+        str(write_table(folder, options)), batch_size=options.batch_size, repeat=steps
     )
     trainer.fit(module, datamodule=data)
-    bare, ours = zip(*interleaved.seconds, strict=True)
-    result: dict[str, Any] = {
-        "bare": {"seconds": round(statistics.median(bare), 4)} | interleaved.counts["bare"],
-        "trainer": {"seconds": round(statistics.median(ours), 4)} | interleaved.counts["trainer"],
-        "trainer_over_bare": round(statistics.median(b / a for a, b in interleaved.seconds), 4),
+    result = interleaved.result()
+    result["curves"] = {
+        name: {
+            str(value): result["bare"]
+            if value == getattr(options, name)
+            else counted(bare_step(mode, varied(options, name, value)))
+            for value in getattr(options, f"curve_{name}")
+        }
+        for name in CURVES
     }
-    result["curve"] = {}
-    for steps in options.curve:
-        known = interleaved.counts["bare"] if steps == options.steps else None
-        counts = known or Bare(module.pipe, steps, mode, options).counted()
-        result["curve"][str(steps)] = counts
     return result
+
+
+def varied(options: argparse.Namespace, name: str, value: int) -> argparse.Namespace:
+    """Return the options with another number of one thing."""
+    other = argparse.Namespace(**vars(options) | {name: value})
+    side = math.isqrt(other.image_tokens)
+    other.size = {"height": side * PIXELS, "width": side * PIXELS}
+    generator = torch.Generator().manual_seed(1)
+    other.target = torch.randn(1, other.image_tokens, CHANNELS, generator=generator)
+    return other
+
+
+def bare_step(mode: str, options: argparse.Namespace) -> Bare:
+    """Return a step on a pipeline of its own, its optimizer's state made."""
+    pipe = make_pipeline(options)
+    make_trainable(pipe, {"r": options.rank})
+    make_lean(pipe.transformer)
+    EncodeOnce(pipe)
+    fields = {"shift_terminal": None}
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **fields)
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    step = Bare(pipe, mode, options)
+    step()
+    return step
 
 
 def write_table(folder: Path, options: argparse.Namespace) -> Path:
@@ -340,29 +355,28 @@ def write_table(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw what is stored and computed over the number of steps."""
+    """Draw what is stored and computed over steps, batch size, resolution and layers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    dashes = dict(zip(MODES, ("-", "--", ":", "-."), strict=True))  # block and step compute alike
-    labels = {
-        "saved_MiB": "saved for the backward pass, MiB",
-        "peak_MiB": "peak beside weights, MiB",
-        "GFLOP": "GFLOP a step",
-    }
-    for axes, (name, label) in zip(figure.subplots(1, 3), labels.items(), strict=True):
-        for mode, found in result["modes"].items():
-            steps = [int(count) for count in found["curve"]]
-            values = [each[name] for each in found["curve"].values()]
-            axes.plot(steps, values, dashes[mode], marker="o", markersize=4, label=mode)
-        axes.set(xlabel="inference steps", ylabel=label)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.set_xticks(steps, [str(step) for step in steps])
-        axes.yaxis.set_major_formatter("{x:.3g}")
-        axes.grid(True, which="both", alpha=0.2)
-    axes.legend(title="checkpointing")
-    figure.savefig(path, dpi=110)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    dashes = dict(zip(MODES, ("-", (0, (3, 1)), "--", ":", "-."), strict=True))  # some are alike
+    names = {"steps": "inference steps", "batch_size": "batch size"}
+    names |= {"image_tokens": "image tokens", "layers": "layers"}
+    labels = {"saved_MiB": "saved, MiB", "peak_MiB": "peak beside weights, MiB", "GFLOP": "GFLOP"}
+    for row, (label, unit) in zip(figure.subplots(3, 4), labels.items(), strict=True):
+        for axes, (name, title) in zip(row, names.items(), strict=True):
+            ticks = [int(value) for value in next(iter(result["modes"].values()))["curves"][name]]
+            for mode, found in result["modes"].items():
+                values = [each[label] for each in found["curves"][name].values()]
+                axes.plot(ticks, values, ls=dashes[mode], marker="o", markersize=3, label=mode)
+            axes.set(xlabel=title, ylabel=unit)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.yaxis.set_major_formatter("{x:.3g}")
+            axes.grid(True, which="both", alpha=0.2)
+    axes.legend(title="checkpointing", fontsize="small")
+    figure.savefig(path, dpi=90)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -376,7 +390,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_tokens", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4, help="inference steps that are timed")
-    parser.add_argument("--curve", type=int, nargs="+", default=[1, 2, 4, 8], help="... counted")
+    for name, values in CURVES.items():
+        about = f"{name} of the curve"
+        parser.add_argument(f"--curve_{name}", type=int, nargs="*", default=values, help=about)
+    parser.add_argument("--reference", type=Path, help="checkout of DiffSynth-Studio")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3, help="timed pairs of steps")
     parser.add_argument("--checkpointing", nargs="+", default=MODES, choices=MODES)
@@ -389,14 +406,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     side = math.isqrt(options.image_tokens)
     if side**2 != options.image_tokens or options.width % HEAD:
         parser.error(f"--image_tokens must be a square number, --width a multiple of {HEAD}")
-    options.size = {"height": side * PIXELS, "width": side * PIXELS}
-    return options
+    if options.reference and options.batch_size != 1:
+        parser.error("--reference: its batch size is 1")
+    return varied(options, "steps", options.steps)
+
+
+def commit(checkout: Path) -> str:
+    """Return the commit of a checkout."""
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, write and print the figures; return them."""
     options = parse(arguments)
-    sizes = {k: v for k, v in vars(options).items() if k not in ("out", "size", "checkpointing")}
+    left_out = ("out", "size", "checkpointing", "target", "reference")
+    sizes = {name: value for name, value in vars(options).items() if name not in left_out}
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for library in (diffusers, transformers):
@@ -406,8 +431,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with torch.no_grad():
         text = pipe.encode_prompt(options.prompt)[0]
     assert text.shape[1] == options.text_tokens, text.shape
-    generator = torch.Generator().manual_seed(1)
-    options.target = torch.randn(1, options.image_tokens, CHANNELS, generator=generator)
     del pipe
     cuda = torch.cuda.is_available()
     result: dict[str, Any] = {
@@ -417,22 +440,25 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "seconds": "wall" if cuda else "CPU",
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, lightning)},
         "sizes": sizes,
+        "reference": commit(options.reference) if options.reference else None,
         "forward_GFLOP": round(options.steps * forward_flops(options, text.shape[2]) / 1e9, 3),
         "modes": {},
     }
-    columns = ("", "bare s", "trainer s", "ratio", "saved MiB", "peak MiB", "GFLOP")
-    print("".join(f"{column:>10}" for column in columns))
+    columns = ["", "trainer s", "/ bare", "/ reference", "overhead"]
+    print("".join(f"{column:>12}" for column in [*columns, "saved MiB", "peak MiB", "GFLOP"]))
     for mode in options.checkpointing:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(mode, Path(folder), options)
         result["modes"][mode] = found
-        bare, ours = found["bare"], found["trainer"]
-        values = (bare["seconds"], ours["seconds"], found["trainer_over_bare"])
-        values += (ours["saved_MiB"], ours["peak_MiB"], ours["GFLOP"])
-        print(f"{mode:>10}" + "".join(f"{value:10.3f}" for value in values), flush=True)
+        ours = found["trainer"]
+        values = [ours["seconds"], found["trainer_over_bare"]]
+        values += [found.get("trainer_over_reference", math.nan), found["overhead"]]
+        values += [ours["saved_MiB"], ours["peak_MiB"], ours["GFLOP"]]
+        print(f"{mode:>12}" + "".join(f"{value:12.3f}" for value in values), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, options.out.with_suffix(".png"))
+    if all(getattr(options, f"curve_{name}") for name in CURVES):
+        plot(result, options.out.with_suffix(".png"))
     return result
 
 

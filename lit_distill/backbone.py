@@ -9,22 +9,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_distill.adapters import (
     adapters_off,
     base_pipeline,
     changed_scheduler,
-    freeze_parameters,
     lora_fields,
     make_trainable,
     put_lora,
-    set_training_mode,
 )
 from lit_distill.batches import NO_TARGET, Batch, collate, open_pictures, split_batch
 from lit_distill.cache import EncodingStore
 from lit_distill.codec import LatentCodec
+from lit_distill.compiling import compile_blocks
 from lit_distill.data import DistillDataModule
 from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
 from lit_distill.families import (
@@ -35,27 +33,19 @@ from lit_distill.families import (
     use_attention,
 )
 from lit_distill.joining import UnjoinableError
+from lit_distill.lean import make_lean
 from lit_distill.lora import LoRA, read_lora
 from lit_distill.precision import compute_in
-from lit_distill.preflight import (
-    Report,
-    other_prompt,
-    preflight,
-    preflight_size,
-    trial_arguments,
-)
 from lit_distill.quantization import quantization_config
-from lit_distill.rollout import draw, rollout, schedule
+from lit_distill.rollout import draw, rollout
 from lit_distill.sharding import empty_denoisers, load_sharded
 from lit_distill.trajectory import Trajectory, trajectory
+from lit_distill.trial import other_prompt, preflight_size, trial_arguments
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch.distributed.device_mesh import DeviceMesh
 
-
-LAST_STEP = 0.05
-"""Share of noise below which a student's last step has next to nothing left to do."""
 
 Drawn = TypeVar("Drawn", Tensor, Trajectory)
 
@@ -159,6 +149,8 @@ class Backbone:
         trains = {name: self.settings[name] for name in ("lora", "freeze", "train_mode")}
         make_trainable(pipe, **trains)
         put_lora(pipe, begin)
+        for denoiser in denoisers(pipe).values():
+            make_lean(denoiser)
 
     def _fields_of(self, begin: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
         """Return the settings of a LoRA to go on from, with those of `lora` it leaves open."""
@@ -198,7 +190,7 @@ class Backbone:
             world_size=trainer.world_size,
             barrier=trainer.strategy.barrier,
         )
-        example = self._example(data)
+        example = self.example(data)
         prompt = example.pop("prompt")
         for prompts in ([prompt], [prompt, other_prompt(prompt)]):
             with suppress(UnjoinableError):  # which preflight is going to find
@@ -208,88 +200,16 @@ class Backbone:
             each.encoded = partial(encoded_image, once.store, once.identity)
         self._vae = once.release(device)
 
-    def check(self, data: DistillDataModule, trainer: pl.Trainer) -> None:
-        """Run preflight before training; take up the settings that avoid what it finds.
-
-        Raises:
-            PreflightError: If a check fails that no setting avoids.
-            ValueError: If the pipeline does not draw the size of an image.
-        """
-        self._check_last_step(self._first(data))
-        report = self.preflight(trainer, **self._example(data))
-        report.raise_failures()
-        self.check_sizes(data)
-        for finding in report.findings:
-            if finding.verdict == "avoidable":
-                rank_zero_warn(
-                    f"{report.pipeline}, {finding.check}: {finding.seen}. "
-                    f"{finding.remedy} It is done for this run."
-                )
-        freeze_parameters(self.pipe, report.settings.get("freeze", []))
-        set_training_mode(self.pipe, report.settings.get("train_mode", []))
-        for name, value in report.settings.items():
-            known = self.settings[name]
-            self.settings[name] = known + value if isinstance(value, list) else value
-
-    def check_steps(self, data: DistillDataModule) -> None:
-        """See that the student's sigmas are of as many steps as its rows.
-
-        Raises:
-            ValueError: Naming a row of another number of steps.
-        """
-        sigmas = self.settings["sigmas"]
-        for each in (data.train_set, data.val_set):
-            for row in [] if each is None or not sigmas else map(each.record, range(len(each))):
-                if row["num_inference_steps"] != len(sigmas):
-                    raise ValueError(
-                        f"row {row['row']} is to be drawn in {row['num_inference_steps']} steps, "
-                        f"but model.sigmas has {len(sigmas)}; they must be as many"
-                    )
-
-    def _check_last_step(self, batch: Batch) -> None:
-        """Warn where the student's last step has next to nothing to do."""
-        steps = batch["num_inference_steps"]
-        call = self.student_call(batch, steps)
-        levels = schedule(self.pipe, partial(rollout, self.pipe, **call)).get("sigmas")
-        # Those of flow matching only, which are shares of noise.
-        if levels is None or levels[0] > 1 or levels[-2] >= LAST_STEP:
-            return
-        rank_zero_warn(
-            f"the last of the student's {steps} steps begins at sigma {levels[-2]:.3g}: it moves "
-            "the latents by next to nothing, so that one step less does the work. Give it its "
-            "share with model.scheduler: {shift_terminal: null}, or set model.sigmas"
-        )
-
-    def check_sizes(self, data: DistillDataModule) -> None:
-        """Learn the codec of every size of image targets: bad sizes are refused before training.
-
-        Raises:
-            ValueError: Naming a row of a size that the pipeline does not draw.
-        """
-        for each in (data.train_set, data.val_set):
-            for record in [] if each is None else each.image_sizes():
-                opened = record | {"call": open_pictures(record["call"])} | NO_TARGET
-                self.codec(collate([opened]))
-
-    def preflight(self, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
-        """Return what preflight sees, on the trainer's device and in its precision."""
-        self.place(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context(), self.own_dtype():
-            fixed = self.settings["call_kwargs"] or {}
-            return preflight(
-                self.pipe, checkpointing=self.settings["checkpointing"], **{**fixed, **call}
-            )
-
     @staticmethod
-    def _first(data: DistillDataModule) -> Batch:
+    def first(data: DistillDataModule) -> Batch:
         """Return the first training row, without its target."""
         assert data.train_set is not None
         row = data.train_set.record(0)
         return collate([row | {"call": open_pictures(row["call"])} | NO_TARGET])
 
-    def _example(self, data: DistillDataModule) -> dict[str, Any]:
+    def example(self, data: DistillDataModule) -> dict[str, Any]:
         """Return the first training row as arguments of `preflight`, at a small size."""
-        batch = self._first(data)
+        batch = self.first(data)
         call = self.call(batch) | {"prompt": batch["prompt"][0]}
         del call["generator"]
         if batch["size"] is not None:
@@ -298,8 +218,7 @@ class Backbone:
 
     def compile(self) -> None:
         """Compile the denoisers' repeated blocks."""
-        for denoiser in denoisers(self.pipe).values():
-            denoiser.compile_repeated_blocks(fullgraph=True)
+        compile_blocks(self.pipe)
 
     # Where it is
 

@@ -19,6 +19,7 @@ from lit_distill.generate import generate_pairs
 from lit_distill.module import DirectDistill
 from lit_distill.pairing import check_pairing
 from lit_distill.prompts import plan_pairs, read_prompts
+from lit_distill.readiness import look
 from lit_distill.report import ReportWriter
 from lit_distill.student import prompt_batches
 from lit_distill.tables import MetadataError
@@ -285,9 +286,8 @@ class DistillTrainer(pl.Trainer):
         model.configure_model()
         size = {} if height is None else {"height": height}
         size |= {} if width is None else {"width": width}
-        report = model.backbone.preflight(
-            self, prompt=prompt, num_inference_steps=num_inference_steps, **size
-        )
+        call = {"prompt": prompt, "num_inference_steps": num_inference_steps, **size}
+        report = look(model.backbone, self, **call)
         print(report)
         report.raise_failures()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +20,7 @@ import lit_distill
 from lit_distill.backbone import Backbone
 from lit_distill.batches import Batch
 from lit_distill.card import training_facts
+from lit_distill.checkpointing import Checkpointing, check_mode
 from lit_distill.checkpoints import AtomicCheckpointIO, check_state
 from lit_distill.codec import LatentCodec
 from lit_distill.data import DistillDataModule
@@ -27,8 +28,8 @@ from lit_distill.families import DTYPES, denoisers
 from lit_distill.heldout import HeldOut
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.metrics import default_metrics
+from lit_distill.readiness import check_rows, make_ready
 from lit_distill.resume import Run, StopOnSignal
-from lit_distill.rollout import Checkpointing
 from lit_distill.schedule import WarmupCosine
 from lit_distill.steps import OptimizerStep, gradient_norm
 from lit_distill.trajectory import Trajectory
@@ -68,7 +69,11 @@ class DirectDistill(pl.LightningModule):
             it, instead of only the last through all steps. Rows need the states: lit-distill
             generate --store_trajectory true, or the online teacher.
         checkpointing: What the backward pass recomputes instead of storing: none, block (the
-            denoiser's blocks), step (each denoiser call) or nested (both: memory flat in steps).
+            denoiser's blocks), selective (these but for their attention), step (each denoiser call
+            but the last) or nested (call and blocks: memory flat in steps). auto: the fastest for
+            which the device has memory, measured before training and said in the log.
+        offload_activations: Keep the blocks' inputs in the host's pinned memory, with block and
+            selective.
         grad_steps: Back-propagate through the last grad_steps steps only; null: through all.
         loss: A DistillLoss; null: LatentMSE.
         optimizer: Optimizer of the trainable parameters.
@@ -111,7 +116,8 @@ class DirectDistill(pl.LightningModule):
         scheduler: dict[str, Any] | None = None,
         sigmas: list[float] | None = None,
         trajectory: bool = False,
-        checkpointing: Checkpointing = "block",
+        checkpointing: Checkpointing | Literal["auto"] = "block",
+        offload_activations: bool = False,
         grad_steps: int | None = None,
         loss: DistillLoss | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
@@ -141,6 +147,8 @@ class DirectDistill(pl.LightningModule):
             raise ValueError(
                 f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}"
             )
+        if checkpointing != "auto" or offload_activations:
+            check_mode(checkpointing, offload_activations)
         if teacher_lora and teacher_model:
             raise ValueError(
                 "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "
@@ -207,6 +215,9 @@ class DirectDistill(pl.LightningModule):
         """Load the pipeline, freeze it and make the student trainable; once."""
         if hasattr(self, "denoisers"):
             return
+        data = self._fit_data()
+        if data is not None:
+            check_rows(self.hparams, data)
         # Lightning makes the accelerator the default device here, and schedulers that are built
         # there can't compute their schedules, for which they use numpy.
         with torch.device("cpu"):
@@ -215,13 +226,10 @@ class DirectDistill(pl.LightningModule):
             else:
                 device = self.trainer.strategy.root_device
                 self.backbone.load(self._device_mesh["data_parallel"], device)
-            data = self._fit_data()
-            if data is not None:
-                self.backbone.check_steps(data)
             self.backbone.encode(data, self._trainer)
             # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
-            if data is not None and self.hparams["preflight"]:
-                self.backbone.check(data, self.trainer)
+            if data is not None:
+                make_ready(self.backbone, data, self.trainer)
             if self.hparams["compile"]:
                 self.backbone.compile()
         self.denoisers = nn.ModuleDict(denoisers(self.pipe))
@@ -316,12 +324,16 @@ class DirectDistill(pl.LightningModule):
             cfg_scale=batch["cfg_scale"],
             grad_steps=self.hparams["grad_steps"],
             checkpointing=self.hparams["checkpointing"],
+            offload=self.hparams["offload_activations"],
         )
 
     def student_trajectory(self, batch: Batch) -> Trajectory:
         """Return the student's states after every step; each differentiable in its own step."""
         return self.backbone.trajectory(
-            batch, cfg_scale=batch["cfg_scale"], checkpointing=self.hparams["checkpointing"]
+            batch,
+            cfg_scale=batch["cfg_scale"],
+            checkpointing=self.hparams["checkpointing"],
+            offload=self.hparams["offload_activations"],
         )
 
     @torch.no_grad()

@@ -34,6 +34,9 @@ def compute_in(module: nn.Module, dtypes: Mapping[str, torch.dtype], default: to
         }
         if any(dtype != torch.float32 for dtype in wanted.values()):
             owner.forward = _with_casts(owner, owner.forward, wanted)
+        # peft would cast to float32 what the adapter casts back.
+        if hasattr(owner, "lora_A") and default != torch.float32:
+            owner.cast_input_dtype_enabled = False
 
 
 def _report_dtype(module: nn.Module, dtype: torch.dtype) -> None:

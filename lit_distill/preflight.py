@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lit_distill.adapters import set_training_mode, trained_parameters
+from lit_distill.adapters import set_training_mode
+from lit_distill.checkpointing import BY_THRIFT, Checkpointing
 from lit_distill.families import denoisers, guidance
-from lit_distill.rollout import Checkpointing, Steps, run, silenced
-from lit_distill.sharding import whole
+from lit_distill.rollout import Steps, silenced, watched_scheduler
+from lit_distill.trial import Trial, difference, norms_difference
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-BY_THRIFT: tuple[Checkpointing, ...] = ("nested", "step", "block", "none")
-"""Checkpointing modes, the one that stores least first."""
+LEAST_SHARE = 0.1
+"""Of the way that the latents go after the first step, by the steps that have a gradient.
+
+On the embedded pipeline the last of 4 steps, which makes 2% as published, diverges; where it makes
+42% (shift_terminal null) it trains as well as all four: `benchmarks/grad_steps.py`.
+"""
 
 
 class PreflightError(RuntimeError):
@@ -57,11 +63,13 @@ class Report:
         findings: One entry a check.
         settings: Arguments of `DirectDistill` that avoid what is avoidable: ``checkpointing``,
             ``freeze``, ``rollout_batch_size``.
+        keep_gradient: Checkpointing modes that leave the gradient as it is.
     """
 
     pipeline: str
     findings: list[Finding] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    keep_gradient: tuple[Checkpointing, ...] = BY_THRIFT
 
     def raise_failures(self) -> None:
         """Raise what can't be avoided.
@@ -89,7 +97,8 @@ def preflight(
     *,
     prompt: str,
     num_inference_steps: int = 4,
-    checkpointing: Checkpointing = "none",
+    checkpointing: Checkpointing | Literal["auto"] = "none",
+    grad_steps: int | None = None,
     seed: int = 0,
     **call_kwargs: Any,  # noqa: ANN401
 ) -> Report:
@@ -100,12 +109,14 @@ def preflight(
     3. A batch of two prompts of different length equals two draws of one.
     4. Checkpointing leaves the gradient as it is, each mode by itself.
     5. Every trainable parameter gets a gradient, and a finite one.
+    6. The last steps that `grad_steps` leaves to the gradient change the latents enough.
 
     Args:
         pipe: The pipeline, its trainable parameters requiring gradients.
         prompt: A typical prompt.
         num_inference_steps: The student's steps: a denoiser of Wan 2.2 may only see some of them.
-        checkpointing: The mode that is going to be used.
+        checkpointing: The mode that is going to be used; auto: any that leaves the gradient.
+        grad_steps: The last steps that the gradient is going to go through; None: all.
         seed: Seed of the noise.
         **call_kwargs: Further arguments of the pipeline's call for one sample; lists hold one
             entry. Small ``height`` and ``width`` make it quick.
@@ -123,92 +134,34 @@ def preflight(
         report.findings.append(Finding("something is trained", "failed", nothing))
         return report
     report.findings.append(checks.batches_equal_singles(report.settings))
-    report.findings.append(checks.checkpointing_keeps_the_gradient(checkpointing, report.settings))
+    report.findings.append(checks.checkpointing_keeps_the_gradient(checkpointing, report))
     usable = report.settings.get("checkpointing", checkpointing)
-    report.findings.append(checks.every_parameter_is_reached(usable, report.settings))
+    mode = report.keep_gradient[0] if usable == "auto" else usable
+    report.findings.append(checks.every_parameter_is_reached(mode, report.settings))
+    if grad_steps is not None and grad_steps < num_inference_steps:
+        report.findings.append(checks.last_steps_matter(grad_steps))
     return report
 
 
-def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
-    """Return a size of about the same shape with no side above `edge`, in multiples of 64 pixels.
-
-    The checks see at it what they would see at the full size, in a fraction of the time.
-    """
-    longest = max(height, width)
-    if longest <= edge:
-        return height, width
-    return tuple(max(64, round(side * edge / longest / 64) * 64) for side in (height, width))  # type: ignore[return-value]
-
-
-def other_prompt(prompt: str) -> str:
-    """Return the prompt of another length that is drawn beside `prompt`."""
-    first = prompt.split()[:1]
-    return first[0] if first and first != [prompt] else "a cat, sleeping"
-
-
-def trial_arguments(
-    prompts: Sequence[str],
-    *,
-    seed: int = 0,
-    **call_kwargs: Any,  # noqa: ANN401
-) -> dict[str, Any]:
-    """Return the arguments of a call for `prompts`, given those for one sample."""
-    count = len(prompts)
-    return {
-        "prompt": list(prompts),
-        "generator": [torch.Generator().manual_seed(seed + index) for index in range(count)],
-        **{k: v * count if isinstance(v, list) else v for k, v in call_kwargs.items()},
-    }
-
-
-class _Checks:
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        prompt: str,
-        num_inference_steps: int,
-        seed: int,
-        call_kwargs: dict[str, Any],
-    ) -> None:
-        self.pipe = pipe
-        self.prompt = prompt
-        self.short = other_prompt(prompt)
-        self.num_inference_steps = num_inference_steps
-        self.seed = seed
-        self.single = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
-        self.call_kwargs = call_kwargs
+class _Checks(Trial):
+    def __init__(self, pipe: DiffusionPipeline, *arguments: Any) -> None:  # noqa: ANN401
+        super().__init__(pipe, *arguments)
         self.modules = {
             f"{key}.{name}".rstrip("."): module
             for key, denoiser in denoisers(pipe).items()
             for name, module in denoiser.named_modules()
         }
-        self.parameters = list(trained_parameters(pipe).items())
-
-    def _arguments(self, prompts: Sequence[str] = (), first: int = 0) -> dict[str, Any]:
-        return trial_arguments(
-            prompts or [self.prompt],
-            seed=self.seed + first,
-            num_inference_steps=self.num_inference_steps,
-            output_type="latent",
-            **self.call_kwargs,
-        )
-
-    @torch.no_grad()
-    def _draw(self, prompts: Sequence[str] = (), first: int = 0) -> tuple[Steps, Any]:
-        return run(self.pipe, cfg_scale=1.0, **self._arguments(prompts, first))
 
     def draws_what_the_pipeline_draws(self) -> list[Finding]:
         check = "the rollout draws what pipe() draws"
-        arguments = self._arguments()
         try:
-            with silenced(self.pipe), guidance(self.pipe, 1.0, 1, self.call_kwargs) as given:
-                expected = self.pipe(**arguments, **given, return_dict=False)[0]
-            steps, found = self._draw()
+            expected = self._plain()
+            steps, found = self.draw()
         except Exception as error:  # whatever the pipeline throws is what the user has to see
             return [Finding(check, "failed", _described(error))]
         if torch.equal(found, expected):
             equality = Finding(check, "ok", "equal bit for bit")
-        elif (apart := _apart(found, expected)) <= (1e-5 if self.single else 2e-2):
+        elif (apart := difference(found, expected)) <= (1e-5 if self.single else 2e-2):
             equality = Finding(check, "ok", f"equal up to rounding, {apart:.0e}")
         else:
             remedy = "Train with dropout off, and with a pipeline that repeats a seed's image."
@@ -216,6 +169,11 @@ class _Checks:
                 check, "failed", f"two draws of a seed differ by {apart:.0e}", remedy
             )
         return [equality, self._one_call_a_step(steps)]
+
+    def _plain(self) -> Any:  # noqa: ANN401
+        """Return what the plain pipe() does."""
+        with silenced(self.pipe), guidance(self.pipe, 1.0, 1, self.call_kwargs) as given:
+            return self.pipe(**self.arguments(), **given, return_dict=False)[0]
 
     def _one_call_a_step(self, steps: Steps) -> Finding:
         check = "without guidance one denoiser call a step"
@@ -228,61 +186,25 @@ class _Checks:
         )
         return Finding(check, "failed", seen, remedy)
 
-    def _gradient(
-        self,
-        checkpointing: Checkpointing,
-        grad_steps: int | None = None,
-        prompts: Sequence[str] = (),
-    ) -> list[Tensor | None]:
-        """Return the norm of every parameter's gradient; None: no gradient reached it.
-
-        Norms are compared, not gradients, so that a large model's are held only once.
-        """
-        with torch.enable_grad():
-            steps, _ = run(
-                self.pipe,
-                cfg_scale=1.0,
-                checkpointing=checkpointing,
-                grad_steps=grad_steps,
-                **self._arguments(prompts),
-            )
-            latents = steps.latents.float()
-            weights = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.seed))
-            loss = (latents * weights.to(latents.device)).sum()
-        if not loss.requires_grad:
-            return [None] * len(self.parameters)
-        own = [parameter.grad for _, parameter in self.parameters]
-        for _, parameter in self.parameters:
-            parameter.grad = None
-        try:
-            loss.backward()  # type: ignore[no-untyped-call]
-            return [
-                None if parameter.grad is None else whole(parameter.grad.float().norm())
-                for _, parameter in self.parameters
-            ]
-        finally:
-            for (_, parameter), kept in zip(self.parameters, own, strict=True):
-                parameter.grad = kept
-
-    def checkpointing_keeps_the_gradient(
-        self, chosen: Checkpointing, settings: dict[str, Any]
-    ) -> Finding:
+    def checkpointing_keeps_the_gradient(self, chosen: str, report: Report) -> Finding:
         check = "checkpointing keeps the gradient"
         # A padded prompt, for Chroma's checkpointing loses the padding's mask; two steps are enough
         # to see it, and bound what "none" stores.
+        settings = report.settings
         batched = "rollout_batch_size" not in settings
         prompts = [self.prompt, self.short] if batched else [self.short]
-        expected = self._gradient("none", 2, prompts)
+        expected = self.gradient_norms("none", 2, prompts)
         wrong: dict[Checkpointing, str] = {}
         for mode in BY_THRIFT[:-1]:
             try:
-                found = self._gradient(mode, 2, prompts)
+                found = self.gradient_norms(mode, 2, prompts)
             except Exception as error:  # diffusers' own checkpointing fails in many ways
                 wrong[mode] = _described(error)
                 continue
-            if (apart := _norms_apart(found, expected)) > (1e-4 if self.single else 5e-3):
+            if (apart := norms_difference(found, expected)) > (1e-4 if self.single else 5e-3):
                 wrong[mode] = f"another gradient, by {apart:.0e}"
-        agree = [mode for mode in BY_THRIFT if mode not in wrong]
+        agree = tuple(mode for mode in BY_THRIFT if mode not in wrong)
+        report.keep_gradient = agree
         seen = "; ".join([f"fine: {', '.join(agree)}", *(f"{m}: {w}" for m, w in wrong.items())])
         if chosen not in wrong:
             return Finding(check, "ok", seen)
@@ -295,7 +217,7 @@ class _Checks:
         check = "every trained parameter gets a gradient"
         names = [name for name, _ in self.parameters]
         with self._watched() as blind:
-            gradient = self._gradient(mode)
+            gradient = self.gradient_norms(mode)
         inner = bool(blind) and all("." in name for name in blind)
         avoided = self._training_mode(mode, blind) if inner else None
         remedies = []
@@ -317,6 +239,30 @@ class _Checks:
             seen += f"; none passes through {blind[0]} and {len(blind) - 1} other modules"
             seen += "" if avoided is None else " in evaluation mode"
         return Finding(check, "avoidable" if dead or blind else "ok", seen, " ".join(remedies))
+
+    def last_steps_matter(self, grad_steps: int) -> Finding:
+        check = "the steps with a gradient make enough of the image"
+        path: list[Tensor] = []
+
+        def note(steps: Steps, latents: Tensor) -> Tensor:
+            path.append(latents.float())
+            return latents
+
+        with watched_scheduler(self.pipe, note):
+            self._plain()
+        moved = [(after - before).norm().item() for before, after in pairwise(path)]
+        # The first step's share is not known without the noise; the others are compared with all
+        # that comes after it, which can only flatter them.
+        share = sum(moved[len(moved) - grad_steps :]) / max(sum(moved), 1e-30)
+        seen = f"the last {grad_steps} of {len(path)} make {share:.0%} of the way after the first"
+        if share >= LEAST_SHARE:
+            return Finding(check, "ok", seen)
+        remedy = (
+            f"The student could only follow by extreme predictions, and diverges; set "
+            f"model.grad_steps: {grad_steps + 1}, or a schedule that ends with larger steps, such "
+            "as model.scheduler: {shift_terminal: null}."
+        )
+        return Finding(check, "failed", seen, remedy)
 
     @contextmanager
     def _watched(self) -> Iterator[list[str]]:
@@ -343,12 +289,12 @@ class _Checks:
         """
         owners = {self._owner(name): None for name in blind}
         patterns = _patterns(list(owners), set(self.modules) - set(owners))
-        expected = self._draw()[0].latents
+        expected = self.draw()[0].latents
         set_training_mode(self.pipe, patterns)
         try:
             with self._watched() as still:
-                gradient = self._gradient(mode)
-            apart = _apart(self._draw()[0].latents, expected)
+                gradient = self.gradient_norms(mode)
+            apart = difference(self.draw()[0].latents, expected)
         except Exception:  # its training mode is not made for this
             return None
         finally:
@@ -366,9 +312,9 @@ class _Checks:
         check = "a batch of two equals two draws of one"
         prompts = [self.prompt, self.short]
         try:
-            both = self._draw(prompts)[0].latents
-            singles = [self._draw([p], first=i)[0].latents for i, p in enumerate(prompts)]
-            apart = _apart(both, torch.cat(singles))
+            both = self.draw(prompts)[0].latents
+            singles = [self.draw([p], first=i)[0].latents for i, p in enumerate(prompts)]
+            apart = difference(both, torch.cat(singles))
             if apart <= (1e-3 if self.single else 1e-1):
                 return Finding(check, "ok", f"equal up to rounding, {apart:.0e}")
             seen = f"prompts of different length differ by {apart:.0e}"
@@ -381,22 +327,6 @@ class _Checks:
 def _described(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
-
-
-def _apart(found: Tensor, expected: Tensor) -> float:
-    """Return the relative difference of two tensors; infinite where there is no number."""
-    if found.shape != expected.shape:
-        return float("inf")
-    norm = expected.double().norm()
-    apart = ((found.double() - expected.double()).norm() / norm.clamp(min=1e-30)).item()
-    return apart if apart == apart else float("inf")
-
-
-def _norms_apart(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
-    if [norm is None for norm in found] != [norm is None for norm in expected]:
-        return float("inf")
-    norms = [[norm for norm in norms if norm is not None] for norms in (found, expected)]
-    return _apart(*map(torch.stack, norms)) if norms[0] else 0.0
 
 
 def _patterns(names: list[str], others: set[str]) -> list[str]:

@@ -21,19 +21,25 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from lit_distill.checkpointing import (
+    BY_BLOCK,
+    Blocks,
+    Checkpointing,
+    check_mode,
+)
 from lit_distill.families import denoisers, guidance
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-Checkpointing = Literal["none", "block", "step", "nested"]
 StepTap = Callable[["Steps", Tensor], Tensor]
 """Called with what is known of the run and a step's output; what it returns goes on instead."""
 
@@ -46,6 +52,7 @@ def rollout(
     cfg_scale: float = 1.0,
     grad_steps: int | None = None,
     checkpointing: Checkpointing = "none",
+    offload: bool = False,
     **call_kwargs: Any,  # noqa: ANN401
 ) -> Tensor:
     """Draw with the pipeline's own loop and return its final latents, differentiably.
@@ -61,8 +68,10 @@ def rollout(
             1 means off: exactly one denoiser call a step.
         grad_steps: Back-propagate through the last `grad_steps` steps only (None: all).
         checkpointing: What is recomputed in the backward pass instead of stored: ``"none"``;
-            ``"block"``, the denoiser's blocks; ``"step"``, each denoiser call; ``"nested"``, each
-            call and, within it, its blocks: memory flat in the number of steps.
+            ``"block"``, the denoiser's blocks; ``"selective"``, these but for their attention;
+            ``"step"``, each denoiser call but the last; ``"nested"``, each call and, within it, its
+            blocks: memory flat in the number of steps.
+        offload: Keep the blocks' inputs in the host's memory, with block or selective.
         **call_kwargs: Passed to the pipeline's `__call__`: ``prompt``, ``height``, ...
 
     Returns:
@@ -81,6 +90,7 @@ def rollout(
         cfg_scale=cfg_scale,
         grad_steps=grad_steps,
         checkpointing=checkpointing,
+        offload=offload,
         output_type="latent",
         **call_kwargs,
     )
@@ -136,6 +146,7 @@ def run(
     tap: StepTap | None = None,
     grad_steps: int | None = None,
     checkpointing: Checkpointing = "none",
+    offload: bool = False,
     **call_kwargs: Any,  # noqa: ANN401
 ) -> tuple[Steps, Any]:
     """Run the pipeline as `rollout` does; return its finished steps and what it returned itself."""
@@ -143,11 +154,7 @@ def run(
         raise ValueError(f"num_inference_steps must be >= 1, got {num_inference_steps}")
     if grad_steps is not None and not grad_steps >= 1:
         raise ValueError(f"grad_steps must be >= 1 or None (all steps), got {grad_steps}")
-    if checkpointing not in get_args(Checkpointing):
-        raise ValueError(
-            f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, "
-            f"got {checkpointing!r}"
-        )
+    check_mode(checkpointing, offload)
     # Lists are copied, for Z-Image's pipeline writes its chat template into the caller's prompts.
     call_kwargs = {k: list(v) if isinstance(v, list) else v for k, v in call_kwargs.items()}
     with ExitStack() as stack:
@@ -156,7 +163,8 @@ def run(
             call_kwargs.pop("negative_prompt", None)  # unused, and QwenImage warns about it
         steps = stack.enter_context(watched_scheduler(pipe, tap))
         for denoiser in denoisers(pipe).values():
-            stack.enter_context(_tapped_denoiser(denoiser, steps, grad_steps, checkpointing))
+            tapped = _tapped_denoiser(denoiser, steps, grad_steps, checkpointing, offload)
+            stack.enter_context(tapped)
         output = undecorated_call(pipe)(
             num_inference_steps=num_inference_steps,
             generator=list(generator),
@@ -198,6 +206,7 @@ class Steps:
         scheduler: The pipeline's scheduler in this run.
         done: Steps that the scheduler has made; in a tap, before the one that it sees.
         calls: Calls of a denoiser, not counting recomputation.
+        calls_a_step: Those in the first step, once it is done.
         latents: The output of the last step, once there is one.
     """
 
@@ -207,11 +216,17 @@ class Steps:
         self.scheduler = scheduler
         self.done = 0
         self.calls = 0
+        self.calls_a_step = 0
 
     @property
     def total(self) -> int:
         """Number of `scheduler.step` calls in the whole run; known once the schedule is set."""
         return len(self.scheduler.timesteps)
+
+    @property
+    def at_last_call(self) -> bool:
+        """Whether the denoiser's call that runs is the last, as far as the first step tells."""
+        return self.done == self.total - 1 and self.calls == self.total * self.calls_a_step
 
 
 @contextmanager
@@ -248,6 +263,7 @@ def watched_scheduler(pipe: DiffusionPipeline, tap: StepTap | None = None) -> It
                 output.prev_sample = latents
         steps.latents = latents
         steps.done += 1
+        steps.calls_a_step = steps.calls_a_step or steps.calls
         return output
 
     fresh.step = watched
@@ -309,12 +325,14 @@ def _tapped_denoiser(
     steps: Steps,
     grad_steps: int | None,
     checkpointing: Checkpointing,
+    offload: bool,
 ) -> Iterator[None]:
     """Lay checkpointing and truncation around the denoiser's forward."""
     original = denoiser.forward
-    run = original
-    if checkpointing in ("block", "nested"):
-        run = _with_block_checkpointing(denoiser, original)
+    blocks = None
+    if checkpointing in BY_BLOCK:
+        keep_attention = checkpointing == "selective"
+        blocks = Blocks(denoiser, original, keep_attention=keep_attention, offload=offload)
 
     def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         steps.calls += 1
@@ -324,46 +342,16 @@ def _tapped_denoiser(
         if grad_steps is not None and steps.done < steps.total - grad_steps:
             with torch.no_grad():
                 return original(*args, **kwargs)
-        if checkpointing in ("step", "nested"):
+        last = steps.at_last_call
+        nested = checkpointing == "nested"
+        # Run again, each call is the last that has run.
+        call = original if blocks is None else partial(blocks.run, nested or last)
+        # The backward pass begins with the last call: to run it again at once would free nothing.
+        if nested or (checkpointing == "step" and not last):
             # Cloned, for Kandinsky5's video pipeline updates its latents in place.
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
-        return run(*args, **kwargs)
+            return checkpoint(call, *args, use_reentrant=False, **kwargs)
+        return call(*args, **kwargs)
 
     with replaced_forward(denoiser, forward):
         yield
-
-
-def _with_block_checkpointing(
-    denoiser: Any,  # noqa: ANN401
-    forward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Return `forward` with diffusers' gradient checkpointing on while it runs.
-
-    The switch is set within, not around, the call: with ``nested`` the call runs again in the
-    backward pass, after the rollout has returned.
-
-    Raises:
-        ValueError: If the denoiser does not support gradient checkpointing.
-    """
-    modules = [m for m in denoiser.modules() if getattr(m, "gradient_checkpointing", None) is False]
-    if not getattr(denoiser, "_supports_gradient_checkpointing", False):
-        raise ValueError(
-            f"{type(denoiser).__name__} does not support gradient checkpointing of its blocks; "
-            "use checkpointing: step"
-        )
-    denoiser.enable_gradient_checkpointing()
-
-    def switch(on: bool) -> None:
-        for module in modules:
-            module.gradient_checkpointing = on
-
-    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        switch(True)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            switch(False)
-
-    switch(False)
-    return run

@@ -1,0 +1,141 @@
+"""What the backward pass computes again instead of keeping it, and where the rest is kept."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+Checkpointing = Literal["none", "block", "selective", "step", "nested"]
+
+BY_THRIFT: tuple[Checkpointing, ...] = ("nested", "step", "block", "selective", "none")
+"""Checkpointing modes, the one that stores least first."""
+
+BY_BLOCK: tuple[Checkpointing, ...] = ("nested", "block", "selective")
+"""Those that run the denoiser's blocks again one by one."""
+
+
+def check_mode(checkpointing: str, offload: bool) -> None:
+    """Refuse what is not a way to checkpoint.
+
+    Raises:
+        ValueError: If the mode is not known, or keeps no inputs of blocks that could be offloaded.
+    """
+    if checkpointing == "auto":
+        raise ValueError(
+            "checkpointing auto is chosen when a training with DistillDataModule begins, and does "
+            "not count with offloading; name one of " + ", ".join(get_args(Checkpointing))
+        )
+    if checkpointing not in get_args(Checkpointing):
+        raise ValueError(
+            f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, "
+            f"got {checkpointing!r}"
+        )
+    if offload and checkpointing not in ("block", "selective"):
+        raise ValueError(
+            f"offloading moves the inputs of blocks to the host: with checkpointing "
+            f"{checkpointing} there is nothing to move; use block or selective"
+        )
+
+
+_BLOCKS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""How many blocks a call of a denoiser runs, once a rollout has counted them."""
+
+
+class Blocks:
+    """A denoiser's forward with diffusers' gradient checkpointing of its blocks.
+
+    The backward pass begins with what ran last: to drop and to run again the last block would free
+    nothing. So it is kept, from the second rollout on, for its number has to be known.
+
+    Args:
+        denoiser: The denoiser.
+        forward: Its forward.
+        keep_attention: Keep what attention has computed, and run again all but that.
+        offload: Keep the blocks' inputs in the host's memory.
+
+    Raises:
+        ValueError: If the denoiser does not support gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        denoiser: Any,  # noqa: ANN401
+        forward: Callable[..., Any],
+        *,
+        keep_attention: bool = False,
+        offload: bool = False,
+    ) -> None:
+        switched = (m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing"))
+        self.modules = [m for m in switched if m.gradient_checkpointing is False]
+        if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"{type(denoiser).__name__} does not support gradient checkpointing of its blocks; "
+                "use checkpointing: step"
+            )
+        self.denoiser, self.forward, self.offload = denoiser, forward, offload
+        self.contexts = _keeping_attention if keep_attention else noop_context_fn
+        self.last = _BLOCKS.get(denoiser, 0)
+        denoiser.enable_gradient_checkpointing(self._block)
+        self._switch(False)
+
+    def run(self, keep_last: bool, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Return what forward does.
+
+        The switch is set within, not around, the call: with ``nested`` the call runs again in the
+        backward pass, after the rollout has returned.
+
+        Args:
+            keep_last: Whether the backward pass is going to begin with the last block.
+            *args: Those of the forward.
+            **kwargs: Those of the forward.
+        """
+        self.done, self.keep_last = 0, keep_last
+        self._switch(True)
+        try:
+            output = self.forward(*args, **kwargs)
+        finally:
+            self._switch(False)
+        _BLOCKS[self.denoiser] = self.done
+        return output
+
+    def _switch(self, on: bool) -> None:
+        for module in self.modules:
+            module.gradient_checkpointing = on
+
+    def _block(self, block: Any, *args: Any) -> Any:  # noqa: ANN401
+        self.done += 1
+        if self.keep_last and self.done == self.last:
+            return block(*args)
+        # To pinned memory, without waiting for the copy; on a CPU it is a plain copy.
+        with save_on_cpu(pin_memory=True) if self.offload else nullcontext():
+            # `__call__`, since checkpoint would take a module's attributes for its own options.
+            call = block.__call__
+            return checkpoint(call, *args, use_reentrant=False, context_fn=self.contexts)
+
+
+def _keeping_attention() -> Any:  # noqa: ANN401
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ANN401
+    keep = _is_attention(op)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@functools.cache
+def _is_attention(op: torch._ops.OpOverload) -> bool:
+    """Return whether an operation is a fused attention: torch's own, or flash-attn's, xformers'."""
+    name: str = op.name()  # type: ignore[no-untyped-call]
+    return any(word in name for word in ("attention", "attn", "flash")) and "backward" not in name

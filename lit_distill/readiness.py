@@ -1,0 +1,138 @@
+"""What is looked at before a training begins: does the pipeline distil, and in what memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lit_distill.adapters import freeze_parameters, set_training_mode
+from lit_distill.backbone import Backbone
+from lit_distill.batches import NO_TARGET, Batch, collate, open_pictures
+from lit_distill.checkpointing import BY_THRIFT, Checkpointing
+from lit_distill.data import DistillDataModule
+from lit_distill.memory import choose
+from lit_distill.preflight import Report, preflight
+from lit_distill.rollout import rollout, schedule
+from lit_distill.trial import Trial
+
+LAST_STEP = 0.05
+"""Share of noise below which a student's last step has next to nothing left to do."""
+
+
+def check_rows(settings: Mapping[str, Any], data: DistillDataModule) -> None:
+    """See, before anything is loaded, that the rows are such as these settings can train on.
+
+    Raises:
+        ValueError: Naming a row of another number of steps than model.sigmas.
+    """
+    sigmas = settings["sigmas"]
+    for rows in (data.train_set, data.val_set):
+        if rows is None or not sigmas:
+            continue
+        steps = rows.columns["num_inference_steps"]
+        for index in (steps != len(sigmas)).nonzero()[0][:1]:
+            raise ValueError(
+                f"row {rows.columns['row'][index]} is to be drawn in {steps[index]} steps, but "
+                f"model.sigmas has {len(sigmas)}; they must be as many"
+            )
+
+
+def make_ready(backbone: Backbone, data: DistillDataModule, trainer: pl.Trainer) -> None:
+    """Run preflight, if it is set; take up what avoids its findings, and what auto stands for.
+
+    Raises:
+        PreflightError: If a check fails that no setting avoids.
+        ValueError: If the pipeline does not draw the size of an image, or model.sigmas are not as
+            many as a row's steps.
+    """
+    keep_gradient = BY_THRIFT
+    if backbone.settings["preflight"]:
+        keep_gradient = _check(backbone, data, trainer)
+    if backbone.settings["checkpointing"] == "auto":
+        _choose_checkpointing(backbone, data, trainer, keep_gradient)
+
+
+def look(backbone: Backbone, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
+    """Return what preflight sees, on the trainer's device and in its precision."""
+    backbone.place(trainer.strategy.root_device)
+    with trainer.precision_plugin.forward_context(), backbone.own_dtype():
+        fixed = backbone.settings["call_kwargs"] or {}
+        chosen = {name: backbone.settings[name] for name in ("checkpointing", "grad_steps")}
+        return preflight(backbone.pipe, **{**chosen, **fixed, **call})
+
+
+def _check(
+    backbone: Backbone, data: DistillDataModule, trainer: pl.Trainer
+) -> tuple[Checkpointing, ...]:
+    """Avoid what preflight finds; return the checkpointing modes that keep the gradient."""
+    _check_last_step(backbone, backbone.first(data))
+    report = look(backbone, trainer, **backbone.example(data))
+    report.raise_failures()
+    _check_sizes(backbone, data)
+    for finding in report.findings:
+        if finding.verdict == "avoidable":
+            rank_zero_warn(
+                f"{report.pipeline}, {finding.check}: {finding.seen}. "
+                f"{finding.remedy} It is done for this run."
+            )
+    freeze_parameters(backbone.pipe, report.settings.get("freeze", []))
+    set_training_mode(backbone.pipe, report.settings.get("train_mode", []))
+    for name, value in report.settings.items():
+        known = backbone.settings[name]
+        backbone.settings[name] = known + value if isinstance(value, list) else value
+    return report.keep_gradient
+
+
+def _check_last_step(backbone: Backbone, batch: Batch) -> None:
+    """Warn where the student's last step has next to nothing to do."""
+    steps = batch["num_inference_steps"]
+    call = backbone.student_call(batch, steps)
+    levels = schedule(backbone.pipe, partial(rollout, backbone.pipe, **call)).get("sigmas")
+    # Those of flow matching only, which are shares of noise.
+    if levels is None or levels[0] > 1 or levels[-2] >= LAST_STEP:
+        return
+    rank_zero_warn(
+        f"the last of the student's {steps} steps begins at sigma {levels[-2]:.3g}: it moves the "
+        "latents by next to nothing, so that one step less does the work. Give it its share with "
+        "model.scheduler: {shift_terminal: null}, or set model.sigmas"
+    )
+
+
+def _check_sizes(backbone: Backbone, data: DistillDataModule) -> None:
+    """Learn the codec of every size of image targets: bad sizes are refused before training."""
+    for each in (data.train_set, data.val_set):
+        for record in [] if each is None else each.image_sizes():
+            opened = record | {"call": open_pictures(record["call"])} | NO_TARGET
+            backbone.codec(collate([opened]))
+
+
+def _choose_checkpointing(
+    backbone: Backbone,
+    data: DistillDataModule,
+    trainer: pl.Trainer,
+    modes: tuple[Checkpointing, ...],
+) -> None:
+    """Take the fastest mode that the device has memory for, the same on all, and say so."""
+    assert data.train_set is not None
+    rows = data.train_set.columns
+    example = backbone.example(data)
+    small = example.get("height", 0) * example.get("width", 0)
+    largest = float((rows["height"] * rows["width"]).max())
+    times = data.batch_size * (largest / small if small else 1.0)
+    example["num_inference_steps"] = int(rows["num_inference_steps"].max())
+    device = trainer.strategy.root_device
+    backbone.place(device)
+    with trainer.precision_plugin.forward_context(), backbone.own_dtype():
+        trial = Trial(
+            backbone.pipe, example.pop("prompt"), example.pop("num_inference_steps"), 0, example
+        )
+        grad_steps = backbone.settings["grad_steps"] or trial.num_inference_steps
+        choice = choose(trial, device, modes, times, min(grad_steps, trial.num_inference_steps))
+    choice = trainer.strategy.broadcast(choice)
+    backbone.settings["checkpointing"] = choice.mode
+    say = rank_zero_info if choice.fits else rank_zero_warn
+    say(f"model.checkpointing: auto takes {choice.mode}; {choice.why}")
