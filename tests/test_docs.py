@@ -6,6 +6,7 @@ impossible, `<!-- needs: hub -->`; such blocks are parsed, by the command's own 
 """
 
 import ast
+import doctest
 import importlib
 import inspect
 import os
@@ -112,13 +113,14 @@ def finished(pairs, tmp_path_factory):
     (place / "prompts.txt").write_text("a red handwritten seven on a blue background\n" * 4)
     config = yaml.safe_load((ROOT / "configs/tiny_lora.yaml").read_text())
     config["data"] |= {"metadata_path": "data/train/metadata.csv"}
-    config["trainer"] |= {"log_every_n_steps": 1}
+    config["trainer"] |= {"log_every_n_steps": 1, "check_val_every_n_epoch": 1}
     config["data"] |= {"val_metadata_path": "data/heldout/metadata.csv"}
     (place / "run.yaml").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         main(["fit", "--config", "run.yaml", "--trainer.max_steps", "2"])
-    shutil.copy(next(place.rglob("last.ckpt")), place / "last.ckpt")
+    for name in ("best.ckpt", "last.ckpt"):
+        shutil.copy(next(place.rglob(name)), place / name)
     for name in ("a", "b"):
         shutil.copytree(place / "runs/lightning_logs/version_0", place / "runs" / name)
     return place
@@ -285,6 +287,16 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     fetched = r"<(?:script|img|iframe)[^>]*\ssrc=\"(?:https?:)?//|<link[^>]*\shref=\"(?:https?:)?//"
     for page in tmp_path.rglob("*.html"):
         assert not re.search(fetched, page.read_text()), page.name
+
+
+def test_the_examples_of_docstrings_are_right():
+    with_examples = [
+        path for path in (ROOT / "lit_distill").glob("*.py") if ">>>" in path.read_text()
+    ]
+    for path in with_examples:
+        done = doctest.testmod(importlib.import_module(f"lit_distill.{path.stem}"))
+        assert done.attempted and not done.failed, path.name
+    assert with_examples
 
 
 def test_the_citation_is_of_this_version():
