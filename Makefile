@@ -1,16 +1,19 @@
 # make demo: the main job on the embedded pipeline. make test: everything CI checks.
+# make docs: the documentation, in site/; open site/index.html.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # Matrices this small gain nothing from a second thread, and on a busy machine lose tenfold by it.
 export OMP_NUM_THREADS := 1
+# It is about the tool's successor, not about these pages.
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs docs-serve clean
 
 .venv/ready: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 demo: .venv/ready
@@ -24,5 +27,11 @@ check: .venv/ready
 test: check
 	$(BIN)/pytest
 
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict
+
+docs-serve: .venv/ready
+	$(BIN)/mkdocs serve
+
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build site *.egg-info

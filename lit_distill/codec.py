@@ -36,7 +36,7 @@ class LatentCodec:
         ValueError: If the pipeline has no ``vae``, or its tail is not a permutation of the
             elements followed by an affine map of each.
 
-    Example:
+    Examples:
         >>> from lit_distill import LatentCodec, load_pipeline
         >>> codec = LatentCodec(load_pipeline("tiny-digits"), height=32, width=32)
         >>> codec.encode(torch.rand(2, 3, 32, 32)).shape

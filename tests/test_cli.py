@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, TINY
 from PIL import Image
 
+from lit_distill.checkpoints import read_checkpoint
 from lit_distill.cli import build_cli, main
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -81,6 +82,16 @@ def test_fit_does_not_let_a_checkpoint_override_the_command_line(pairs, tmp_path
         cli = build_cli([*again, "--model.checkpointing", "step"])
     assert cli.model.hparams["checkpointing"] == "step"
     assert cli.trainer.global_step == 3
+
+
+def test_the_last_checkpoint_is_the_latest_where_validation_gets_no_better(pairs, tmp_path):
+    data = ["--data.val_metadata_path", str(pairs / "heldout/metadata.csv")]
+    data += ["--data.metadata_path", str(pairs / "train/metadata.csv"), "--model.metrics", "{}"]
+    short = ["--trainer.max_steps", "8", "--trainer.default_root_dir", str(tmp_path)]
+    learn_nothing = ["--model.optimizer.init_args.lr", "0"]
+    main(["fit", "--config", str(ROOT / "configs/tiny_lora.yaml"), *data, *short, *learn_nothing])
+    steps = {p.name: read_checkpoint(p)["global_step"] for p in tmp_path.rglob("*.ckpt")}
+    assert steps == {"best.ckpt": 4, "last.ckpt": 8}
 
 
 def test_examples_run(pairs, tmp_path):
