@@ -152,6 +152,8 @@ def table(work: Path, source: str, rows: int, inference_steps: tuple[int, ...]) 
 class Clock(pl.Callback):
     """Counts the CPU seconds of training."""
 
+    seconds = 0.0
+
     def on_train_start(self, *args: Any) -> None:  # noqa: ANN401
         """Start."""
         self.started = time.process_time()
@@ -231,7 +233,7 @@ def train_all(jobs: list[tuple[str, int]], options: argparse.Namespace) -> None:
         path = result_path(options.work, name, seed)
         if not path.is_file():
             own = [sys.executable, __file__, "--one", name, str(seed), "--work", str(options.work)]
-            subprocess.run(own, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(own, check=True, capture_output=True)
         values = json.loads(path.read_text())
         print(f"{name}, seed {seed}: latent MSE {values['latent_mse']:.4f}", flush=True)
 
