@@ -176,8 +176,13 @@ class Backbone:
             return
         assert trainer is not None
         device = trainer.strategy.root_device
+        own = denoisers(self.pipe)
+        if self.settings["quantization"]:
+            # bitsandbytes has put them on the GPU already, where the encoders need the room now.
+            for denoiser in own.values():
+                denoiser.to("cpu")
         for name, component in self.pipe.components.items():
-            if isinstance(component, nn.Module) and name not in denoisers(self.pipe):
+            if isinstance(component, nn.Module) and name not in own:
                 component.to(device)
         once = EncodeOnce(self.pipe, EncodingStore(data.cache_dir))
         sets = [each for each in (data.train_set, data.val_set) if each is not None]
