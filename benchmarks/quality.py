@@ -100,16 +100,14 @@ RUNS = {
     "grad_steps 2": Run(FULL | {"grad_steps": 2}),
     # Less data, more steps
     "512 pairs": Run(FULL, pairs=512),
-    "512 pairs, trajectory": Run(FULL | {"trajectory": True}, pairs=512),
     "best": Run(FULL | {"trajectory": True}, max_steps=1600),
     # LoRA
     "LoRA": Run(LORA),
-    "LoRA r 8": Run({"lora": {"r": 8}}),
     "LoRA, trajectory": Run(LORA | {"trajectory": True}),
     # Numbers of steps
     **{f"{n} steps": Run(FULL | {"scheduler": STRAIGHT}, (n,)) for n in (1, 2, 8)},
     **{f"LoRA, {n} steps": Run(LORA | {"scheduler": STRAIGHT}, (n,)) for n in (1, 2, 8)},
-    "best, 1 step": Run(FULL | {"scheduler": STRAIGHT}, (1,), max_steps=4000, loss=LatentL1),
+    "best, 1 step": Run(FULL | {"scheduler": STRAIGHT}, (1,), max_steps=3000, loss=LatentL1),
     "1, 2, 4 and 8 steps": Run(FULL | {"scheduler": STRAIGHT}, (1, 2, 4, 8), max_steps=2 * STEPS),
     # What is not in the package
     "pixel": Run(FULL, loss=_with(Pixel, 1.0)),
