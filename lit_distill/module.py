@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
-from torch import Tensor, nn
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch import Tensor
 from torchmetrics import Metric
 
-import lit_distill
 from lit_distill.backbone import Backbone
 from lit_distill.batches import Batch
-from lit_distill.card import training_facts
-from lit_distill.checkpointing import Checkpointing, check_mode
-from lit_distill.checkpoints import AtomicCheckpointIO, check_state
-from lit_distill.codec import LatentCodec
-from lit_distill.data import DistillDataModule
-from lit_distill.families import DTYPES, denoisers
+from lit_distill.checkpointing import Checkpointing
 from lit_distill.heldout import HeldOut
 from lit_distill.losses import DistillLoss, LatentMSE
 from lit_distill.metrics import default_metrics
-from lit_distill.readiness import check_rows, make_ready
-from lit_distill.resume import Run, StopOnSignal
+from lit_distill.pipeline_module import PipelineModule
 from lit_distill.schedule import WarmupCosine
+from lit_distill.settings import check_settings
 from lit_distill.steps import OptimizerStep, gradient_norm
 from lit_distill.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    pass
 
 
-class DirectDistill(pl.LightningModule):
+class DirectDistill(PipelineModule):
     """Teaches a pipeline's denoiser to draw in few steps what it draws in many with guidance.
 
     A step draws with the student, differentiably end to end, from the teacher's own noise, and
@@ -143,135 +132,23 @@ class DirectDistill(pl.LightningModule):
         # Of the command line this is its text, which the checkpoint keeps; objects it can't.
         if any(isinstance(metric, Metric) for metric in (self.hparams["metrics"] or {}).values()):
             self.hparams["metrics"] = None
-        if torch_dtype not in DTYPES:
-            raise ValueError(
-                f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}"
-            )
-        if checkpointing != "auto" or offload_activations:
-            check_mode(checkpointing, offload_activations)
-        if teacher_lora and teacher_model:
-            raise ValueError(
-                "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "
-                "LoRA, fuse the LoRA into the model first"
-            )
-        if quantization and lora is None and not init_lora:
-            raise ValueError(
-                "model.quantization: quantised weights can't be trained, and model.lora is null "
-                "(full training); set model.lora, for example {r: 32}"
-            )
-        if quantization and teacher_lora:
-            raise ValueError(
-                "model.quantization and model.teacher_lora: a LoRA can't be fused into quantised "
-                "weights; fuse it before, and name the merged folder as the pretrained model"
-            )
-        if sigmas is not None and not (sigmas and _falling([*sigmas, 0.0])):
-            raise ValueError(f"model.sigmas must be positive and falling, got {sigmas}")
-        if trajectory and grad_steps is not None:
-            raise ValueError(
-                "model.trajectory and model.grad_steps: set one; with trajectory no gradient "
-                "goes through more than one step"
-            )
+        check_settings(self.hparams, init_lora)
         self.init_lora = init_lora
-        if rollout_batch_size is not None and rollout_batch_size < 1:
-            raise ValueError(f"model.rollout_batch_size must be >= 1, got {rollout_batch_size}")
         self.hparams.update(freeze=list(freeze or []), train_mode=list(train_mode or []))
         self.loss = loss or LatentMSE()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.call_kwargs = call_kwargs or {}
         self.held_out = HeldOut(default_metrics() if metrics is None else metrics)
-        self._loaded = False
         self.backbone = Backbone(self.hparams, init_lora)
         self._step = OptimizerStep()
-        self._run = Run()
-
-    @property
-    def pipe(self) -> DiffusionPipeline:
-        """The student's pipeline, once `configure_model` has run."""
-        return self.backbone.pipe
 
     # Set-up
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """Stop in good order when told to."""
-        return [StopOnSignal()]
-
-    def setup(self, stage: str) -> None:
-        """Have checkpoints written whole and read safely, and refuse weights in bfloat16.
-
-        Raises:
-            ValueError: If the trainer's precision would train in half precision.
-        """
-        precision = self.trainer.precision
-        if precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"trainer.precision is {precision}, in which most steps round to nothing; use "
-                "bf16-mixed (trained weights are float32, model.torch_dtype sets the arithmetic)"
-            )
-        self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        self._run.begin()
-
-    def configure_model(self) -> None:
-        """Load the pipeline, freeze it and make the student trainable; once."""
-        if hasattr(self, "denoisers"):
-            return
-        data = self._fit_data()
-        if data is not None:
-            check_rows(self.hparams, data)
-        # Lightning makes the accelerator the default device here, and schedulers that are built
-        # there can't compute their schedules, for which they use numpy.
-        with torch.device("cpu"):
-            if self._device_mesh is None:
-                self.backbone.load()
-            else:
-                device = self.trainer.strategy.root_device
-                self.backbone.load(self._device_mesh["data_parallel"], device)
-            self.backbone.encode(data, self._trainer)
-            # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
-            if data is not None:
-                make_ready(self.backbone, data, self.trainer)
-            if self.hparams["compile"]:
-                self.backbone.compile()
-        self.denoisers = nn.ModuleDict(denoisers(self.pipe))
-
-    def _fit_data(self) -> DistillDataModule | None:
-        """Return the data of the training that is about to begin, if it is of this package."""
-        trainer = self._trainer
-        data = getattr(trainer, "datamodule", None)
-        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        return data if fitting and isinstance(data, DistillDataModule) else None
-
-    def on_fit_start(self) -> None:
-        """Place the pipeline and switch on the dropout of adapters, if they have any."""
-        if self.loss.needs_codec:
-            self.backbone.take_vae(self.device)
-        else:
-            self.backbone.place(self.device)
-        if self._run.seed is None:
-            self._run.seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
-        for name, module in self.denoisers.named_modules():
-            if name.endswith("lora_dropout"):
-                module.train()
-
     def on_train_start(self) -> None:
-        """Go on with this run's settings where loading a checkpoint has changed them; say so."""
+        """Begin to collect losses anew."""
         self._step = OptimizerStep()
-        for name, configured, saved in self._run.keep_settings():
-            rank_zero_warn(
-                f"the optimizer's or schedule's {name}={configured!r} differs from the "
-                f"checkpoint's {saved!r}; going on with {configured!r}"
-            )
-
-    def on_validation_start(self) -> None:
-        """Place the pipeline, the VAE among it, which pictures need."""
-        self.backbone.take_vae(self.device)
-
-    on_test_start = on_predict_start = on_validation_start
-
-    def on_validation_end(self) -> None:
-        """Let go of the VAE again, unless the loss looks through it."""
-        if not self.loss.needs_codec:
-            self.backbone.release_vae(self.device)
+        super().on_train_start()
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
@@ -289,10 +166,6 @@ class DirectDistill(pl.LightningModule):
         }
 
     # Teacher and student
-
-    def codec(self, batch: Batch) -> LatentCodec:
-        """Return the codec of the batch's resolution; learned on first use."""
-        return self.backbone.codec(batch)
 
     @torch.no_grad()
     def teacher_target(self, batch: Batch) -> Tensor:
@@ -366,52 +239,6 @@ class DirectDistill(pl.LightningModule):
             )
         return self.backbone.online_trajectory(batch).at(sigmas)
 
-    def draw(
-        self,
-        batch: Batch,
-        *,
-        num_inference_steps: int | None = None,
-        cfg_scale: float | None = None,
-        undistilled: bool = False,
-        pipe: DiffusionPipeline | None = None,
-    ) -> tuple[Tensor, list[Any]]:
-        """Draw a batch's prompts and seeds as `pipe()` does.
-
-        Args:
-            batch: The rows.
-            num_inference_steps: Steps; default: the rows' own.
-            cfg_scale: Guidance; default: the rows' own.
-            undistilled: Draw with the pretrained weights instead of the student's.
-            pipe: Draw with this pipeline instead.
-
-        Returns:
-            Final latents (B, ...) and B images.
-        """
-        with self.undistilled() if undistilled else ExitStack():
-            return self.backbone.draw(
-                batch,
-                pipe,
-                num_inference_steps=num_inference_steps or batch["num_inference_steps"],
-                cfg_scale=batch["cfg_scale"] if cfg_scale is None else cfg_scale,
-            )
-
-    @contextmanager
-    def undistilled(self) -> Iterator[None]:
-        """Let the pipeline draw with its pretrained weights: adapters off, or a second denoiser.
-
-        In full training the pretrained denoiser is loaded again, at first use after a step.
-        """
-        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        fresh = fitting and self.global_step == 0 and not self._loaded
-        lora = self.hparams["lora"] is not None
-        # Before the first step of full training the student is the pretrained denoiser.
-        with self.backbone.undistilled() if lora or not fresh else ExitStack():
-            yield
-
-    def release_undistilled(self) -> None:
-        """Free the second denoiser: it is not kept while training."""
-        self.backbone.release_undistilled()
-
     def compare(self, latents: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each sample, (B,), float32.
 
@@ -484,17 +311,7 @@ class DirectDistill(pl.LightningModule):
     def _scales_gradients(self) -> bool:
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
-    def decode(self, latents: Tensor, batch: Batch) -> Tensor:
-        """Return the images of the batch's final latents, (B, 3, H, W), float32, range [0, 1].
-
-        Raises:
-            ValueError: If the pipeline's latents can't be decoded, which metrics {} does without.
-        """
-        try:
-            codec = self.codec(batch)
-        except ValueError as error:
-            raise ValueError(f"{error}; or validate without images: model.metrics: {{}}") from error
-        return codec.decode(latents)
+    # Held-out rows
 
     def on_validation_epoch_start(self) -> None:
         """Start the clock."""
@@ -522,67 +339,3 @@ class DirectDistill(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log test_gap_closed, test_latent_mse, test_loss, test_seconds and test_<metric>."""
         self.held_out.finish(self, "test")
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
-        """Return the student's images of the batch, B `PIL.Image.Image`."""
-        return self.draw(batch)[1]
-
-    # Checkpoints hold what trains
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return what trains, by its name in a checkpoint."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # noqa: ANN401
-        """Return the trainable tensors only."""
-        full = super().state_dict(*args, **kwargs)
-        return {name: full[name] for name in self.trained()}
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
-        """Load trainable tensors.
-
-        Raises:
-            ValueError: If they are not exactly this module's, naming what differs.
-        """
-        if strict:
-            check_state(state_dict, self.trained(), "the checkpoint")
-        self._loaded = True
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what a resumed run and an export need beside Lightning's own notes."""
-        checkpoint["lit_distill"] = {
-            "version": lit_distill.__version__,
-            "undistilled_mse": self.held_out.undistilled_mse,
-            "facts": training_facts(self.trainer) | {"init_lora": self.init_lora},
-            **self._run.notes(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the notes, and report settings that differ from the checkpoint's.
-
-        Raises:
-            ValueError: If the checkpoint can't be resumed from.
-        """
-        self._loaded = True
-        notes = checkpoint["lit_distill"]
-        self.held_out.undistilled_mse = dict(notes["undistilled_mse"])
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            if "optimizer_states" not in checkpoint:
-                raise ValueError(
-                    "the checkpoint holds weights only (ModelCheckpoint.save_weights_only): "
-                    "training can't go on from it"
-                )
-            self._run.resume(notes)
-        saved = checkpoint["hyper_parameters"]
-        for name, value in self.hparams.items():
-            # Metrics may be objects on one side; they change nothing of the student.
-            if name in saved and saved[name] != value and name != "metrics":
-                rank_zero_warn(
-                    f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
-                    f"going on with {value!r}"
-                )
-
-
-def _falling(values: list[float]) -> bool:
-    return all(left > right for left, right in itertools.pairwise(values))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -21,24 +20,6 @@ from lit_distill.trial import Trial
 
 LAST_STEP = 0.05
 """Share of noise below which a student's last step has next to nothing left to do."""
-
-
-def check_rows(settings: Mapping[str, Any], data: DistillDataModule) -> None:
-    """See, before anything is loaded, that the rows are such as these settings can train on.
-
-    Raises:
-        ValueError: Naming a row of another number of steps than model.sigmas.
-    """
-    sigmas = settings["sigmas"]
-    for rows in (data.train_set, data.val_set):
-        if rows is None or not sigmas:
-            continue
-        steps = rows.columns["num_inference_steps"]
-        for index in (steps != len(sigmas)).nonzero()[0][:1]:
-            raise ValueError(
-                f"row {rows.columns['row'][index]} is to be drawn in {steps[index]} steps, but "
-                f"model.sigmas has {len(sigmas)}; they must be as many"
-            )
 
 
 def make_ready(backbone: Backbone, data: DistillDataModule, trainer: pl.Trainer) -> None:

@@ -24,7 +24,8 @@ def test_a_loss_is_a_mean_over_each_sample(loss, expected):
     target = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     sign = torch.tensor([1.0, -1.0]).repeat(10).view(5, 4)
     found = loss()(target + torch.tensor([2.0, 0, 2]).view(3, 1, 1) * sign, target, None)
-    torch.testing.assert_close(found, torch.tensor([float(expected), 0.0, float(expected)]), rtol=1e-3, atol=1e-5)
+    wanted = torch.tensor([float(expected), 0.0, float(expected)])
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_rmse_weighs_hard_rows_as_easy_ones():
