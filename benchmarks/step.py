@@ -42,17 +42,14 @@ import lightning.pytorch as pl
 import pandas as pd
 import torch
 import transformers
-from counters import CHANNELS, COUNTERS, Bytes, Flops, forward_flops
+from bare import HEAD, Bare, bare_step, counted, make_pipeline, make_prompt, varied
+from counters import COUNTERS, Bytes, Flops, forward_flops
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import Profiler
 from safetensors.torch import save_file
 
-from lit_distill import DirectDistill, DistillDataModule, load_pipeline, rollout
-from lit_distill.adapters import make_trainable
-from lit_distill.encode import EncodeOnce
+from lit_distill import DirectDistill, DistillDataModule
 from lit_distill.families import DTYPES
-from lit_distill.lean import make_lean
-from lit_distill.rollout import run
 
 MODES = ("none", "selective", "block", "step", "nested")
 CURVES = {
@@ -65,86 +62,6 @@ OVERHEAD = (
     "[_TrainingEpochLoop].train_dataloader_next",
     "[LightningModule]DirectDistill.on_before_optimizer_step",
 )
-HEAD = 128  # width of an attention head, as published
-PIXELS = 8  # a token's side in pixels with the embedded VAE
-
-
-def make_pipeline(options: argparse.Namespace) -> Any:  # noqa: ANN401
-    """Return a QwenImagePipeline with a random transformer of the wanted size."""
-    torch.manual_seed(0)
-    pipe = load_pipeline("tiny-digits", torch_dtype=options.torch_dtype)
-    kind = type(pipe.transformer)
-    config = dict(pipe.transformer.config) | {
-        "num_layers": options.layers,
-        "num_attention_heads": options.width // HEAD,
-        "attention_head_dim": HEAD,
-        "axes_dims_rope": (16, 56, 56),
-    }
-    torch.set_default_dtype(DTYPES[options.torch_dtype])
-    pipe.register_modules(transformer=kind.from_config(config).eval())
-    torch.set_default_dtype(torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def make_prompt(pipe: Any, tokens: int) -> str:  # noqa: ANN401
-    """Return a prompt that the pipeline makes `tokens` tokens of."""
-    length = {n: pipe.encode_prompt(" ".join(["red"] * n))[0].shape[1] for n in (1, 2)}
-    return " ".join(["red"] * (1 + (tokens - length[1]) // (length[2] - length[1])))
-
-
-class Bare:
-    """The step without Lightning."""
-
-    def __init__(self, pipe: Any, mode: Any, options: argparse.Namespace) -> None:  # noqa: ANN401
-        trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
-        self.pipe, self.mode, self.options = pipe, mode, options
-        self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
-        self.target = options.target.to(pipe.transformer.device).expand(options.batch_size, -1, -1)
-
-    def call(self) -> dict[str, Any]:
-        """Return the arguments of the rollout."""
-        count = self.options.batch_size
-        return {
-            "prompt": [self.options.prompt] * count,
-            "num_inference_steps": self.options.steps,
-            "generator": [torch.Generator().manual_seed(0) for _ in range(count)],
-            **self.options.size,
-        }
-
-    def __call__(self, counter: Bytes | Flops | None = None) -> float:
-        """Make a step; return its loss."""
-        latents = rollout(self.pipe, checkpointing=self.mode, **self.call())
-        loss = (latents.float() - self.target).pow(2).mean()
-        if counter:
-            counter.forward_done()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
-
-    @torch.no_grad()
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """Return what the pipeline gives the denoiser, for another implementation."""
-        seen: list[torch.Tensor] = []
-        hook = self.pipe.transformer.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
-        )
-        steps, _ = run(self.pipe, cfg_scale=1.0, output_type="latent", **self.call())
-        hook.remove()
-        text = self.pipe.encode_prompt([self.options.prompt], device=seen[0].device)[0]
-        sigmas = steps.scheduler.sigmas[:-1].cpu()
-        return {"noise": seen[0], "prompt_embeds": text, "target": self.target, "sigmas": sigmas}
-
-
-def counted(step: Any) -> dict[str, float]:  # noqa: ANN401
-    """Make a step for each counter; return the counts."""
-    counts: dict[str, float] = {}
-    for kind in COUNTERS:
-        with kind() as counter:
-            step(counter)
-        counts |= counter.result()
-    return counts
 
 
 def clock() -> float:
@@ -216,8 +133,8 @@ class Interleaved(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:  # noqa: ANN401
         """Begin to count, once the optimizer has its state."""
-        if 1 <= trainer.global_step <= len(COUNTERS):
-            self._counter = COUNTERS[trainer.global_step - 1]()
+        if 1 <= trainer.global_step <= len(self.options.counters):
+            self._counter = self.options.counters[trainer.global_step - 1]()
             self._counter.__enter__()
 
     def on_before_backward(self, *args: Any) -> None:  # noqa: ANN401
@@ -251,7 +168,7 @@ class Interleaved(pl.Callback):
             close = (1e-5 if name == "bare" else 1e-4) if single else 2e-2
             if not math.isclose(loss, float(outputs["loss"]), rel_tol=close):
                 raise RuntimeError(f"the Trainer's loss is {outputs['loss']}, of {name}: {loss}")
-        if trainer.global_step > 1 + len(COUNTERS):
+        if trainer.global_step > 1 + len(self.options.counters):
             self.seconds.append(seconds | {"overhead": self.watch.now})
         self.watch.now = 0.0
         self._begun = clock()
@@ -261,7 +178,7 @@ class Interleaved(pl.Callback):
         names = ["trainer", *self.others]
         found: dict[str, Any] = {
             name: {"seconds": round(statistics.median(s[name] for s in self.seconds), 4)}
-            | self.counts[name]
+            | self.counts.get(name, {})
             for name in names
         }
         for name in self.others:
@@ -285,7 +202,7 @@ def measure(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.0, weight_decay=0.0),
     )
     module.backbone._load = lambda: make_pipeline(options)  # type: ignore[method-assign]
-    steps = 1 + len(COUNTERS) + options.repeats
+    steps = 1 + len(options.counters) + options.repeats
     watch, logger = Watch(), TimedLogger(folder)
     logger.watch = watch
     interleaved = Interleaved(mode, options, watch)
@@ -317,31 +234,6 @@ def measure(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         for name in CURVES
     }
     return result
-
-
-def varied(options: argparse.Namespace, name: str, value: int) -> argparse.Namespace:
-    """Return the options with another number of one thing."""
-    other = argparse.Namespace(**vars(options) | {name: value})
-    side = math.isqrt(other.image_tokens)
-    other.size = {"height": side * PIXELS, "width": side * PIXELS}
-    generator = torch.Generator().manual_seed(1)
-    other.target = torch.randn(1, other.image_tokens, CHANNELS, generator=generator)
-    return other
-
-
-def bare_step(mode: str, options: argparse.Namespace) -> Bare:
-    """Return a step on a pipeline of its own, its optimizer's state made."""
-    pipe = make_pipeline(options)
-    make_trainable(pipe, {"r": options.rank})
-    make_lean(pipe.transformer)
-    EncodeOnce(pipe)
-    fields = {"shift_terminal": None}
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **fields)
-    if torch.cuda.is_available():
-        pipe.to("cuda")
-    step = Bare(pipe, mode, options)
-    step()
-    return step
 
 
 def write_table(folder: Path, options: argparse.Namespace) -> Path:
@@ -399,13 +291,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", nargs="+", default=MODES, choices=MODES)
     cuda = torch.cuda.is_available()
     parser.add_argument("--torch_dtype", default="bfloat16" if cuda else "float32", choices=DTYPES)
-    parser.add_argument("--compile", action="store_true")
+    about = "compile the blocks; then nothing is counted"
+    parser.add_argument("--compile", action="store_true", help=about)
     parser.add_argument("--attention_backend", help="as model.attention_backend")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step.json"))
     options = parser.parse_args(arguments)
     side = math.isqrt(options.image_tokens)
     if side**2 != options.image_tokens or options.width % HEAD:
         parser.error(f"--image_tokens must be a square number, --width a multiple of {HEAD}")
+    # Compiled code does not run under them.
+    options.counters = () if options.compile else COUNTERS
+    if options.compile:
+        vars(options).update({f"curve_{name}": [] for name in CURVES})
     if options.reference and options.batch_size != 1:
         parser.error("--reference: its batch size is 1")
     return varied(options, "steps", options.steps)
@@ -420,7 +317,7 @@ def commit(checkout: Path) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, write and print the figures; return them."""
     options = parse(arguments)
-    left_out = ("out", "size", "checkpointing", "target", "reference")
+    left_out = ("counters", "out", "size", "checkpointing", "target", "reference")
     sizes = {name: value for name, value in vars(options).items() if name not in left_out}
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -453,7 +350,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         ours = found["trainer"]
         values = [ours["seconds"], found["trainer_over_bare"]]
         values += [found.get("trainer_over_reference", math.nan), found["overhead"]]
-        values += [ours["saved_MiB"], ours["peak_MiB"], ours["GFLOP"]]
+        values += [ours.get(name, math.nan) for name in ("saved_MiB", "peak_MiB", "GFLOP")]
         print(f"{mode:>12}" + "".join(f"{value:12.3f}" for value in values), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")

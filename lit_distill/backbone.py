@@ -22,7 +22,6 @@ from lit_distill.adapters import (
 from lit_distill.batches import NO_TARGET, Batch, collate, open_pictures, split_batch
 from lit_distill.cache import EncodingStore
 from lit_distill.codec import LatentCodec
-from lit_distill.compiling import compile_blocks
 from lit_distill.data import DistillDataModule
 from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
 from lit_distill.families import (
@@ -33,7 +32,6 @@ from lit_distill.families import (
     use_attention,
 )
 from lit_distill.joining import UnjoinableError
-from lit_distill.lean import make_lean
 from lit_distill.lora import LoRA, read_lora
 from lit_distill.precision import compute_in
 from lit_distill.quantization import quantization_config
@@ -143,6 +141,8 @@ class Backbone:
 
     def _prepare(self, pipe: DiffusionPipeline) -> None:
         """Make the pipeline trainable, with the LoRA to go on from in it."""
+        from lit_distill.lean import make_lean  # peft is slow to import
+
         begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
         if begin:
             self.settings["lora"] = self._fields_of(begin, pipe)
@@ -223,6 +223,8 @@ class Backbone:
 
     def compile(self) -> None:
         """Compile the denoisers' repeated blocks."""
+        from lit_distill.compiling import compile_blocks  # diffusers is slow to import
+
         compile_blocks(self.pipe)
 
     # Where it is

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import save_on_cpu
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
+
+from lit_distill.skipping import Plan, recorded, unused
 
 Checkpointing = Literal["none", "block", "selective", "step", "nested"]
 
@@ -52,6 +55,9 @@ def check_mode(checkpointing: str, offload: bool) -> None:
 _BLOCKS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 """How many blocks a call of a denoiser runs, once a rollout has counted them."""
 
+_UNUSED: WeakKeyDictionary[Any, dict[Any, frozenset[Any]]] = WeakKeyDictionary()
+"""Layers of a block that are skipped when it runs again, by what requires gradients."""
+
 
 class Blocks:
     """A denoiser's forward with diffusers' gradient checkpointing of its blocks.
@@ -85,7 +91,7 @@ class Blocks:
                 "use checkpointing: step"
             )
         self.denoiser, self.forward, self.offload = denoiser, forward, offload
-        self.contexts = _keeping_attention if keep_attention else noop_context_fn
+        self.keep_attention = keep_attention
         self.last = _BLOCKS.get(denoiser, 0)
         denoiser.enable_gradient_checkpointing(self._block)
         self._switch(False)
@@ -118,11 +124,39 @@ class Blocks:
         self.done += 1
         if self.keep_last and self.done == self.last:
             return block(*args)
+        plan = Plan()
+
+        def contexts() -> Any:  # noqa: ANN401
+            if not self.keep_attention:
+                return nullcontext(), plan.again()
+            first, again = _keeping_attention()
+            return first, _both(again, plan.again())
+
+        key = (sum(p.requires_grad for p in block.parameters()), *map(_wants_gradient, args))
+        known = _UNUSED.setdefault(block, {})
         # To pinned memory, without waiting for the copy; on a CPU it is a plain copy.
-        with save_on_cpu(pin_memory=True) if self.offload else nullcontext():
+        with save_on_cpu(pin_memory=True) if self.offload else nullcontext(), recorded() as layers:
             # `__call__`, since checkpoint would take a module's attributes for its own options.
             call = block.__call__
-            return checkpoint(call, *args, use_reentrant=False, context_fn=self.contexts)
+            output = checkpoint(call, *args, use_reentrant=False, context_fn=contexts)
+        if key not in known:
+            known[key] = unused(_tensors(output), _tensors(args), layers)
+        plan.skip = known[key]
+        return output
+
+
+def _wants_gradient(value: Any) -> bool:  # noqa: ANN401
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _keeping_attention() -> Any:  # noqa: ANN401

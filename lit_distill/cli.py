@@ -19,7 +19,7 @@ from lit_distill.generate import generate_pairs
 from lit_distill.module import DirectDistill
 from lit_distill.pairing import check_pairing
 from lit_distill.prompts import plan_pairs, read_prompts
-from lit_distill.readiness import look
+from lit_distill.readiness import look, quantization_error
 from lit_distill.report import ReportWriter
 from lit_distill.student import prompt_batches
 from lit_distill.tables import MetadataError
@@ -273,7 +273,8 @@ class DistillTrainer(pl.Trainer):
     ) -> None:
         """Check that a pipeline can be distilled, by a few small draws, and say what to set.
 
-        Runs where trainer.accelerator says, in the pipeline's torch_dtype.
+        Of quantised weights it also says how far they turn the gradient, if both fit. Runs where
+        trainer.accelerator says, in the pipeline's torch_dtype.
 
         Args:
             model: The pipeline, what is trained of it, and its call_kwargs.
@@ -288,6 +289,8 @@ class DistillTrainer(pl.Trainer):
         size |= {} if width is None else {"width": width}
         call = {"prompt": prompt, "num_inference_steps": num_inference_steps, **size}
         report = look(model.backbone, self, **call)
+        if model.hparams["quantization"]:
+            report.findings.append(quantization_error(model.backbone, self, **call))
         print(report)
         report.raise_failures()
 

@@ -20,11 +20,15 @@ RECOMPILE_LIMIT = 64
 _complex_rotary = qwen_image.apply_rotary_emb_qwen
 
 
-def compile_blocks(pipe: DiffusionPipeline) -> None:
+def compile_blocks(pipe: DiffusionPipeline, **options: Any) -> None:  # noqa: ANN401
     """Compile the repeated blocks of the pipeline's denoisers, in place.
 
     A second size makes sizes dynamic, so that the number of variants does not grow with the sizes
     in the data.
+
+    Args:
+        pipe: The pipeline.
+        **options: Further arguments of `torch.compile`.
 
     Raises:
         ValueError: If a denoiser names no repeated blocks.
@@ -34,7 +38,7 @@ def compile_blocks(pipe: DiffusionPipeline) -> None:
     )
     for denoiser in denoisers(pipe).values():
         _rotate_in_real_numbers(denoiser)
-        denoiser.compile_repeated_blocks(fullgraph=True)
+        denoiser.compile_repeated_blocks(fullgraph=True, **options)
 
 
 def _rotate_in_real_numbers(denoiser: nn.Module) -> None:

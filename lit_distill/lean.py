@@ -2,7 +2,8 @@
 
 peft adds ``lora_B(lora_A(x)) * scaling`` to the base layer's output: two more tensors of its size,
 each written and read, and one more in the backward pass, in every adapted layer. Adding in place,
-with the scale in the addition, needs none of them.
+with the scale in the addition, needs none of them. And where a block runs again for its backward
+pass and has no use for the layer's output, its large products are left out.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+
+from lit_distill.skipping import NoProducts, is_skipped, ran
 
 
 class LeanLinear(lora.Linear):  # type: ignore[misc]
@@ -28,9 +32,19 @@ class LeanLinear(lora.Linear):  # type: ignore[misc]
         # Times a power of two is exact, so that rounding once or twice is the same.
         if math.frexp(scaling)[0] != 0.5 or not isinstance(dropout, nn.Identity):
             return super().forward(x)  # type: ignore[no-any-return]
-        result: Tensor = self.base_layer(x)
         down, up = self.lora_A[name], self.lora_B[name]
-        added: Tensor = up(down(self._cast_input_dtype(x, down.weight.dtype)))
+        inner = down(self._cast_input_dtype(x, down.weight.dtype))
+        if not torch.compiler.is_compiling() and is_skipped(self):
+            with NoProducts():  # type: ignore[no-untyped-call]
+                return self._sum(x, inner, up, scaling)
+        result = self._sum(x, inner, up, scaling)
+        if not torch.compiler.is_compiling():
+            ran(self, result)
+        return result
+
+    def _sum(self, x: Tensor, inner: Tensor, up: nn.Module, scaling: float) -> Tensor:
+        result: Tensor = self.base_layer(x)
+        added: Tensor = up(inner)
         if added.dtype != result.dtype:  # an addition in place can't promote
             return (result + added * scaling).to(result.dtype)
         return result.add_(added, alpha=scaling)

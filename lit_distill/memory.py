@@ -17,7 +17,7 @@ from lit_distill.checkpointing import Checkpointing
 from lit_distill.trial import Trial
 
 BY_SPEED: tuple[Checkpointing, ...] = ("none", "selective", "block", "step", "nested")
-"""Checkpointing modes, the fastest first (benchmarks/results/step.json)."""
+"""Checkpointing modes, the fastest first (benchmarks/results/step_1024.json)."""
 
 MARGIN = 1.2
 """What a step may need beyond the arithmetic: fragments, the loss, texts that are longer."""

@@ -6,17 +6,19 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
-from lit_distill.adapters import freeze_parameters, set_training_mode
+from lit_distill.adapters import freeze_parameters, set_training_mode, trained_parameters
 from lit_distill.backbone import Backbone
 from lit_distill.batches import NO_TARGET, Batch, collate, open_pictures
 from lit_distill.checkpointing import BY_THRIFT, Checkpointing
 from lit_distill.data import DistillDataModule
 from lit_distill.memory import choose
-from lit_distill.preflight import Report, preflight
+from lit_distill.preflight import Finding, Report, preflight
 from lit_distill.rollout import rollout, schedule
-from lit_distill.trial import Trial
+from lit_distill.trial import Trial, difference
 
 LAST_STEP = 0.05
 """Share of noise below which a student's last step has next to nothing left to do."""
@@ -44,6 +46,38 @@ def look(backbone: Backbone, trainer: pl.Trainer, **call: Any) -> Report:  # noq
         fixed = backbone.settings["call_kwargs"] or {}
         chosen = {name: backbone.settings[name] for name in ("checkpointing", "grad_steps")}
         return preflight(backbone.pipe, **{**chosen, **fixed, **call})
+
+
+def quantization_error(backbone: Backbone, trainer: pl.Trainer, **call: Any) -> Finding:  # noqa: ANN401
+    """Return how far quantised weights turn the LoRA's gradient from that of the whole ones.
+
+    The whole weights are loaded beside the quantised ones, so this needs memory for both.
+    """
+    check = "the gradient is that of the weights that are not quantised"
+    device = trainer.strategy.root_device
+    other = Backbone({**backbone.settings, "quantization": None}, backbone.init_lora)
+    try:
+        found = _gradient(backbone, trainer, call)
+        other.load()
+        same = trained_parameters(backbone.pipe)
+        for name, parameter in trained_parameters(other.pipe).items():
+            parameter.data.copy_(same[name].data)
+        other.place(device)
+        expected = _gradient(other, trainer, call)
+    except torch.OutOfMemoryError:
+        return Finding(check, "ok", f"not measured: {device} has no memory for both")
+    apart = difference(found, expected)
+    return Finding(check, "ok", f"it differs by {apart:.1%} of its norm")
+
+
+def _gradient(backbone: Backbone, trainer: pl.Trainer, call: dict[str, Any]) -> Tensor:
+    """Return the gradient of what trains, in one dimension, on the host."""
+    fixed = {**(backbone.settings["call_kwargs"] or {}), **call}
+    prompt, steps = fixed.pop("prompt"), fixed.pop("num_inference_steps")
+    trial = Trial(backbone.pipe, prompt, steps, 0, fixed)
+    forward = trainer.precision_plugin.forward_context()
+    with forward, backbone.own_dtype(), trial.gradient("step") as gradient:
+        return torch.cat([each.flatten().float().cpu() for each in gradient if each is not None])
 
 
 def _check(

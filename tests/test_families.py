@@ -133,7 +133,7 @@ def test_preflight_finds_what_is_wrong_and_nothing_else(name):
     report.raise_failures()
     assert report.findings[0].seen == "equal bit for bit"
     if "checkpointing" not in FOUND.get(name, {}):
-        assert report.findings[3].seen == "fine: nested, step, block, none"
+        assert report.findings[3].seen == "fine: nested, step, block, selective, none"
     settings = dict(report.settings)
     patterns = settings.pop("freeze", [])
     expected = dict(FOUND.get(name, {}))

@@ -1,9 +1,13 @@
 import pytest
 import torch
+from peft.tuners import lora
 from pipelines import CALL_KWARGS, build
+from torch.utils.flop_counter import FlopCounterMode
 
-from lit_distill import rollout
+from lit_distill import checkpointing, rollout
+from lit_distill.adapters import make_trainable, trained_parameters
 from lit_distill.families import denoisers, guidance
+from lit_distill.lean import LeanLinear, make_lean
 
 CORE = ["QwenImage", "Flux", "StableDiffusion3", "StableDiffusionXL"]
 PROMPTS = ["a red cat", "two dogs that run on a long green field"]
@@ -119,6 +123,62 @@ def test_the_last_block_is_not_run_again():
         seen.append(dict(runs))
     # Three steps, with every call's blocks run again, and with nested once more.
     assert seen == [{"first": 6, "last": 6}, {"first": 6, "last": 5}, {"first": 9, "last": 6}]
+
+
+def with_lora(name, **lora):
+    """A pipeline with a LoRA, and a function of the mode: gradient, FLOPs of the backward pass."""
+    pipe = frozen(name)
+    make_trainable(pipe, {"r": 4, "init_lora_weights": False} | lora)
+    for denoiser in denoisers(pipe).values():
+        make_lean(denoiser)
+    parameters = list(trained_parameters(pipe).values())
+
+    def step(mode):
+        for parameter in parameters:
+            parameter.grad = None
+        latents = rollout(pipe, **call(name), generator=generators(), checkpointing=mode)
+        weights = torch.randn(latents.shape, generator=generators()[0])
+        with FlopCounterMode(display=False) as counter:
+            (latents * weights).sum().backward()
+        found = [p.grad.flatten() for p in parameters if p.grad is not None]
+        return torch.cat(found), counter.get_total_flops()
+
+    return pipe, step
+
+
+def left_out(pipe):
+    """Names of layers that the first block leaves out when it runs again."""
+    block = pipe.transformer.transformer_blocks[0]
+    skipped = set().union(*checkpointing._UNUSED[block].values())
+    return {name for name, layer in block.named_modules() if layer in skipped}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_layers_that_are_left_out_when_a_block_runs_again_do_not_change_the_gradient(name):
+    pipe, step = with_lora(name)
+    expected, _ = step("none")
+    for mode in ("block", "selective", "nested") * 2:
+        found, _ = step(mode)
+        assert (found - expected).norm() <= 1e-6 * expected.norm()
+    _, lean = step("block")
+    for denoiser in denoisers(pipe).values():
+        for layer in denoiser.modules():
+            if type(layer) is LeanLinear:
+                layer.__class__ = lora.Linear
+    _, whole = step("block")
+    assert lean <= whole
+    if name == "QwenImage":
+        assert left_out(pipe) == {"img_mlp.net.2", "txt_mlp.net.2"}
+        assert lean < whole
+
+
+def test_a_layer_whose_gate_is_trained_is_computed_again():
+    targets = ["to_q", "img_mod.1", "txt_mod.1", "img_mlp.net.2", "txt_mlp.net.2"]
+    pipe, step = with_lora("QwenImage", target_modules=targets)
+    expected, _ = step("none")
+    found, _ = step("block")
+    assert left_out(pipe) == set()
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
 def test_step_checkpointing_stores_one_call_whatever_the_steps():
