@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-import torch
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode
 
 from lit_distill.memory import LiveBytes
+from lit_distill.monitor import CPU_ATTENTION
 
 CHANNELS = 16  # of a latent token: 4, of 2 x 2 positions
 MIB = 2**20
@@ -29,21 +24,6 @@ def forward_flops(options: argparse.Namespace, text_width: int) -> int:
     ends = (2 * CHANNELS * options.image_tokens + text_width * options.text_tokens) * width
     ends += (256 + width + 2 * width) * width  # the time's embedding, the last norm's modulation
     return 2 * options.batch_size * (options.layers * block + ends)
-
-
-def _attention(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
-    return sdpa_flop_count(*shapes[:3])  # query, key, value
-
-
-def _attention_backward(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
-    return sdpa_backward_flop_count(*shapes[:4])  # gradient, query, key, value
-
-
-# Which torch counts on GPUs only.
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
 
 
 class Bytes:
@@ -74,7 +54,7 @@ class Flops(FlopCounterMode):
     """Counts the operations of a step; never in one with `Bytes`, for it keeps tensors alive."""
 
     def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=_CPU_ATTENTION)
+        super().__init__(display=False, custom_mapping=CPU_ATTENTION)
 
     def forward_done(self) -> None:
         """Go on: the backward pass is counted too."""

@@ -11,10 +11,25 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lit_distill.batches import Batch
 from lit_distill.module import DirectDistill
+
+
+def _attention(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
+    return sdpa_flop_count(*shapes[:3])  # query, key, value
+
+
+def _attention_backward(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
+    return sdpa_backward_flop_count(*shapes[:4])  # gradient, query, key, value
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""For `FlopCounterMode`, which knows attention on GPUs only."""
 
 
 class TrainingMonitor(Callback):
@@ -104,7 +119,10 @@ class TrainingMonitor(Callback):
         key = (batch["size"], batch["num_inference_steps"], batch["cfg_scale"] > 1)
         if key not in self._known:
             begun = time.perf_counter()
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            # Eagerly, for compiled blocks can't be looked into.
+            eagerly = torch.compiler.set_stance("force_eager")
+            counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+            with torch.no_grad(), eagerly, counter:
                 latents = module.student_rollout(_first(batch))
             self._begun += time.perf_counter() - begun
             backward = 2 if module.hparams["lora"] is None else 1

@@ -174,7 +174,7 @@ def test_logged_are_the_mean_loss_of_an_optimizer_step_its_norm_and_speed(pairs,
 
 def test_model_flops_are_those_of_the_matrices(pairs, tmp_path):
     monitor = TrainingMonitor()
-    model = module(lora=None, grad_steps=1)
+    model = module(lora=None, grad_steps=1, scheduler={"shift_terminal": None})
     fit(model, pairs, tmp_path, callbacks=[monitor])
     ((tokens, flops),) = monitor._known.values()
     assert tokens == 4 * 16
@@ -184,6 +184,24 @@ def test_model_flops_are_those_of_the_matrices(pairs, tmp_path):
         m.weight.numel() for n, m in model.denoisers.named_modules() if n.endswith("mlp.net.2")
     )
     assert flops > 2 * blocks * 13 * (4 + 2)
+
+
+def test_flops_of_compiled_blocks_are_counted_with_their_attention(pairs, monkeypatch):
+    model = module(compile=True)
+    model.configure_model()
+    rows = data(pairs, batch_size=2)
+    rows.setup("fit")
+    batch = next(iter(rows.train_dataloader()))
+    monitor = TrainingMonitor()
+    monitor._begun = 0.0
+    monitor._count(model, batch)  # encodes the prompts
+    monitor._known.clear()
+    compiled = monitor._count(model, batch)[1]
+    monkeypatch.setattr("lit_distill.monitor.CPU_ATTENTION", {})
+    monitor._known.clear()
+    attention = compiled - monitor._count(model, batch)[1]
+    # Scores and their sum over 29 tokens of 64 channels; 4 layers, 4 steps, backward as much.
+    assert attention == 2 * 2 * 29**2 * 64 * 4 * 4 * 2
 
 
 # Moving average
