@@ -17,6 +17,8 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from lit_distill.per_step import StepLoRAs
+
 Checkpointing = Literal["none", "block", "selective", "step", "nested"]
 
 BY_THRIFT: tuple[Checkpointing, ...] = ("nested", "step", "block", "selective", "none")
@@ -85,6 +87,7 @@ class Blocks:
                 "use checkpointing: step"
             )
         self.denoiser, self.forward, self.offload = denoiser, forward, offload
+        self.loras = StepLoRAs.of(denoiser)
         self.contexts = _keeping_attention if keep_attention else noop_context_fn
         self.last = _BLOCKS.get(denoiser, 0)
         denoiser.enable_gradient_checkpointing(self._block)
@@ -121,7 +124,7 @@ class Blocks:
         # To pinned memory, without waiting for the copy; on a CPU it is a plain copy.
         with save_on_cpu(pin_memory=True) if self.offload else nullcontext():
             # `__call__`, since checkpoint would take a module's attributes for its own options.
-            call = block.__call__
+            call = self.loras.as_now(block.__call__)
             return checkpoint(call, *args, use_reentrant=False, context_fn=self.contexts)
 
 

@@ -55,6 +55,9 @@ class DirectDistill(pl.LightningModule):
             are adapted; without lora_alpha it equals r.
         init_lora: LoRA to go on from, a file or folder in the layout of diffusers, peft, ComfyUI,
             kohya or DiffSynth-Studio. It decides rank, alpha and target modules.
+        lora_per_step: Number of the student's steps, each of which gets a LoRA of its own; the
+            rows' num_inference_steps must be this. As many denoiser calls as with one LoRA (null),
+            and as many times its weights. Exported in format diffusers only.
         teacher_lora: LoRA, in any of these layouts, that the teacher has: it is fused into the
             weights before the student's is added, so that both start from it.
         teacher_model: Hub id or folder of another pipeline with the same latent space, to be the
@@ -111,6 +114,7 @@ class DirectDistill(pl.LightningModule):
         torch_dtype: str = "bfloat16",
         lora: dict[str, Any] | None = None,
         init_lora: str | None = None,
+        lora_per_step: int | None = None,
         teacher_lora: str | None = None,
         teacher_model: str | None = None,
         scheduler: dict[str, Any] | None = None,
@@ -164,6 +168,8 @@ class DirectDistill(pl.LightningModule):
                 "model.quantization and model.teacher_lora: a LoRA can't be fused into quantised "
                 "weights; fuse it before, and name the merged folder as the pretrained model"
             )
+        if lora_per_step is not None:
+            _check_lora_per_step(lora_per_step, lora is not None or init_lora, grad_steps)
         if sigmas is not None and not (sigmas and _falling([*sigmas, 0.0])):
             raise ValueError(f"model.sigmas must be positive and falling, got {sigmas}")
         if trajectory and grad_steps is not None:
@@ -582,6 +588,20 @@ class DirectDistill(pl.LightningModule):
                     f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
                     f"going on with {value!r}"
                 )
+
+
+def _check_lora_per_step(count: int, lora: Any, grad_steps: int | None) -> None:  # noqa: ANN401
+    if count < 1:
+        raise ValueError(f"model.lora_per_step must be >= 1, got {count}")
+    if not lora:
+        raise ValueError(
+            "model.lora_per_step: model.lora is null (full training); set it, for example {r: 32}"
+        )
+    if grad_steps is not None and grad_steps < count:
+        raise ValueError(
+            f"model.grad_steps is {grad_steps}: the LoRAs of the steps before the last "
+            f"{grad_steps} of model.lora_per_step ({count}) would never train; leave one out"
+        )
 
 
 def _falling(values: list[float]) -> bool:

@@ -27,18 +27,20 @@ def check_rows(settings: Mapping[str, Any], data: DistillDataModule) -> None:
     """See, before anything is loaded, that the rows are such as these settings can train on.
 
     Raises:
-        ValueError: Naming a row of another number of steps than model.sigmas.
+        ValueError: Naming a row of another number of steps than model.sigmas or
+            model.lora_per_step.
     """
-    sigmas = settings["sigmas"]
+    counts = {"sigmas": len(settings["sigmas"] or ()), "lora_per_step": settings["lora_per_step"]}
     for rows in (data.train_set, data.val_set):
-        if rows is None or not sigmas:
-            continue
-        steps = rows.columns["num_inference_steps"]
-        for index in (steps != len(sigmas)).nonzero()[0][:1]:
-            raise ValueError(
-                f"row {rows.columns['row'][index]} is to be drawn in {steps[index]} steps, but "
-                f"model.sigmas has {len(sigmas)}; they must be as many"
-            )
+        for name, count in counts.items():
+            if rows is None or not count:
+                continue
+            steps = rows.columns["num_inference_steps"]
+            for index in (steps != count).nonzero()[0][:1]:
+                raise ValueError(
+                    f"row {rows.columns['row'][index]} is to be drawn in {steps[index]} steps, but "
+                    f"model.{name} has {count}; they must be as many"
+                )
 
 
 def make_ready(backbone: Backbone, data: DistillDataModule, trainer: pl.Trainer) -> None:

@@ -178,7 +178,8 @@ class Way:
                     self.timed += len(images)
                 # Of a video, the codec decodes the first frame.
                 images = [image[0] if isinstance(image, list) else image for image in images]
-                same_space = pipe is None or isinstance(pipe, type(module.pipe))
+                # By name: a student's pipeline has a class of its own, of the same name.
+                same_space = pipe is None or type(pipe).__name__ == type(module.pipe).__name__
                 yield rows, self._beside(rows, latents, images, same_space), images
 
     @contextmanager
