@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import mode
@@ -153,10 +154,13 @@ def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  #
     trained = []
     for name in names or ["default"]:
         config = LoraConfig(**fields)
-        if hasattr(denoiser, "add_adapter"):
-            denoiser.add_adapter(config, name)
-        else:
-            inject_adapter_in_model(config, denoiser, name)
+        with warnings.catch_warnings():
+            # That there is one already: so it is meant.
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            if hasattr(denoiser, "add_adapter"):
+                denoiser.add_adapter(config, name)
+            else:
+                inject_adapter_in_model(config, denoiser, name)
         trained += [p for p in denoiser.parameters() if p.requires_grad]
     for parameter in trained:  # adding one freezes those before it
         parameter.requires_grad_(True)

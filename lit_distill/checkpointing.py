@@ -116,6 +116,8 @@ class Blocks:
     def _switch(self, on: bool) -> None:
         for module in self.modules:
             module.gradient_checkpointing = on
+            # Another rollout's may have come between: a batch can be drawn in parts.
+            module._gradient_checkpointing_func = self._block
 
     def _block(self, block: Any, *args: Any) -> Any:  # noqa: ANN401
         self.done += 1
