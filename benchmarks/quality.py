@@ -42,6 +42,7 @@ BATCH_SIZE = 16
 STRAIGHT = {"shift_terminal": None}
 FULL: dict[str, Any] = {"lora": None}
 LORA: dict[str, Any] = {"lora": {"r": 32}}
+PER_STEP: dict[str, Any] = {"lora_per_step": 4}
 DEAD = [f"transformer.transformer_blocks.3.{name}.*" for name in ("attn.to_add_out", "txt_mlp")]
 UNDISTILLED = "undistilled, 4 steps"
 RELATIVE = ("latent_mse", "frechet")
@@ -107,6 +108,8 @@ RUNS = {
     "LoRA": Run(LORA),
     "LoRA r 8": Run({"lora": {"r": 8}}),
     "LoRA, trajectory": Run(LORA | {"trajectory": True}),
+    "LoRA per step": Run(LORA | PER_STEP),
+    "LoRA per step, trajectory": Run(LORA | PER_STEP | {"trajectory": True}),
     # Numbers of steps
     **{f"{n} steps": Run(FULL | {"scheduler": STRAIGHT}, (n,)) for n in (1, 2, 8)},
     **{f"LoRA, {n} steps": Run(LORA | {"scheduler": STRAIGHT}, (n,)) for n in (1, 2, 8)},
