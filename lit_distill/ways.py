@@ -51,6 +51,8 @@ class Candidate:
             OSError: If there is no such file or folder, and the hub can't help.
             ValueError: If the checkpoint can't be used.
         """
+        if self.lora is not None and (Path(self.lora) / "step_1.safetensors").is_file():
+            return load_student(self.lora, base_model=self.path)  # a LoRA for every step
         hyper = module.hparams
         if self.path is not None and self.path.endswith(".ckpt"):
             pipe = load_student(self.path)

@@ -1,6 +1,7 @@
 """One LoRA per step: the right one draws, learns, and is taken home."""
 
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -302,8 +303,12 @@ def test_the_commands_work_on_the_checkpoint_alone(trained, pairs, tmp_path, mon
     (tmp_path / "prompts.txt").write_text("a red seven on a blue background\n")
     drawn = build_cli(["predict", *ckpt, "--prompts", "prompts.txt", *quiet])
     assert drawn.model.hparams["lora_per_step"] == 4
-    main(["test", *ckpt, *rows, *quiet, "--data.batch_size", "8", "--out", "report"])
-    assert (tmp_path / "report/report.html").is_file()
+    compare = json.dumps([{"lora": str(trained[1] / "export"), "name": "exported"}])
+    options = ["--data.batch_size", "8", "--out", "report", "--compare", compare]
+    main(["test", *ckpt, *rows, *quiet, *options])
+    found = json.loads((tmp_path / "report/metrics.json").read_text())["ways"]
+    own, exported = ({**way} for way in found if way["way"].startswith(("student", "exported")))
+    assert exported["latent_mse"] == pytest.approx(own["latent_mse"], rel=1e-4)
 
 
 def test_the_cards_lines_draw_the_student_in_plain_diffusers(trained, tmp_path):
