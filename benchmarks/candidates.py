@@ -102,19 +102,6 @@ class Frequency(DistillLoss):
         return ((1 + self.weight * radius) * power).flatten(1).mean(1)
 
 
-class Relative(DirectDistill):
-    """Divides a row's loss by the undistilled pipeline's error, so that hard rows don't dominate.
-
-    For LoRA: the undistilled pipeline is the student with its adapters off.
-    """
-
-    def losses(self, batch: Batch) -> Tensor:
-        """Return mean((student - target)^2) / mean((undistilled - target)^2), (B,)."""
-        with torch.no_grad(), self.undistilled():
-            apart = self.student_rollout(batch) - self.teacher_target(batch)
-        return super().losses(batch) / apart.square().flatten(1).mean(1).clamp(min=1e-3)
-
-
 class _SeenError(Exception):
     """Leaves a pipeline once the arguments of its denoiser's calls are known."""
 

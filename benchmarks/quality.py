@@ -28,7 +28,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pandas as pd
 import torch
-from candidates import Adversarial, Consistency, Frequency, Perceptual, Pixel, Relative, Sum
+from candidates import Adversarial, Consistency, Frequency, Perceptual, Pixel, Sum
 
 from lit_distill import DirectDistill, DistillDataModule
 from lit_distill.cli import main as command
@@ -42,6 +42,7 @@ BATCH_SIZE = 16
 STRAIGHT = {"shift_terminal": None}
 FULL: dict[str, Any] = {"lora": None}
 LORA: dict[str, Any] = {"lora": {"r": 32}}
+PER_STEP: dict[str, Any] = {"lora_per_step": 4}
 DEAD = [f"transformer.transformer_blocks.3.{name}.*" for name in ("attn.to_add_out", "txt_mlp")]
 UNDISTILLED = "undistilled, 4 steps"
 RELATIVE = ("latent_mse", "frechet")
@@ -91,9 +92,9 @@ RUNS = {
     "L1": Run(FULL, loss=LatentL1),
     "RMSE": Run(FULL, loss=LatentRMSE),
     "no terminal": Run(FULL | {"scheduler": STRAIGHT}),
-    "sigmas 1 .9 .75 .5": Run(
+    "sigmas 1 .7 .4 .15": Run(
         FULL
-        | {"scheduler": STRAIGHT | {"use_dynamic_shifting": False}, "sigmas": [1, 0.9, 0.75, 0.5]}
+        | {"scheduler": STRAIGHT | {"use_dynamic_shifting": False}, "sigmas": [1, 0.7, 0.4, 0.15]}
     ),
     "trajectory": Run(FULL | {"trajectory": True}),
     "constant rate, EMA": Run(FULL, cosine=False, callbacks=lambda: [EMA(0.99)]),
@@ -104,6 +105,8 @@ RUNS = {
     # LoRA
     "LoRA": Run(LORA),
     "LoRA, trajectory": Run(LORA | {"trajectory": True}),
+    "LoRA per step": Run(LORA | PER_STEP),
+    "LoRA per step, trajectory": Run(LORA | PER_STEP | {"trajectory": True}),
     # Numbers of steps
     **{f"{n} steps": Run(FULL | {"scheduler": STRAIGHT}, (n,)) for n in (1, 2, 8)},
     **{f"LoRA, {n} steps": Run(LORA | {"scheduler": STRAIGHT}, (n,)) for n in (1, 2, 8)},
@@ -113,7 +116,6 @@ RUNS = {
     "pixel": Run(FULL, loss=_with(Pixel, 1.0)),
     "perceptual": Run(FULL, loss=_with(Perceptual, 0.1)),
     "frequency": Run(FULL, loss=Frequency),
-    "LoRA, relative": Run(LORA, make=Relative),
     "LoRA, consistency": Run(LORA, make=Consistency, max_steps=2 * STEPS),
     "LoRA, adversarial": Run(LORA, make=Adversarial, max_steps=STEPS // 2),
 }

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import mode
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_distill.families import denoisers, load_pipeline, repeated_blocks
+from lit_distill.families import call_parameters, denoisers, load_pipeline, repeated_blocks
 from lit_distill.lora import Factors, LoRA, read_lora
+from lit_distill.per_step import share_active, step_names
+from lit_distill.rollout import switch_by_step
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,6 +29,7 @@ def make_trainable(
     lora: dict[str, Any] | None,
     freeze: Sequence[str] = (),
     train_mode: Sequence[str] = (),
+    lora_per_step: int | None = None,
 ) -> None:
     """Freeze the pipeline, then unfreeze what is trained, in float32.
 
@@ -37,11 +41,15 @@ def make_trainable(
         freeze: Patterns of parameters that stay frozen all the same, as in
             ``transformer.transformer_blocks.59.txt_mlp.*``.
         train_mode: Patterns of modules that are put into training mode, but for their dropout.
+        lora_per_step: Number of steps, each of which gets an adapter of its own; ``pipe()`` and
+            `rollout` switch them. None: one adapter for all steps.
 
     Raises:
         ValueError: If `lora` has an unknown field, or names a module that no denoiser has, or a
-            pattern fits nothing.
+            pattern fits nothing, or no plain pipeline of this class could switch adapters.
     """
+    if lora_per_step:
+        _check_switchable(pipe)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
@@ -49,7 +57,7 @@ def make_trainable(
         if lora is None:
             denoiser.requires_grad_(True)
         else:
-            _add_lora(denoiser, lora)
+            _add_lora(denoiser, lora, step_names(lora_per_step or 0))
             denoiser.eval()  # peft's layers come with their dropout switched on
         for parameter in denoiser.parameters():
             # At lr 1e-5 most bfloat16 weights are too coarse to take a step; float32 ones move.
@@ -57,6 +65,18 @@ def make_trainable(
                 parameter.data = parameter.data.float()
     freeze_parameters(pipe, freeze)
     set_training_mode(pipe, train_mode)
+    if lora_per_step:
+        switch_by_step(pipe)
+
+
+def _check_switchable(pipe: DiffusionPipeline) -> None:
+    by_hand = "callback_on_step_end" in call_parameters(pipe)
+    if not by_hand or not hasattr(pipe, "load_lora_weights"):
+        lacks = "load_lora_weights" if by_hand else "callback_on_step_end"
+        raise ValueError(
+            f"model.lora_per_step: {type(pipe).__name__} has no {lacks}, without which plain "
+            "diffusers could not draw with what is trained; train one LoRA for all steps (null)"
+        )
 
 
 def set_training_mode(
@@ -109,7 +129,8 @@ def _fitting(named: dict[str, Any], patterns: Sequence[str], nothing: str) -> li
     return fitting
 
 
-def _add_lora(denoiser: Any, lora: dict[str, Any]) -> None:  # noqa: ANN401
+def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  # noqa: ANN401
+    """Add an adapter, or one for each of the names, all of them trainable."""
     from peft import LoraConfig, inject_adapter_in_model
 
     accepted = inspect.signature(LoraConfig).parameters
@@ -130,11 +151,21 @@ def _add_lora(denoiser: Any, lora: dict[str, Any]) -> None:  # noqa: ANN401
                     f"lora.target_modules: {type(denoiser).__name__} has no linear layer "
                     f"{_near(target, suffixes)}"
                 )
-    config = LoraConfig(**fields)
-    if hasattr(denoiser, "add_adapter"):
-        denoiser.add_adapter(config)
-    else:
-        inject_adapter_in_model(config, denoiser)
+    trained = []
+    for name in names or ["default"]:
+        config = LoraConfig(**fields)
+        with warnings.catch_warnings():
+            # That there is one already: so it is meant.
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            if hasattr(denoiser, "add_adapter"):
+                denoiser.add_adapter(config, name)
+            else:
+                inject_adapter_in_model(config, denoiser, name)
+        trained += [p for p in denoiser.parameters() if p.requires_grad]
+    for parameter in trained:  # adding one freezes those before it
+        parameter.requires_grad_(True)
+    if names:
+        share_active(denoiser, names)
 
 
 def _near(name: str, names: Any) -> str:  # noqa: ANN401
@@ -230,8 +261,12 @@ def fuse_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
             weight.copy_(weight.float() + factors.delta().to(weight.device))
 
 
-def take_lora(pipe: DiffusionPipeline) -> LoRA:
-    """Return copies of the factors of the pipeline's active adapters.
+def take_lora(pipe: DiffusionPipeline, adapter: str | None = None) -> LoRA:
+    """Return copies of the factors of the pipeline's adapters.
+
+    Args:
+        pipe: The pipeline.
+        adapter: Name of the adapter; None: the active one.
 
     Raises:
         ValueError: If an adapter is more than two factors (DoRA, a bias), which no other layout
@@ -243,28 +278,36 @@ def take_lora(pipe: DiffusionPipeline) -> LoRA:
     for component, denoiser in denoisers(pipe).items():
         layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
         for name, layer in layers.items():
-            adapter = layer.active_adapters[0]
-            down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-            if layer.use_dora.get(adapter) or up.bias is not None:
+            own = adapter or layer.active_adapters[0]
+            if own not in layer.lora_A:
+                continue
+            down, up = layer.lora_A[own], layer.lora_B[own]
+            if layer.use_dora.get(own) or up.bias is not None:
                 raise ValueError(
                     f"{component}.{name}: its adapter is not plain LoRA (use_dora, lora_bias), "
                     "which cannot be written as two factors, in no format; train without these"
                 )
             down, up = (factor.weight.detach().float().cpu().clone() for factor in (down, up))
-            alpha = layer.scaling[adapter] * len(down)
+            alpha = layer.scaling[own] * len(down)
             lora.setdefault(component, {})[name] = Factors(down, up, alpha)
     return lora
 
 
 @torch.no_grad()
-def put_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
-    """Copy factors into the adapters that `lora_fields` describes, which are there already."""
+def put_lora(pipe: DiffusionPipeline, lora: LoRA, adapter: str | None = None) -> None:
+    """Copy factors into adapters that `lora_fields` describes, which are there already.
+
+    Args:
+        pipe: The pipeline.
+        lora: The factors.
+        adapter: Name of the adapter; None: all that there are.
+    """
     for component, weights in lora.items():
         for name, factors in weights.items():
             layer: Any = denoisers(pipe)[component].get_submodule(name)
-            adapter = layer.active_adapters[0]
-            layer.lora_A[adapter].weight.copy_(factors.down)
-            layer.lora_B[adapter].weight.copy_(factors.up)
+            for own in [adapter] if adapter else layer.lora_A:
+                layer.lora_A[own].weight.copy_(factors.down)
+                layer.lora_B[own].weight.copy_(factors.up)
 
 
 def lora_fields(lora: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:

@@ -146,8 +146,8 @@ class Backbone:
         begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
         if begin:
             self.settings["lora"] = self._fields_of(begin, pipe)
-        trains = {name: self.settings[name] for name in ("lora", "freeze", "train_mode")}
-        make_trainable(pipe, **trains)
+        names = ("lora", "freeze", "train_mode", "lora_per_step")
+        make_trainable(pipe, **{name: self.settings[name] for name in names})
         put_lora(pipe, begin)
         for denoiser in denoisers(pipe).values():
             make_lean(denoiser)

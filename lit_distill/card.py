@@ -98,6 +98,7 @@ def student_facts(content: dict[str, Any], pipe: DiffusionPipeline) -> dict[str,
         "scheduler": type(pipe.scheduler).__name__,
         "lora": lora
         and {"r": lora.get("r", 8), "lora_alpha": lora.get("lora_alpha", lora.get("r", 8))},
+        "lora_per_step": hyper.get("lora_per_step"),
         "teacher_lora": hyper.get("teacher_lora"),
         "teacher_model": hyper.get("teacher_model"),
     }
@@ -173,7 +174,6 @@ def _usage(facts: dict[str, Any], format: str, pipe: DiffusionPipeline) -> str:
     call |= {side: facts[side] for side in ("height", "width") if facts[side]}
     texts = [f"{name}={value!r}" for name, value in call.items()]
     texts += [f"{name}=YOUR_{name.upper()}" for name in facts["examples"][0].get("pictures", ())]
-    arguments = ", ".join(texts)
     source = "THIS_REPOSITORY" if format == "merged" else facts["base_model"]
     lines = [
         "import torch",
@@ -182,7 +182,8 @@ def _usage(facts: dict[str, Any], format: str, pipe: DiffusionPipeline) -> str:
         f"pipe = DiffusionPipeline.from_pretrained({source!r}, dtype=torch.bfloat16)",
     ]
     if format == "diffusers":
-        lines.append("pipe.load_lora_weights('THIS_REPOSITORY')")
+        lines += _load_each_step(facts, pipe) or ["pipe.load_lora_weights('THIS_REPOSITORY')"]
+        texts += ["callback_on_step_end=next_lora"] if facts["lora_per_step"] else []
     if format == "peft":
         denoiser = next(iter(denoisers(pipe)))
         lines.insert(2, "from peft import PeftModel")
@@ -190,8 +191,35 @@ def _usage(facts: dict[str, Any], format: str, pipe: DiffusionPipeline) -> str:
     if facts.get("own_scheduler") and format != "merged":
         lines.append("pipe.scheduler = type(pipe.scheduler).from_pretrained('THIS_REPOSITORY')")
     output = "frames" if "num_frames" in call_parameters(pipe) else "images"
-    lines.append(f"image = pipe({facts['examples'][0]['prompt']!r}, {arguments}).{output}[0]")
+    arguments = ", ".join([repr(facts["examples"][0]["prompt"]), *texts])
+    lines.append(f"image = pipe({arguments}).{output}[0]")
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _load_each_step(facts: dict[str, Any], pipe: DiffusionPipeline) -> list[str]:
+    """Return the lines that load a LoRA for every step and switch them; none if there is but one.
+
+    `lit_distill.per_step.next_lora`, with which the export was verified, does the same.
+    """
+    if not (count := facts["lora_per_step"]):
+        return []
+    lines = [f"for step in range(1, {count + 1}):"]
+    for index, component in enumerate(denoisers(pipe)):
+        file = f"step_{{step}}_{component}" if index else "step_{step}"
+        place = f", load_into_{component}=True" if index else ""
+        lines.append(
+            f"    pipe.load_lora_weights('THIS_REPOSITORY', weight_name=f'{file}.safetensors', "
+            f"adapter_name=f'step_{{step}}'{place})"
+        )
+    return [
+        *lines,
+        "pipe.set_adapters('step_1')",
+        "",
+        "def next_lora(pipe, step, timestep, kwargs):",
+        f"    pipe.set_adapters(f'step_{{(step + 1) % {count} + 1}}')  # after the last: the first",
+        "    return kwargs",
+        "",
+    ]
 
 
 def _rows(facts: dict[str, Any], format: str) -> list[tuple[str, Any]]:
@@ -203,6 +231,7 @@ def _rows(facts: dict[str, Any], format: str) -> list[tuple[str, Any]]:
         ("size (height x width)", facts["height"] and f"{facts['height']}x{facts['width']}"),
         ("scheduler", facts["scheduler"] + (", own" if facts.get("own_scheduler") else "")),
         ("LoRA", lora and ", ".join(f"{name} {value}" for name, value in lora.items())),
+        ("LoRAs, one a step", facts["lora_per_step"]),
         ("training data", data and f"{data['rows']} rows, {data['prompts']} prompts"),
         ("optimizer steps", facts["global_step"]),
         ("teacher", facts["teacher_model"] or teacher.get("teacher_model")),

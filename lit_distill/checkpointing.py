@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from lit_distill.per_step import StepLoRAs
 from lit_distill.skipping import Plan, recorded, unused
 
 Checkpointing = Literal["none", "block", "selective", "step", "nested"]
@@ -92,6 +93,7 @@ class Blocks:
             )
         self.denoiser, self.forward, self.offload = denoiser, forward, offload
         self.keep_attention = keep_attention
+        self.loras = StepLoRAs.of(denoiser)
         self.last = _BLOCKS.get(denoiser, 0)
         denoiser.enable_gradient_checkpointing(self._block)
         self._switch(False)
@@ -119,6 +121,8 @@ class Blocks:
     def _switch(self, on: bool) -> None:
         for module in self.modules:
             module.gradient_checkpointing = on
+            # Another rollout's may have come between: a batch can be drawn in parts.
+            module._gradient_checkpointing_func = self._block
 
     def _block(self, block: Any, *args: Any) -> Any:  # noqa: ANN401
         self.done += 1
@@ -137,7 +141,7 @@ class Blocks:
         # To pinned memory, without waiting for the copy; on a CPU it is a plain copy.
         with save_on_cpu(pin_memory=True) if self.offload else nullcontext(), recorded() as layers:
             # `__call__`, since checkpoint would take a module's attributes for its own options.
-            call = block.__call__
+            call = self.loras.as_now(block.__call__)
             output = checkpoint(call, *args, use_reentrant=False, context_fn=contexts)
         if key not in known:
             known[key] = unused(_tensors(output), _tensors(args), layers)

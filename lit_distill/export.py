@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -26,8 +27,9 @@ from lit_distill.batches import collate_calls, open_pictures
 from lit_distill.card import model_card, student_facts
 from lit_distill.checkpoints import read_checkpoint
 from lit_distill.families import DTYPES, denoisers, load_pipeline, silent_diffusers
-from lit_distill.layouts import layout_of
+from lit_distill.layouts import file_name, layout_of
 from lit_distill.lora import METADATA_KEY, LoRA, add_loras, differences, read_lora, to_state
+from lit_distill.per_step import next_lora, step_names
 from lit_distill.pictures import Picture
 from lit_distill.rollout import draw
 from lit_distill.student import FACTS_FILE, student_pipeline
@@ -72,7 +74,9 @@ def export_student(
     merged      a pipeline folder for ``DiffusionPipeline.from_pretrained(out_dir)``
     =========== =======================================================================
 
-    A pipeline with two denoisers gets two LoRA files. After training with a teacher's LoRA the
+    A pipeline with two denoisers gets two LoRA files. A student with a LoRA for every step
+    (model.lora_per_step) is written in format diffusers only, as step_1.safetensors, ...; the card
+    shows the call that switches them. After training with a teacher's LoRA the
     files hold the sum of both, for the plain base model. A fully trained denoiser is always
     written as merged.
 
@@ -103,6 +107,12 @@ def export_student(
         if format not in ("diffusers", "merged"):
             raise ValueError(f"format {format} is for a LoRA; the whole denoiser was trained here")
         format = "merged"
+    if content["hyper_parameters"].get("lora_per_step") and format != "diffusers":
+        raise ValueError(
+            f"format {format}: this student has a LoRA for every step (model.lora_per_step), and "
+            "what reads this format draws all steps with one; use format diffusers, or train "
+            "with model.lora_per_step: null"
+        )
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     # Nothing appears that was not loaded back. Adapters are initialised at random before they are
@@ -148,6 +158,7 @@ class _Export:
         self.out = out
         self.format = format
         self.device = device
+        self.steps = step_names(self.hyper.get("lora_per_step") or 0)
         merged = self.hyper["torch_dtype"] if format == "merged" else "float32"
         self.dtype = DTYPES[dtype or merged]
         # Readers cast a LoRA to the base model's type.
@@ -160,22 +171,31 @@ class _Export:
         examples = self.facts["examples"]
         expected = [self._draw(student, row) for row in examples]
         self.columns = [[image for _, image in expected]]
-        own, whole, scheduler = take_lora(student), {}, student.scheduler
-        if own:
-            whole = self._with_teachers(own, student)
+        # By the adapter's name; None: the only one.
+        names: list[str | None] = [*self.steps] or [None]
+        own = {name: take_lora(student, name) for name in names}
+        whole, scheduler = own, student.scheduler
+        if any(own.values()):
+            whole = {name: self._with_teachers(lora, student) for name, lora in own.items()}
             with adapters_off(torch.nn.ModuleList(denoisers(student).values())):
                 self.columns.insert(0, [self._draw(student, row)[1] for row in examples])
         if self.format != "merged":
-            self._write_lora(student, whole)
+            for name, lora in whole.items():
+                self._write_lora(student, lora, name)
         del student  # before it comes a second time
         if self.format == "merged":
-            self._write_merged(own, scheduler, max_shard_size)
+            self._write_merged(own[None], scheduler, max_shard_size)
         fresh = self._read_back(whole)
         self._check_scheduler(fresh, scheduler)
         self._check_draw(fresh, expected[0][0])
         self._write_card(fresh)
 
-    def _draw(self, pipe: DiffusionPipeline, row: dict[str, Any]) -> tuple[Tensor, Any]:
+    def _draw(
+        self,
+        pipe: DiffusionPipeline,
+        row: dict[str, Any],
+        **options: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Any]:
         """Draw one of the checkpoint's rows; of a video, the first frame is kept."""
         size = {side: row[side] for side in ("height", "width") if row[side]}
         there = torch.cuda.is_available() or row["rand_device"] == "cpu"
@@ -189,6 +209,7 @@ class _Export:
             **size,
             **self.facts["call_kwargs"],
             **_conditions(row),
+            **options,
         )
         image = images[0]
         while isinstance(image, list):
@@ -215,14 +236,14 @@ class _Export:
         text = json.dumps(facts, indent=2, ensure_ascii=False)
         (self.out / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
 
-    def _write_lora(self, student: DiffusionPipeline, lora: LoRA) -> None:
+    def _write_lora(self, student: DiffusionPipeline, lora: LoRA, name: str | None) -> None:
         for component, weights in lora.items():
             denoiser = denoisers(student)[component]
             layout = layout_of(self.format, component, denoiser)
             state = to_state(weights, layout, denoiser)
             # An alpha is a number, not a weight: bfloat16 has no 257.
             state = {k: t if t.ndim == 0 else t.to(self.dtype) for k, t in state.items()}
-            path = self._lora_path(component, student)
+            path = self._lora_path(component, student, name)
             path.parent.mkdir(exist_ok=True)
             if self.format == "diffusers":
                 self._write_diffusers(student, component, state, path)
@@ -231,14 +252,13 @@ class _Export:
             if self.format == "peft":
                 self._write_peft_config({component: weights}, student, path.parent)
 
-    def _lora_path(self, component: str, pipe: DiffusionPipeline) -> Path:
+    def _lora_path(self, component: str, pipe: DiffusionPipeline, name: str | None = None) -> Path:
         several = len(denoisers(pipe)) > 1
         if self.format == "peft":
             folder = self.out / component if several else self.out
             return folder / "adapter_model.safetensors"
         stem = "pytorch_lora_weights" if self.format == "diffusers" else f"{self.format}_lora"
-        first = component == next(iter(denoisers(pipe)))
-        return self.out / f"{stem if first else f'{stem}_{component}'}.safetensors"
+        return self.out / file_name(name or stem, component, denoisers(pipe))
 
     def _save(self, state: dict[str, Tensor], path: str | Path) -> None:
         facts = json.dumps(self.facts, ensure_ascii=False)
@@ -270,7 +290,7 @@ class _Export:
 
     # Reading back
 
-    def _read_back(self, lora: LoRA) -> DiffusionPipeline:
+    def _read_back(self, loras: dict[str | None, LoRA]) -> DiffusionPipeline:
         """Return a fresh pipeline into which the target's reader has loaded the export.
 
         Raises:
@@ -286,14 +306,16 @@ class _Export:
         )
         reader = self._reader(fresh)
         try:
-            reader(fresh, lora)
+            for name, lora in loras.items():
+                reader(fresh, lora, name)
         except Exception as error:
             raise ExportError(
                 f"{_reader_name(reader)} refuses what was written as {self.format}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         self.facts["verified"] = {"reader": _reader_name(reader)}
-        if found := differences(take_lora(fresh), lora, self.tolerance):
+        each = [differences(take_lora(fresh, n), loras[n], self.tolerance) for n in loras]
+        if found := list(itertools.chain(*each)):
             more = [f"... and {len(found) - 5} more"] if len(found) > 5 else []
             lines = ["modules differ after loading back:", *found[:5], *more]
             raise ExportError("\n  ".join(lines))
@@ -308,15 +330,16 @@ class _Export:
         )
         return self._diffusers if reads else self._inverse_names
 
-    def _diffusers(self, pipe: DiffusionPipeline, lora: LoRA) -> None:
+    def _diffusers(self, pipe: DiffusionPipeline, lora: LoRA, name: str | None) -> None:
         """Reader: diffusers' load_lora_weights."""
         with silent_diffusers():  # it remarks on text encoders that have no LoRA
             for index, component in enumerate(lora):
-                path = self._lora_path(component, pipe)
+                path = self._lora_path(component, pipe, name)
+                options = {"adapter_name": name, "weight_name": path.name}
                 place = {f"load_into_{component}": True} if index else {}
-                pipe.load_lora_weights(path.parent, weight_name=path.name, **place)
+                pipe.load_lora_weights(path.parent, **options, **place)
 
-    def _peft(self, pipe: DiffusionPipeline, lora: LoRA) -> None:
+    def _peft(self, pipe: DiffusionPipeline, lora: LoRA, _: str | None) -> None:
         """Reader: peft's PeftModel.from_pretrained."""
         from peft import PeftModel
 
@@ -324,7 +347,7 @@ class _Export:
             folder = self._lora_path(component, pipe).parent
             PeftModel.from_pretrained(denoisers(pipe)[component], folder)
 
-    def _inverse_names(self, pipe: DiffusionPipeline, lora: LoRA) -> None:
+    def _inverse_names(self, pipe: DiffusionPipeline, lora: LoRA, _: str | None) -> None:
         """Reader: the table of names, inverted (diffusers has no reader of this)."""
         found = read_lora(self.out, pipe)
         make_trainable(pipe, lora_fields(found, pipe))
@@ -338,7 +361,10 @@ class _Export:
             fresh.scheduler = type(scheduler).from_pretrained(self.out)
 
     def _check_draw(self, fresh: DiffusionPipeline, expected: Tensor) -> None:
-        found, _ = self._draw(fresh, self.facts["examples"][0])
+        options = {"callback_on_step_end": next_lora(self.steps)} if self.steps else {}
+        if self.steps:
+            fresh.set_adapters(self.steps[0])
+        found, _ = self._draw(fresh, self.facts["examples"][0], **options)
         difference = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
         self.facts["verified"]["difference"] = difference
         if not difference <= self.tolerance:

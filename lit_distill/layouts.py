@@ -150,6 +150,12 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
 }
 
 
+def file_name(stem: str, component: str, components: Iterable[str]) -> str:
+    """Return the name of the file of one denoiser's LoRA: of the first of them the plain stem."""
+    first = component == next(iter(components))
+    return f"{stem if first else f'{stem}_{component}'}.safetensors"
+
+
 def layout_of(format: str, component: str, denoiser: nn.Module) -> Layout:
     """Return how `format` writes the LoRA of a denoiser.
 

@@ -24,9 +24,9 @@ class LeanLinear(lora.Linear):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """Return base_layer(x) + scaling * lora_B(lora_A(x)), (..., out_features)."""
         plain = not (self.disable_adapters or self.merged or args or kwargs or self.lora_variant)
-        if not plain or len(self.active_adapters) != 1 or list(self.lora_A) != self.active_adapters:
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        if not plain or name not in self.lora_A:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        (name,) = self.active_adapters
         scaling: float = self.scaling[name]
         dropout = self.lora_dropout[name]
         # Times a power of two is exact, so that rounding once or twice is the same.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_distill.families import denoisers
-from lit_distill.layouts import Layout, adaptable, known_names, names_of
+from lit_distill.layouts import Layout, adaptable, file_name, known_names, names_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -194,12 +194,13 @@ _KEY = re.compile(
 _LORA_METADATA = "lora_adapter_metadata"  # where diffusers keeps the settings of a LoRA
 
 
-def read_lora(path: str | Path, pipe: DiffusionPipeline) -> LoRA:
+def read_lora(path: str | Path, pipe: DiffusionPipeline, stem: str | None = None) -> LoRA:
     """Read a LoRA in the layout of diffusers, peft, ComfyUI, kohya or DiffSynth-Studio.
 
     Args:
         path: A .safetensors file, or a folder with one (one a denoiser, where there are two).
         pipe: The pipeline that it is for.
+        stem: Name of the file in the folder, without .safetensors, if it holds several LoRAs.
 
     Returns:
         Factors of every adapted module of every denoiser, in the file's data type.
@@ -211,13 +212,15 @@ def read_lora(path: str | Path, pipe: DiffusionPipeline) -> LoRA:
     """
     found = {}
     for component, denoiser in denoisers(pipe).items():
-        file = lora_file(path, component, pipe)
+        file = lora_file(path, component, pipe, stem)
         if file is not None:
             found[component] = _read_file(file, component, denoiser)
     return found
 
 
-def lora_file(path: str | Path, component: str, pipe: DiffusionPipeline) -> Path | None:
+def lora_file(
+    path: str | Path, component: str, pipe: DiffusionPipeline, stem: str | None = None
+) -> Path | None:
     """Return the file of one denoiser's LoRA; None if there is none for a second denoiser.
 
     Raises:
@@ -230,6 +233,11 @@ def lora_file(path: str | Path, component: str, pipe: DiffusionPipeline) -> Path
         if first and not path.is_file():
             raise FileNotFoundError(f"LoRA {path} does not exist")
         return path if first else None
+    if stem is not None:
+        file = path / file_name(stem, component, denoisers(pipe))
+        if first and not file.is_file():
+            raise FileNotFoundError(f"LoRA {file} does not exist")
+        return file if file.is_file() else None
     others = [name for name in denoisers(pipe) if name != component]
     own = [*path.glob(f"*_{component}.safetensors"), *path.glob(f"{component}/*.safetensors")]
     unnamed = [

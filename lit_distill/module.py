@@ -44,6 +44,9 @@ class DirectDistill(PipelineModule):
             are adapted; without lora_alpha it equals r.
         init_lora: LoRA to go on from, a file or folder in the layout of diffusers, peft, ComfyUI,
             kohya or DiffSynth-Studio. It decides rank, alpha and target modules.
+        lora_per_step: Number of the student's steps, each of which gets a LoRA of its own; the
+            rows' num_inference_steps must be this. As many denoiser calls as with one LoRA (null),
+            and as many times its weights. Exported in format diffusers only.
         teacher_lora: LoRA, in any of these layouts, that the teacher has: it is fused into the
             weights before the student's is added, so that both start from it.
         teacher_model: Hub id or folder of another pipeline with the same latent space, to be the
@@ -100,6 +103,7 @@ class DirectDistill(PipelineModule):
         torch_dtype: str = "bfloat16",
         lora: dict[str, Any] | None = None,
         init_lora: str | None = None,
+        lora_per_step: int | None = None,
         teacher_lora: str | None = None,
         teacher_model: str | None = None,
         scheduler: dict[str, Any] | None = None,

@@ -18,11 +18,13 @@ from lit_distill.module import DirectDistill
 
 
 def _attention(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
-    return sdpa_flop_count(*shapes[:3])  # query, key, value
+    query, key, value = shapes[:3]
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
-    return sdpa_backward_flop_count(*shapes[:4])  # gradient, query, key, value
+    gradient, query, key, value = shapes[:4]
+    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
 
 
 CPU_ATTENTION = {

@@ -13,6 +13,9 @@ Three taps, none of which knows a family, are laid while the pipeline runs:
 2. The denoisers' `forward`, wrapped on the instance (so that module hooks, FSDP2's for example,
    still run around it), for activation checkpointing and truncated back-propagation.
 3. The progress bar, silenced.
+
+Where the student has a LoRA for every step, the second tap also switches them; `switch_by_step`
+lays it around the plain `pipe()`.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from lit_distill.checkpointing import (
     check_mode,
 )
 from lit_distill.families import denoisers, guidance
+from lit_distill.per_step import StepLoRAs
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -199,6 +203,33 @@ def silenced(pipe: DiffusionPipeline) -> Iterator[None]:
         pipe._progress_bar_config = config or {}
 
 
+def with_call(pipe: DiffusionPipeline, call: Callable[..., Any], **attributes: Any) -> None:  # noqa: ANN401
+    """Let `call` answer for the pipeline's `__call__`, which `rollout` still finds within.
+
+    The pipeline's class keeps its name, so that saving and `rollout` see the class they know.
+    """
+    own: Any = type(pipe)
+    call = functools.wraps(own.__call__)(call)
+    body = {"__call__": call, "__module__": own.__module__, **attributes}
+    pipe.__class__ = type(own.__name__, (own,), body)
+
+
+def switch_by_step(pipe: DiffusionPipeline) -> None:
+    """Let the plain `pipe()` draw each step with its own LoRA, as `rollout` does by itself."""
+    own: Any = type(pipe)
+    if getattr(own, "_switches_by_step", False):
+        return
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with ExitStack() as stack:
+            steps = stack.enter_context(watched_scheduler(self))
+            for denoiser in denoisers(self).values():
+                stack.enter_context(_tapped_denoiser(denoiser, steps, None, "none", False))
+            return own.__call__(self, *args, **kwargs)
+
+    with_call(pipe, call, _switches_by_step=True)
+
+
 class Steps:
     """Where a running pipeline is.
 
@@ -327,8 +358,9 @@ def _tapped_denoiser(
     checkpointing: Checkpointing,
     offload: bool,
 ) -> Iterator[None]:
-    """Lay checkpointing and truncation around the denoiser's forward."""
+    """Lay checkpointing, truncation and each step's LoRA around the denoiser's forward."""
     original = denoiser.forward
+    loras = StepLoRAs.of(denoiser)
     blocks = None
     if checkpointing in BY_BLOCK:
         keep_attention = checkpointing == "selective"
@@ -336,16 +368,17 @@ def _tapped_denoiser(
 
     def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         steps.calls += 1
-        if not torch.is_grad_enabled():
-            return original(*args, **kwargs)
         # Steps are counted by the scheduler: guidance may call the denoiser twice a step.
+        at_step = partial(loras.at, steps.done, steps.total)
+        if not torch.is_grad_enabled():
+            return at_step(original)(*args, **kwargs)
         if grad_steps is not None and steps.done < steps.total - grad_steps:
             with torch.no_grad():
-                return original(*args, **kwargs)
+                return at_step(original)(*args, **kwargs)
         last = steps.at_last_call
         nested = checkpointing == "nested"
         # Run again, each call is the last that has run.
-        call = original if blocks is None else partial(blocks.run, nested or last)
+        call = at_step(original if blocks is None else partial(blocks.run, nested or last))
         # The backward pass begins with the last call: to run it again at once would free nothing.
         if nested or (checkpointing == "step" and not last):
             # Cloned, for Kandinsky5's video pipeline updates its latents in place.

@@ -39,6 +39,9 @@ def check_settings(given: Mapping[str, Any], init_lora: str | None) -> None:
             "model.trajectory and model.grad_steps: set one; with trajectory no gradient goes "
             "through more than one step"
         )
+    if given["lora_per_step"] is not None:
+        lora = given["lora"] is not None or init_lora is not None
+        _check_lora_per_step(given["lora_per_step"], lora, given["grad_steps"])
     if given["teacher_lora"] and given["teacher_model"]:
         raise ValueError(
             "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "
@@ -56,6 +59,20 @@ def check_settings(given: Mapping[str, Any], init_lora: str | None) -> None:
         )
 
 
+def _check_lora_per_step(count: int, lora: bool, grad_steps: int | None) -> None:
+    if count < 1:
+        raise ValueError(f"model.lora_per_step must be >= 1, got {count}")
+    if not lora:
+        raise ValueError(
+            "model.lora_per_step: model.lora is null (full training); set it, for example {r: 32}"
+        )
+    if grad_steps is not None and grad_steps < count:
+        raise ValueError(
+            f"model.grad_steps is {grad_steps}: the LoRAs of the steps before the last "
+            f"{grad_steps} of model.lora_per_step ({count}) would never train; leave one out"
+        )
+
+
 def _falling(values: list[float]) -> bool:
     return all(left > right for left, right in itertools.pairwise(values))
 
@@ -64,15 +81,17 @@ def check_rows(settings: Mapping[str, Any], data: DistillDataModule) -> None:
     """See, before anything is loaded, that the rows are such as these settings can train on.
 
     Raises:
-        ValueError: Naming a row of another number of steps than model.sigmas.
+        ValueError: Naming a row of another number of steps than model.sigmas or
+            model.lora_per_step.
     """
-    sigmas = settings["sigmas"]
+    counts = {"sigmas": len(settings["sigmas"] or ()), "lora_per_step": settings["lora_per_step"]}
     for rows in (data.train_set, data.val_set):
-        if rows is None or not sigmas:
-            continue
-        steps = rows.columns["num_inference_steps"]
-        for index in (steps != len(sigmas)).nonzero()[0][:1]:
-            raise ValueError(
-                f"row {rows.columns['row'][index]} is to be drawn in {steps[index]} steps, but "
-                f"model.sigmas has {len(sigmas)}; they must be as many"
-            )
+        for name, count in counts.items():
+            if rows is None or not count:
+                continue
+            steps = rows.columns["num_inference_steps"]
+            for index in (steps != count).nonzero()[0][:1]:
+                raise ValueError(
+                    f"row {rows.columns['row'][index]} is to be drawn in {steps[index]} steps, but "
+                    f"model.{name} has {count}; they must be as many"
+                )

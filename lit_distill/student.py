@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import json
@@ -26,6 +25,8 @@ from lit_distill.checkpoints import STATE_PREFIX, check_state, read_checkpoint
 from lit_distill.columns import call_key
 from lit_distill.families import denoisers, guidance, load_pipeline
 from lit_distill.lora import METADATA_KEY, load_tensors, read_lora
+from lit_distill.per_step import step_names
+from lit_distill.rollout import with_call
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -103,7 +104,8 @@ def student_pipeline(
     pipe = base_pipeline(hyper, torch_dtype=torch_dtype)
     pipe.scheduler = changed_scheduler(pipe, hyper.get("scheduler"))
     loaded = {p: p.dtype for d in denoisers(pipe).values() for p in d.parameters()}
-    make_trainable(pipe, hyper["lora"], hyper.get("freeze") or ())
+    freeze, lora_per_step = hyper.get("freeze") or (), hyper.get("lora_per_step")
+    make_trainable(pipe, hyper["lora"], freeze, lora_per_step=lora_per_step)
     state: dict[str, Tensor] = content["state_dict"]
     own = {f"{STATE_PREFIX}{name}": p for name, p in trained_parameters(pipe).items()}
     check_state(state, own, where)
@@ -143,10 +145,17 @@ def _from_export(
         revision=None if base_model else facts["base_revision"],
         torch_dtype=torch_dtype or facts["torch_dtype"],
     )
-    lora = read_lora(source, pipe)
-    make_trainable(pipe, lora_fields(lora, pipe))
-    put_lora(pipe, lora)
     folder = source if source.is_dir() else source.parent
+    if facts.get("lora_per_step"):
+        names = step_names(facts["lora_per_step"])
+        loras = {name: read_lora(folder, pipe, name) for name in names}
+        make_trainable(pipe, lora_fields(loras[names[0]], pipe), lora_per_step=len(names))
+        for name, lora in loras.items():
+            put_lora(pipe, lora, name)
+    else:
+        lora = read_lora(source, pipe)
+        make_trainable(pipe, lora_fields(lora, pipe))
+        put_lora(pipe, lora)
     if (folder / SCHEDULER_FILE).is_file():
         pipe.scheduler = type(pipe.scheduler).from_pretrained(folder)
     return pipe, facts
@@ -155,8 +164,7 @@ def _from_export(
 def with_defaults(pipe: DiffusionPipeline, facts: dict[str, Any]) -> DiffusionPipeline:
     """Return the pipeline with the student's steps, guidance and size as its call's defaults.
 
-    Only arguments that a call leaves out are filled in. The pipeline's class keeps its name, so
-    that saving and `rollout` see the class they know.
+    Only arguments that a call leaves out are filled in.
     """
     if "num_inference_steps" not in facts:
         return pipe
@@ -168,14 +176,13 @@ def with_defaults(pipe: DiffusionPipeline, facts: dict[str, Any]) -> DiffusionPi
     with guidance(pipe, facts["cfg_scale"], 1, {}) as off:
         defaults |= {name: value for name, value in off.items() if name != "negative_prompt"}
 
-    @functools.wraps(own.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         given = signature.bind_partial(self, *args, **kwargs).arguments
         if "num_inference_steps" in given:  # other steps have other sigmas
             given = {"sigmas": None, **given}
         return own.__call__(self, *args, **kwargs, **_without(defaults, given))
 
-    pipe.__class__ = type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
+    with_call(pipe, call)
     return pipe
 
 

@@ -51,6 +51,8 @@ class Candidate:
             OSError: If there is no such file or folder, and the hub can't help.
             ValueError: If the checkpoint can't be used.
         """
+        if self.lora is not None and (Path(self.lora) / "step_1.safetensors").is_file():
+            return load_student(self.lora, base_model=self.path)  # a LoRA for every step
         hyper = module.hparams
         if self.path is not None and self.path.endswith(".ckpt"):
             pipe = load_student(self.path)
@@ -178,7 +180,8 @@ class Way:
                     self.timed += len(images)
                 # Of a video, the codec decodes the first frame.
                 images = [image[0] if isinstance(image, list) else image for image in images]
-                same_space = pipe is None or isinstance(pipe, type(module.pipe))
+                # By name: a student's pipeline has a class of its own, of the same name.
+                same_space = pipe is None or type(pipe).__name__ == type(module.pipe).__name__
                 yield rows, self._beside(rows, latents, images, same_space), images
 
     @contextmanager

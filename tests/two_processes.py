@@ -32,6 +32,7 @@ CASES = {
     "lora step": {"lora": LORA, "checkpointing": "step"},
     "lora nested": {"lora": LORA, "checkpointing": "nested"},
     "lora truncated": {"lora": LORA, "checkpointing": "nested", "grad_steps": 2},
+    "lora per step": {"lora": LORA, "lora_per_step": 4, "checkpointing": "nested"},
     "lora online teacher": {"lora": LORA, "checkpointing": "block"},
     "full none": {"lora": None, "checkpointing": "none"},
     "full nested": {"lora": None, "checkpointing": "nested"},
