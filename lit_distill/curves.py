@@ -28,7 +28,8 @@ def find_logs(run: str | Path) -> Path:
         ValueError: If there are several.
     """
     run = Path(run)
-    found = sorted({file.parent for kind in (EVENTS, CSV) for file in run.rglob(kind)})
+    files = [*run.rglob(EVENTS), *(file for file in run.rglob(CSV) if _is_log(file))]
+    found = sorted({file.parent for file in files})
     if not found:
         raise FileNotFoundError(
             f"{run} holds no logs: neither {EVENTS} (TensorBoardLogger) nor {CSV} (CSVLogger)"
@@ -54,6 +55,12 @@ def read_logs(run: str | Path) -> dict[str, pd.Series]:
     """
     folder = find_logs(run)
     return _read_events(folder) if any(folder.glob(EVENTS)) else _read_csv(folder / CSV)
+
+
+def _is_log(path: Path) -> bool:
+    """Return whether it is CSVLogger's; a report's metrics.csv has no steps."""
+    with path.open(encoding="utf-8") as file:
+        return "step" in file.readline().strip().split(",")
 
 
 def _read_events(folder: Path) -> dict[str, pd.Series]:
