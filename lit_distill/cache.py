@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -181,6 +183,34 @@ def _unpacked(structure: Any, tensors: Any) -> Any:  # noqa: ANN401
         return _class(content)(_unpacked(structure["of"], tensors))
     entries = {k: _unpacked(v, tensors) for k, v in structure["with"].items()}
     return entries if content == "dict" else _class(content)(**entries)
+
+
+def fingerprint(content: Any) -> str:  # noqa: ANN401
+    """Return a digest of texts, numbers, tensors and pictures, however nested.
+
+    Raises:
+        TypeError: If there is something else in it.
+    """
+    digest = hashlib.sha256()
+
+    def feed(value: Any) -> None:  # noqa: ANN401
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().contiguous()
+            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Image.Image):
+            digest.update(f"{value.mode}{value.size}".encode() + value.tobytes())
+        elif isinstance(value, dict | list | tuple):
+            digest.update(f"{type(value).__name__}{len(value)}".encode())
+            for entry in value.items() if isinstance(value, dict) else value:
+                feed(entry)
+        elif value is None or isinstance(value, str | int | float | bool | torch.dtype):
+            digest.update(repr(value).encode() + b"\0")
+        else:
+            raise TypeError(f"cannot tell the content of a {type(value).__name__}")
+
+    feed(content)
+    return digest.hexdigest()
 
 
 def weights_facts(module: torch.nn.Module) -> list[Any]:

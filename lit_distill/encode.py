@@ -9,7 +9,6 @@ different length show how the shorter one is padded.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,17 +17,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from lit_distill.batches import NO_TARGET, Batch, collate, open_pictures
-from lit_distill.cache import EncodingStore, weights_facts
+from lit_distill.cache import EncodingStore, fingerprint, weights_facts
 from lit_distill.codec import has_frames, vae_encode
 from lit_distill.data import PairDataset
 from lit_distill.families import denoisers
-from lit_distill.joining import Example, Joiner, Mixed, UnjoinableError, extent, unlike
+from lit_distill.joining import Example, Joiner, Mixed, UnjoinableError, extent, moved, unlike
 from lit_distill.pictures import Picture, read_image
 from lit_distill.rollout import run
 from lit_distill.storage import file_facts
@@ -343,47 +340,6 @@ class _ImageEncoder:
         else:
             output.latent = torch.cat([part.latent for part in parts])
         return output if return_dict else output.to_tuple()
-
-
-def fingerprint(content: Any) -> str:  # noqa: ANN401
-    """Return a digest of texts, numbers, tensors and pictures, however nested.
-
-    Raises:
-        TypeError: If there is something else in it.
-    """
-    digest = hashlib.sha256()
-
-    def feed(value: Any) -> None:  # noqa: ANN401
-        if isinstance(value, Tensor):
-            plain = value.detach().cpu().contiguous()
-            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, Image.Image):
-            digest.update(f"{value.mode}{value.size}".encode() + value.tobytes())
-        elif isinstance(value, dict | list | tuple):
-            digest.update(f"{type(value).__name__}{len(value)}".encode())
-            for entry in value.items() if isinstance(value, dict) else value:
-                feed(entry)
-        elif value is None or isinstance(value, str | int | float | bool | torch.dtype):
-            digest.update(repr(value).encode() + b"\0")
-        else:
-            raise TypeError(f"cannot tell the content of a {type(value).__name__}")
-
-    feed(content)
-    return digest.hexdigest()
-
-
-def moved(value: Any, device: torch.device) -> Any:  # noqa: ANN401
-    """Return a copy of an encoding with its tensors, however nested, on the device."""
-
-    def move(leaf: Any) -> Any:  # noqa: ANN401
-        if isinstance(leaf, Tensor):
-            return leaf.to(device)
-        if hasattr(leaf, "parameters") and isinstance(leaf.parameters, Tensor):
-            return type(leaf)(leaf.parameters.to(device))  # the distribution of a VAE
-        return leaf
-
-    return tree_map(move, value)
 
 
 def _all(kind: type, values: list[Any]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_map
 
 
 class UnjoinableError(ValueError):
@@ -31,6 +32,19 @@ def extent(encoding: Any) -> tuple[int, ...]:  # noqa: ANN401
     if isinstance(encoding, list | tuple):
         return tuple(size for part in encoding for size in extent(part))
     return ()
+
+
+def moved(value: Any, device: torch.device) -> Any:  # noqa: ANN401
+    """Return a copy of an encoding with its tensors, however nested, on the device."""
+
+    def move(leaf: Any) -> Any:  # noqa: ANN401
+        if isinstance(leaf, Tensor):
+            return leaf.to(device)
+        if hasattr(leaf, "parameters") and isinstance(leaf.parameters, Tensor):
+            return type(leaf)(leaf.parameters.to(device))  # the distribution of a VAE
+        return leaf
+
+    return tree_map(move, value)
 
 
 def unlike(found: Any, expected: Any) -> bool:  # noqa: ANN401

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lit_distill.adapters import base_pipeline, changed_scheduler
 from lit_distill.batches import collate_calls, open_pictures
-from lit_distill.cache import weights_facts
-from lit_distill.encode import fingerprint
+from lit_distill.cache import fingerprint, weights_facts
 from lit_distill.families import denoisers, silent_diffusers
 from lit_distill.prompts import Pair, Size
 from lit_distill.rollout import StepTap, draw, schedule

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from pipelines import build
+from students import away, checkpoint_of, module
 
+from lit_distill import export_student
 from lit_distill.cli import main
 
 torch.set_num_threads(1)  # a second thread only gets in the way of matrices this small
@@ -54,3 +57,29 @@ def generate(out, prompts, limit, first_seed, *options):
             + ["--batch_size", "8", "--num_inference_steps", "10", "--trainer.accelerator", "cpu"]
             + ["--trainer.logger", "false", *options]
         )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Folder of a family's tiny pipeline."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            build(name).save_pretrained(made[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def exports(folder, tmp_path_factory):
+    """A student of Qwen-Image in every format."""
+    model = away(module(folder("QwenImage")))
+    out = tmp_path_factory.mktemp("exports")
+    content = checkpoint_of(model)
+    torch.save(content, out / "student.ckpt")
+    for format in ("diffusers", "comfyui", "kohya", "diffsynth", "peft", "merged"):
+        export_student(content, out / format, format)
+    return out, model

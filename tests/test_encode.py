@@ -5,7 +5,9 @@ import torch
 from pipelines import CALL_KWARGS, build
 
 from lit_distill import rollout
-from lit_distill.encode import EncodeOnce, UnjoinableError, fingerprint
+from lit_distill.cache import fingerprint
+from lit_distill.encode import EncodeOnce
+from lit_distill.joining import UnjoinableError
 
 
 def draw(pipe, prompts, name, **further):
