@@ -11,32 +11,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lit_distill.adapters import (
-    adapters_off,
-    base_pipeline,
-    changed_scheduler,
-    lora_fields,
-    make_trainable,
-    put_lora,
-)
+from lit_distill.adapters import adapters_off, changed_scheduler
 from lit_distill.batches import NO_TARGET, Batch, collate, open_pictures, split_batch
 from lit_distill.cache import EncodingStore
 from lit_distill.codec import LatentCodec
 from lit_distill.data import DistillDataModule
 from lit_distill.encode import EncodeOnce, encode_ahead, encoded_image, shell
-from lit_distill.families import (
-    DTYPES,
-    call_parameters,
-    denoisers,
-    load_pipeline,
-    use_attention,
-)
+from lit_distill.families import call_parameters, denoisers, load_pipeline, use_attention
 from lit_distill.joining import UnjoinableError
-from lit_distill.lora import LoRA, read_lora
-from lit_distill.precision import compute_in
-from lit_distill.quantization import quantization_config
+from lit_distill.loading import Loader
 from lit_distill.rollout import draw, rollout
-from lit_distill.sharding import empty_denoisers, load_sharded
 from lit_distill.trajectory import Trajectory, trajectory
 from lit_distill.trial import other_prompt, preflight_size, trial_arguments
 
@@ -57,6 +41,7 @@ class Backbone:
         init_lora: File or folder of the LoRA to go on from.
 
     Attributes:
+        loader: Loads it.
         pipe: The pipeline, once it is loaded.
     """
 
@@ -64,7 +49,7 @@ class Backbone:
 
     def __init__(self, settings: MutableMapping[str, Any], init_lora: str | None = None) -> None:
         self.settings = settings
-        self.init_lora = init_lora
+        self.loader = Loader(settings, init_lora)
         self._sharded = False
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
         self._base: dict[str, nn.Module] = {}
@@ -81,23 +66,10 @@ class Backbone:
             device: Where a process's share goes.
         """
         if mesh is None:
-            pipe = self._whole()
-        elif self.settings["quantization"]:
-            raise ValueError(
-                "model.quantization: fsdp2 does not shard quantised weights; use strategy ddp, "
-                "with the denoiser whole on each device"
-            )
+            pipe = self.loader.whole()
         else:
             assert device is not None
-            options = {name: self.settings[name] for name in ("revision", "torch_dtype")}
-            pipe = load_sharded(
-                self._load,
-                partial(load_pipeline, self._name(), **options),
-                empty_denoisers(self._name(), self.settings["revision"]),
-                self._prepare,
-                mesh,
-                device,
-            )
+            pipe = self.loader.sharded(mesh, device)
         self._sharded = mesh is not None
         if self.settings["attention_backend"]:
             use_attention(pipe, self.settings["attention_backend"])
@@ -109,60 +81,6 @@ class Backbone:
         self.pipe = pipe
         self._teacher_scheduler = pipe.scheduler
         pipe.scheduler = changed_scheduler(pipe, self.settings["scheduler"])
-
-    def _name(self) -> str:
-        name: str | None = self.settings["pretrained_model_name_or_path"]
-        if not name:
-            raise ValueError(
-                "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
-                "layout, or tiny-digits"
-            )
-        return name
-
-    def _load(self) -> DiffusionPipeline:
-        name, quantization = self._name(), self.settings["quantization"]
-        options: dict[str, Any] = {}
-        if quantization:
-            config = quantization_config(quantization, name, self.settings["revision"])
-            options["quantization_config"] = config
-        return base_pipeline(dict(self.settings), **options)
-
-    def _whole(self) -> DiffusionPipeline:
-        pipe = self._load()
-        dtypes = {
-            key: {name: p.dtype for name, p in denoiser.named_parameters()}
-            for key, denoiser in denoisers(pipe).items()
-        }
-        self._prepare(pipe)
-        if not self.settings["compile"]:  # whose tracing can't follow the casts
-            for key, denoiser in denoisers(pipe).items():
-                compute_in(denoiser, dtypes[key], DTYPES[self.settings["torch_dtype"]])
-        return pipe
-
-    def _prepare(self, pipe: DiffusionPipeline) -> None:
-        """Make the pipeline trainable, with the LoRA to go on from in it."""
-        from lit_distill.lean import make_lean  # peft is slow to import
-
-        begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
-        if begin:
-            self.settings["lora"] = self._fields_of(begin, pipe)
-        names = ("lora", "freeze", "train_mode", "lora_per_step")
-        make_trainable(pipe, **{name: self.settings[name] for name in names})
-        put_lora(pipe, begin)
-        for denoiser in denoisers(pipe).values():
-            make_lean(denoiser)
-
-    def _fields_of(self, begin: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
-        """Return the settings of a LoRA to go on from, with those of `lora` it leaves open."""
-        found = lora_fields(begin, pipe)
-        given = self.settings["lora"] or {}
-        for name, value in given.items():
-            if name in found and found[name] != value:
-                raise ValueError(
-                    f"model.lora.{name} is {value!r}, but init_lora {self.init_lora} has "
-                    f"{found[name]!r}; leave it out"
-                )
-        return given | found
 
     def encode(self, data: DistillDataModule | None, trainer: pl.Trainer | None) -> None:
         """Have prompts and pictures encoded only once; with a cache all of them now.
@@ -391,7 +309,7 @@ class Backbone:
                 yield
             return
         if not self._base:
-            self._base = denoisers(self._load())
+            self._base = denoisers(self.loader.base())
             for denoiser in self._base.values():
                 denoiser.to(self.device).requires_grad_(False)
         own = denoisers(self.pipe)

@@ -55,7 +55,7 @@ def quantization_error(backbone: Backbone, trainer: pl.Trainer, **call: Any) -> 
     """
     check = "the gradient is that of the weights that are not quantised"
     device = trainer.strategy.root_device
-    other = Backbone({**backbone.settings, "quantization": None}, backbone.init_lora)
+    other = Backbone({**backbone.settings, "quantization": None}, backbone.loader.init_lora)
     try:
         found = _gradient(backbone, trainer, call)
         other.load()
