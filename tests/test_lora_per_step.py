@@ -13,8 +13,8 @@ import torch
 from conftest import TINY
 from PIL import Image
 from pipelines import CALL_KWARGS, build
-from test_export import away, checkpoint_of, folder, picture, plain  # noqa: F401
-from test_export import module as module_of
+from students import away, checkpoint_of, picture, plain
+from students import module as module_of
 from test_module import QUIET, data, heldout, module
 
 from lit_distill import DirectDistill, export_student, load_pipeline, load_student, rollout
@@ -348,7 +348,7 @@ def test_a_format_that_holds_one_lora_is_refused(format, trained, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionXL", "Wan22"])
-def test_families_go_home(name, folder, tmp_path):  # noqa: F811
+def test_families_go_home(name, folder, tmp_path):
     """A second denoiser has files of its own; the teacher's LoRA goes into every one."""
     model = away(module_of(folder(name), name, lora_per_step=4))
     export_student(checkpoint_of(model, name), tmp_path)
@@ -371,7 +371,7 @@ def test_families_go_home(name, folder, tmp_path):  # noqa: F811
     assert np.abs(picture(plain(folder(name)), name) - expected).max() > 1
 
 
-def test_all_begin_with_the_lora_to_go_on_from_and_end_with_the_teachers(folder, tmp_path):  # noqa: F811
+def test_all_begin_with_the_lora_to_go_on_from_and_end_with_the_teachers(folder, tmp_path):
     path = folder("QwenImage")
     first = away(module_of(path))
     export_student(checkpoint_of(first), tmp_path / "first")
