@@ -64,8 +64,8 @@ def test_what_quantised_weights_do_to_the_gradient_is_measured():
                     "size": (32, 32),
                     "call": {},
                     "row": [0],
-                },
-                num_inference_steps=4,
+                    "num_inference_steps": 4,
+                }
             )
             known = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
             found = torch.autograd.grad((latents * known).sum(), list(weights), allow_unused=True)
