@@ -267,7 +267,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.yaxis.set_major_formatter("{x:.3g}")
             axes.grid(True, which="both", alpha=0.2)
-    axes.legend(title="checkpointing", fontsize="small")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, title="checkpointing", loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=90)
 
 
