@@ -262,8 +262,13 @@ def print_table(rows: dict[str, dict[str, list[float]]]) -> None:
     print("| student | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for name, row in rows.items():
-        cells = [f"{row[k][0]:.3g} ± {row[k][1]:.1g}" for k in COLUMNS if k != "seconds"]
-        label = name if row["seeds"][0] > 1 else f"{name}, one seed"
+        several = row["seeds"][0] > 1
+        label = name if several else f"{name}, one seed"
+        cells = [
+            f"{row[key][0]:.3g}" + (f" ± {row[key][1]:.1g}" if several else "")
+            for key in COLUMNS
+            if key != "seconds"
+        ]
         print(f"| {label} | " + " | ".join(cells) + f" | {row['seconds'][0]:.0f} |")
 
 
