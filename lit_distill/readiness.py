@@ -29,8 +29,7 @@ def make_ready(backbone: Backbone, data: DistillDataModule, trainer: pl.Trainer)
 
     Raises:
         PreflightError: If a check fails that no setting avoids.
-        ValueError: If the pipeline does not draw the size of an image, or model.sigmas are not as
-            many as a row's steps.
+        ValueError: If the pipeline does not draw the size of an image.
     """
     keep_gradient = BY_THRIFT
     if backbone.settings["preflight"]:
@@ -84,9 +83,10 @@ def _check(
     backbone: Backbone, data: DistillDataModule, trainer: pl.Trainer
 ) -> tuple[Checkpointing, ...]:
     """Avoid what preflight finds; return the checkpointing modes that keep the gradient."""
-    _check_last_step(backbone, backbone.first(data))
     report = look(backbone, trainer, **backbone.example(data))
     report.raise_failures()
+    # After look, which has placed the encoders and had this prompt encoded where training runs.
+    _check_last_step(backbone, backbone.first(data))
     _check_sizes(backbone, data)
     for finding in report.findings:
         if finding.verdict == "avoidable":

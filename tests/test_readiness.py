@@ -4,7 +4,9 @@ import torch
 
 from lit_distill import DirectDistill, DistillDataModule
 from lit_distill.adapters import trained_parameters
+from lit_distill.backbone import Backbone
 from lit_distill.cli import main
+from lit_distill.encode import EncodeOnce
 from lit_distill.preflight import PreflightError
 from lit_distill.readiness import look, quantization_error
 
@@ -22,6 +24,29 @@ def loaded(**options):
 def trainer(**options):
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     return pl.Trainer(**quiet, enable_model_summary=False, **options)
+
+
+@pytest.mark.parametrize("scheduler", [None, {"shift_terminal": None}])
+def test_a_last_step_with_nothing_to_do_is_warned_of_once_the_prompt_is_encoded(
+    scheduler, pairs, tmp_path, monkeypatch, recwarn
+):
+    """A text encoder must not run on the host before preflight has placed it."""
+    placed = []
+    place = Backbone.place
+    monkeypatch.setattr(Backbone, "place", lambda *args: (placed.append(True), place(*args)))
+    compute = EncodeOnce.compute
+
+    def encode(*args):
+        assert placed
+        return compute(*args)
+
+    monkeypatch.setattr(EncodeOnce, "compute", encode)
+    model = DirectDistill("tiny-digits", torch_dtype="float32", lora={"r": 4}, scheduler=scheduler)
+    data = DistillDataModule(str(pairs / "train/metadata.csv"), batch_size=8)
+    trainer(max_steps=1, default_root_dir=tmp_path).fit(model, datamodule=data)
+    warned = [str(w.message) for w in recwarn if "last of the student's 4 steps" in str(w.message)]
+    assert len(warned) == (scheduler is None)
+    assert all("begins at sigma 0.02" in message for message in warned)
 
 
 @pytest.mark.parametrize(
