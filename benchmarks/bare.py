@@ -10,11 +10,11 @@ import torch
 from counters import CHANNELS, COUNTERS, Bytes, Flops
 
 from lit_distill import load_pipeline, rollout
-from lit_distill.adapters import make_trainable
-from lit_distill.encode import EncodeOnce
-from lit_distill.families import DTYPES
-from lit_distill.lean import make_lean
-from lit_distill.rollout import run
+from lit_distill.adapters.inject import make_trainable
+from lit_distill.compute.fused_lora import use_fused_lora
+from lit_distill.encoding.encode_once import EncodeOnce
+from lit_distill.pipelines.loading import DTYPES
+from lit_distill.pipelines.rollout import run_pipeline
 
 HEAD = 128  # width of an attention head, as published
 PIXELS = 8  # a token's side in pixels with the embedded VAE
@@ -81,7 +81,7 @@ class Bare:
         hook = self.pipe.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
         )
-        steps, _ = run(self.pipe, cfg_scale=1.0, output_type="latent", **self.call())
+        steps, _ = run_pipeline(self.pipe, cfg_scale=1.0, output_type="latent", **self.call())
         hook.remove()
         text = self.pipe.encode_prompt([self.options.prompt], device=seen[0].device)[0]
         sigmas = steps.scheduler.sigmas[:-1].cpu()
@@ -112,7 +112,7 @@ def bare_step(mode: str, options: argparse.Namespace) -> Bare:
     """Return a step on a pipeline of its own, its optimizer's state made."""
     pipe = make_pipeline(options)
     make_trainable(pipe, {"r": options.rank})
-    make_lean(pipe.transformer)
+    use_fused_lora(pipe.transformer)
     EncodeOnce(pipe)
     fields = {"shift_terminal": None}
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **fields)

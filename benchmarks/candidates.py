@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_distill import DirectDistill, DistillLoss, LatentCodec, rollout
-from lit_distill.batches import Batch
-from lit_distill.features import DigitReader, load_features
-from lit_distill.rollout import replaced_forward
+from lit_distill.data.batch import Batch
+from lit_distill.evaluation.feature_extractors import DigitReader, load_features
+from lit_distill.pipelines.hooks import replaced_forward
 
 
 class Sum(DistillLoss):

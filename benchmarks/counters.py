@@ -6,8 +6,8 @@ import argparse
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_distill.memory import LiveBytes
-from lit_distill.monitor import CPU_ATTENTION
+from lit_distill.preflight.memory import LiveBytes
+from lit_distill.training.throughput import CPU_ATTENTION
 
 CHANNELS = 16  # of a latent token: 4, of 2 x 2 positions
 MIB = 2**20

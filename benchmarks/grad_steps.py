@@ -22,7 +22,7 @@ import lightning.pytorch as pl
 import torch
 
 from lit_distill import DirectDistill, DistillDataModule
-from lit_distill.schedule import WarmupCosine
+from lit_distill.training.lr_scheduler import WarmupCosine
 
 RESULT = Path(__file__).parent / "results" / "grad_steps.json"
 SCHEDULES: dict[str, dict[str, Any] | None] = {

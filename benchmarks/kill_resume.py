@@ -41,7 +41,7 @@ model:
     class_path: torch.optim.AdamW
     init_args: {{lr: 1.0e-3}}
   lr_scheduler:
-    class_path: lit_distill.schedule.WarmupCosine
+    class_path: lit_distill.WarmupCosine
     init_args: {{num_warmup_steps: 5}}
 data:
   metadata_path: {pairs}/metadata.csv
@@ -59,7 +59,7 @@ trainer:
   callbacks:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {{filename: last, every_n_train_steps: 1, enable_version_counter: false}}
-    - class_path: lit_distill.ema.EMA
+    - class_path: lit_distill.EMA
       init_args: {{decay: 0.9}}
 """
 LORA = "{r: 8, lora_dropout: 0.1}"

@@ -43,7 +43,7 @@ def make(root: Path, rows: int) -> Path:
 
 def load(path: str) -> dict[str, float]:
     """Load the table; return seconds, and the growth of the process at its highest, in MiB."""
-    from lit_distill.data import DistillDataModule
+    from lit_distill.data.datamodule import DistillDataModule
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, worked = time.perf_counter(), time.process_time()

@@ -22,9 +22,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from lit_distill import DirectDistill, DistillDataModule, load_pipeline, load_student, rollout
-from lit_distill.adapters import make_trainable
-from lit_distill.checkpoints import read_checkpoint
+from lit_distill.adapters.inject import make_trainable
 from lit_distill.cli import main as command
+from lit_distill.training.checkpoint_io import read_checkpoint
 
 STEPS = 4
 

@@ -32,10 +32,10 @@ from candidates import Adversarial, Consistency, Frequency, Perceptual, Pixel, S
 
 from lit_distill import DirectDistill, DistillDataModule
 from lit_distill.cli import main as command
-from lit_distill.ema import EMA
-from lit_distill.losses import LatentL1, LatentMSE, LatentRMSE
-from lit_distill.metrics import FrechetDistance, default_metrics
-from lit_distill.schedule import WarmupCosine
+from lit_distill.evaluation.metrics import FrechetDistance, default_metrics
+from lit_distill.training.ema import EMA
+from lit_distill.training.losses import LatentL1, LatentMSE, LatentRMSE
+from lit_distill.training.lr_scheduler import WarmupCosine
 
 STEPS = 400
 BATCH_SIZE = 16

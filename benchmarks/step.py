@@ -49,7 +49,7 @@ from lightning.pytorch.profilers import Profiler
 from safetensors.torch import save_file
 
 from lit_distill import DirectDistill, DistillDataModule
-from lit_distill.families import DTYPES
+from lit_distill.pipelines.loading import DTYPES
 
 MODES = ("none", "selective", "block", "step", "nested")
 CURVES = {

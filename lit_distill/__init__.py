@@ -2,20 +2,39 @@
 
 __version__ = "0.1.0"
 
-from lit_distill.codec import LatentCodec
-from lit_distill.data import DistillDataModule
-from lit_distill.export import export_student
-from lit_distill.families import load_pipeline
-from lit_distill.losses import DistillLoss
-from lit_distill.module import DirectDistill
-from lit_distill.rollout import rollout
-from lit_distill.student import load_student
+from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.evaluation.metrics import CLIPScore, Diversity, FrechetDistance, Sharpness
+from lit_distill.export.export_on_save import ExportOnSave
+from lit_distill.export.exporter import export_student
+from lit_distill.export.load_student import load_student
+from lit_distill.pipelines.latent_codec import LatentCodec
+from lit_distill.pipelines.loading import load_pipeline
+from lit_distill.pipelines.rollout import rollout
+from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.ema import EMA
+from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
+from lit_distill.training.losses import DistillLoss, LatentL1, LatentMSE, LatentRMSE
+from lit_distill.training.lr_scheduler import WarmupCosine
+from lit_distill.training.throughput import TrainingMonitor
 
 __all__ = [
+    "EMA",
+    "CLIPScore",
     "DirectDistill",
     "DistillDataModule",
     "DistillLoss",
+    "Diversity",
+    "ExportOnSave",
+    "FrechetDistance",
+    "ImageGrid",
+    "ImageWriter",
     "LatentCodec",
+    "LatentL1",
+    "LatentMSE",
+    "LatentRMSE",
+    "Sharpness",
+    "TrainingMonitor",
+    "WarmupCosine",
     "export_student",
     "load_pipeline",
     "load_student",

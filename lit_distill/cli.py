@@ -7,10 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
-from lit_distill.callbacks import ImageGrid, ImageWriter
-from lit_distill.data import DistillDataModule
-from lit_distill.module import DirectDistill
+from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.trainer import DistillTrainer
+from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 
 
 class DistillCLI(LightningCLI):

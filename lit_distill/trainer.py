@@ -8,21 +8,20 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from lit_distill.check import check_data, summary
-from lit_distill.checkpoints import read_checkpoint
-from lit_distill.curves import plot_curves, read_logs
-from lit_distill.data import DistillDataModule
-from lit_distill.export import ExportFormat, export_student
-from lit_distill.generate import generate_pairs
-from lit_distill.module import DirectDistill
-from lit_distill.pairing import check_pairing
-from lit_distill.prompts import plan_pairs, read_prompts
-from lit_distill.readiness import look, quantization_error
-from lit_distill.report import ReportWriter
-from lit_distill.student import prompt_batches
-from lit_distill.tables import MetadataError
-from lit_distill.teacher import Teacher
-from lit_distill.ways import Candidate
+from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.data.dataset_check import check_data, summary
+from lit_distill.data.table_io import MetadataError
+from lit_distill.export.exporter import ExportFormat, export_student
+from lit_distill.report.contenders import ContenderConfig
+from lit_distill.report.plots import plot_curves, read_logs
+from lit_distill.report.report_writer import ReportWriter
+from lit_distill.teacher.generate import generate_pairs
+from lit_distill.teacher.prompts import plan_pairs, prompt_batches, read_prompts
+from lit_distill.teacher.seed_check import check_pairing
+from lit_distill.teacher.teacher import Teacher
+from lit_distill.training.autoconfigure import quantization_error, run_preflight
+from lit_distill.training.checkpoint_io import read_checkpoint
+from lit_distill.training.direct_distill import DirectDistill
 
 
 class DistillTrainer(pl.Trainer):
@@ -38,7 +37,7 @@ class DistillTrainer(pl.Trainer):
         weights_only: bool | None = None,
         *,
         out: str | None = None,
-        compare: list[str | Candidate] | None = None,
+        compare: list[str | ContenderConfig] | None = None,
         undistilled: list[tuple[int, float]] | None = None,
         gallery: int = 48,
         logs: str | None = None,
@@ -286,7 +285,7 @@ class DistillTrainer(pl.Trainer):
         size = {} if height is None else {"height": height}
         size |= {} if width is None else {"width": width}
         call = {"prompt": prompt, "num_inference_steps": num_inference_steps, **size}
-        report = look(model.backbone, self, **call)
+        report = run_preflight(model.backbone, self, **call)
         if model.hparams["quantization"]:
             report.findings.append(quantization_error(model.backbone, self, **call))
         print(report)

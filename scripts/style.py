@@ -16,12 +16,13 @@ from demo import pairs, stage
 from safetensors.torch import load_file
 
 from lit_distill import load_pipeline
-from lit_distill.adapters import make_trainable, take_lora
-from lit_distill.codec import LatentCodec
-from lit_distill.data import LATENTS_KEY
-from lit_distill.layouts import layout_of
-from lit_distill.lora import to_state
-from lit_distill.prompts import read_prompts
+from lit_distill.adapters.inject import make_trainable
+from lit_distill.adapters.lora_files import to_state
+from lit_distill.adapters.lora_formats import layout_of
+from lit_distill.adapters.weights import extract_lora
+from lit_distill.data.dataset import LATENTS_KEY
+from lit_distill.pipelines.latent_codec import LatentCodec
+from lit_distill.teacher.prompts import read_prompts
 
 OUT = Path("runs/style")
 STYLE = OUT / "style"
@@ -65,7 +66,7 @@ def train_style(base: Path) -> None:
         if step % 100 == 99:
             print(f"   step {step + 1}: loss {loss.item():.3f}", flush=True)
     layout = layout_of("diffusers", "transformer", pipe.transformer)
-    state = to_state(take_lora(pipe)["transformer"], layout, pipe.transformer)
+    state = to_state(extract_lora(pipe)["transformer"], layout, pipe.transformer)
     layers = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
     pipe.save_lora_weights(STYLE, transformer_lora_layers=layers)
 

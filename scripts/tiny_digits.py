@@ -63,7 +63,7 @@ class DigitPictures:
         self.palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 127.5 - 1
 
     def sample(self, count: int, scans: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Draws random pictures.
+        """Draw random pictures.
 
         Args:
             count: How many pictures.

@@ -38,7 +38,7 @@ from tiny_digits import (
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lit_distill.features import DigitReader
+from lit_distill.evaluation.feature_extractors import DigitReader
 
 BANK_SIZE = 20_000
 TEACHER_STEPS, TEACHER_CFG = 50, 4.0
@@ -203,7 +203,7 @@ def save_reader(reader: DigitReader, path: Path) -> None:
 def draw(
     pipe: QwenImagePipeline, prompts: list[str], steps: int, cfg: float
 ) -> tuple[Tensor, Tensor]:
-    """Draws one picture per prompt, the i-th from seed i.
+    """Generate one picture per prompt, the i-th from seed i.
 
     Returns:
         The final packed latents, and the pictures in [-1, 1].

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from pipelines import build
 from students import away, checkpoint_of, module
+from tiny_pipelines import build
 
 from lit_distill import export_student
 from lit_distill.cli import main

@@ -1,0 +1,274 @@
+"""LoRA as factors, and its files: written exactly, read strictly.
+
+A key that stands for no module is refused by name, so that a file of another model is never half
+loaded. Where a tool computes several modules as one (queries, keys and values) their factors are
+joined block-diagonally, and taken apart again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_distill.adapters.lora import Factors, LoRA
+from lit_distill.adapters.lora_formats import Layout, adaptable, file_name, known_names, names_of
+from lit_distill.pipelines.components import denoisers
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+METADATA_KEY = "lit_distill"
+"""Where a file's metadata holds the facts of the student, as JSON."""
+
+
+# Writing
+
+
+def to_state(weights: dict[str, Factors], layout: Layout, denoiser: nn.Module) -> dict[str, Tensor]:
+    """Return a LoRA as the tensors of a file.
+
+    Raises:
+        ValueError: If a module has no name in this layout.
+    """
+    state: dict[str, Tensor] = {}
+    rest = dict(weights)
+    sizes = adaptable(denoiser)
+    for name, parts in names_of(layout.table, denoiser).items():
+        if not any(part in rest for part in parts):
+            continue
+        found = [rest.pop(part, None) for part in parts]
+        factors = found[0] if len(parts) == 1 else _join(found, [sizes[part] for part in parts])
+        assert factors is not None
+        key = layout.prefix + (name.replace(".", "_") if layout.flat else name)
+        factors = factors if layout.alpha else factors.folded()
+        down, up = (f"{key}.{factor}.weight" for factor in layout.factors)
+        state |= {down: factors.down.contiguous(), up: factors.up.contiguous()}
+        if layout.alpha:
+            state[f"{key}.alpha"] = torch.tensor(factors.alpha)
+    if rest:
+        raise ValueError(
+            f"{len(rest)} adapted modules of {type(denoiser).__name__} have no name in this "
+            f"format, for example {', '.join(list(rest)[:3])}; use format diffusers, peft or merged"
+        )
+    return state
+
+
+def _join(found: list[Factors | None], sizes: list[tuple[int, ...]]) -> Factors:
+    """Return one update for several modules that lie below one another in one weight."""
+    given = next(factors for factors in found if factors is not None)
+    parts = [
+        factors
+        or Factors(
+            torch.zeros_like(given.down), given.up.new_zeros(size[0], given.rank), given.alpha
+        )
+        for factors, size in zip(found, sizes, strict=True)
+    ]
+    if len({factors.scale for factors in parts}) > 1:
+        parts = [factors.folded() for factors in parts]
+    scale = parts[0].scale
+    if all(torch.equal(factors.down, given.down) for factors in parts):
+        # As trained by a tool that computes them as one.
+        return Factors(given.down, torch.cat([factors.up for factors in parts]), scale * given.rank)
+    down = torch.cat([factors.down for factors in parts])
+    return Factors(down, _block_diagonal([factors.up for factors in parts]), scale * len(down))
+
+
+def _split(joined: Factors, rows: list[int]) -> list[Factors]:
+    """Undo `_join`; factors that are not block-diagonal share `down`."""
+    ups = torch.split(joined.up, rows)
+    count = len(rows)
+    if joined.rank % count == 0:
+        rank = joined.rank // count
+        blocks = [up[:, i * rank : (i + 1) * rank] for i, up in enumerate(ups)]
+        if torch.equal(_block_diagonal(blocks), joined.up):
+            downs = torch.split(joined.down, rank)
+            alpha = joined.scale * rank
+            return [Factors(d, b.contiguous(), alpha) for d, b in zip(downs, blocks, strict=True)]
+    return [Factors(joined.down, up.contiguous(), joined.alpha) for up in ups]
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return matrix
+
+
+# Reading
+
+_KEY = re.compile(
+    r"(?P<name>.+?)\.(?:(?P<factor>lora_(?:A|B|down|up))(?:\.default)?\.weight|alpha)"
+)
+
+_LORA_METADATA = "lora_adapter_metadata"  # where diffusers keeps the settings of a LoRA
+
+
+def read_lora(path: str | Path, pipe: DiffusionPipeline, stem: str | None = None) -> LoRA:
+    """Read a LoRA in the layout of diffusers, peft, ComfyUI, kohya or DiffSynth-Studio.
+
+    Args:
+        path: A .safetensors file, or a folder with one (one a denoiser, where there are two).
+        pipe: The pipeline that it is for.
+        stem: Name of the file in the folder, without .safetensors, if it holds several LoRAs.
+
+    Returns:
+        Factors of every adapted module of every denoiser, in the file's data type.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, has a key that stands for no module of the pipeline,
+            factors that don't fit together or the module, or an alpha for some modules only.
+    """
+    found = {}
+    for component, denoiser in denoisers(pipe).items():
+        file = lora_file(path, component, pipe, stem)
+        if file is not None:
+            found[component] = _read_file(file, component, denoiser)
+    return found
+
+
+def lora_file(
+    path: str | Path, component: str, pipe: DiffusionPipeline, stem: str | None = None
+) -> Path | None:
+    """Return the file of one denoiser's LoRA; None if there is none for a second denoiser.
+
+    Raises:
+        FileNotFoundError: If there is none for the first denoiser.
+        ValueError: If there are several to choose from.
+    """
+    path = Path(path)
+    first = component == next(iter(denoisers(pipe)))
+    if not path.is_dir():
+        if first and not path.is_file():
+            raise FileNotFoundError(f"LoRA {path} does not exist")
+        return path if first else None
+    if stem is not None:
+        file = path / file_name(stem, component, denoisers(pipe))
+        if first and not file.is_file():
+            raise FileNotFoundError(f"LoRA {file} does not exist")
+        return file if file.is_file() else None
+    others = [name for name in denoisers(pipe) if name != component]
+    own = [*path.glob(f"*_{component}.safetensors"), *path.glob(f"{component}/*.safetensors")]
+    unnamed = [
+        file
+        for file in path.glob("*.safetensors")
+        if not any(file.stem.endswith(f"_{name}") for name in [component, *others])
+    ]
+    files = own + (unnamed if first else [])
+    if len(files) > 1:
+        raise ValueError(f"{path} holds several files, name one: {', '.join(map(str, files))}")
+    if first and not files:
+        raise FileNotFoundError(f"{path} holds no LoRA (a .safetensors file)")
+    return files[0] if files else None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises:
+        ValueError: If it is truncated or of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def _read_file(path: Path, component: str, denoiser: nn.Module) -> dict[str, Factors]:
+    state, metadata = load_tensors(path)
+    names = known_names(component, denoiser)
+    groups: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in state.items():
+        match = _KEY.fullmatch(key)
+        if match is None or match["name"] not in names:
+            strange.append(key)
+        else:
+            factor = {"lora_A": "down", "lora_B": "up"}.get(match["factor"] or "alpha")
+            factor = factor or (match["factor"] or "alpha").removeprefix("lora_")
+            groups.setdefault(match["name"], {})[factor] = tensor
+    if strange or not groups:
+        near = difflib.get_close_matches(strange[0] if strange else "", names, n=1, cutoff=0.5)
+        hint = f" (a known name like it is {near[0]!r})" if near else ""
+        raise ValueError(
+            f"{path}: {len(strange)} of {len(state)} keys stand for no module of "
+            f"{type(denoiser).__name__}: {', '.join(strange[:3])}{hint}. Is it a LoRA, of this "
+            "model, of the denoiser alone (text encoders are not adapted here)?"
+        )
+    settings = _settings(path, metadata, component)
+    needs_alpha = any(".lora_down." in key for key in state) or any(
+        "alpha" in g for g in groups.values()
+    )
+    sizes = adaptable(denoiser)
+    weights: dict[str, Factors] = {}
+    for name, group in groups.items():
+        factors = _factors(path, name, group, needs_alpha)
+        parts = names[name]
+        factors = factors._replace(alpha=_alpha(settings, parts[0], factors))
+        _check_shape(path, name, factors, [sizes[part] for part in parts])
+        split = _split(factors, [sizes[part][0] for part in parts]) if len(parts) > 1 else [factors]
+        weights |= dict(zip(parts, split, strict=True))
+    return weights
+
+
+def _factors(path: Path, name: str, group: dict[str, Tensor], needs_alpha: bool) -> Factors:
+    if missing := {"down", "up"} - set(group):
+        raise ValueError(f"{path}: {name} has no factor {missing.pop()!r} (lora_A/down, lora_B/up)")
+    if needs_alpha and "alpha" not in group:
+        raise ValueError(
+            f"{path}: {name} has no alpha; this layout stores one for every module, and without it "
+            "the strength of the update is not known"
+        )
+    rank = group["down"].shape[0]
+    return Factors(group["down"], group["up"], float(group.get("alpha", torch.tensor(rank))))
+
+
+def _check_shape(path: Path, name: str, factors: Factors, sizes: list[tuple[int, ...]]) -> None:
+    down, up = factors.down.shape, factors.up.shape
+    if len(up) < 2 or up[1] != down[0]:
+        raise ValueError(f"{path}: {name}: down {tuple(down)} and up {tuple(up)} differ in rank")
+    rows = sum(size[0] for size in sizes)
+    if up[0] != rows or tuple(down[1:]) != sizes[0][1:]:
+        raise ValueError(
+            f"{path}: {name}: down {tuple(down)} and up {tuple(up)} do not fit a weight of "
+            f"{(rows, *sizes[0][1:])}; is it a LoRA of another size of this model?"
+        )
+
+
+def _settings(path: Path, metadata: dict[str, str], component: str) -> dict[str, Any]:
+    """Return what peft's file beside the weights, or diffusers' metadata, say of the LoRA."""
+    beside = path.parent / "adapter_config.json"
+    if path.name == "adapter_model.safetensors":
+        if not beside.is_file():
+            raise ValueError(f"{path} needs peft's adapter_config.json beside it: alpha is there")
+        settings: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
+        if not isinstance(settings.get("lora_alpha"), int | float):
+            raise ValueError(f"{beside} has no lora_alpha")
+        return settings
+    stored = json.loads(metadata.get(_LORA_METADATA, "{}"))
+    return {
+        key.removeprefix(f"{component}."): value
+        for key, value in stored.items()
+        if key.startswith(f"{component}.")
+    }
+
+
+def _alpha(settings: dict[str, Any], module: str, factors: Factors) -> float:
+    if "lora_alpha" not in settings:
+        return factors.alpha
+    patterns: dict[str, float] = settings.get("alpha_pattern") or {}
+    alpha = next(
+        (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)),
+        settings["lora_alpha"],
+    )
+    # Rank-stabilised LoRA divides by the root of the rank.
+    return float(alpha) * (math.sqrt(factors.rank) if settings.get("use_rslora") else 1.0)

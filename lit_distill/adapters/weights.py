@@ -1,0 +1,148 @@
+"""LoRA weights taken from a pipeline's adapters, loaded into them, or fused into the base."""
+
+from __future__ import annotations
+
+import re
+from statistics import mode
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lit_distill.adapters.lora import Factors, LoRA
+from lit_distill.adapters.lora_files import read_lora
+from lit_distill.pipelines.components import denoisers
+from lit_distill.pipelines.loading import load_pipeline
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def load_base_pipeline(
+    hyper: dict[str, Any],
+    *,
+    torch_dtype: Any = None,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401
+) -> DiffusionPipeline:
+    """Load what a student starts from: the pretrained pipeline, the teacher's LoRA fused into it.
+
+    Args:
+        hyper: Hyperparameters of `DirectDistill`.
+        torch_dtype: Data type of the weights; default: that of `hyper`.
+        **options: Further arguments of `load_pipeline`.
+    """
+    pipe = load_pipeline(
+        hyper["pretrained_model_name_or_path"],
+        revision=hyper.get("revision"),
+        torch_dtype=torch_dtype or hyper["torch_dtype"],
+        **options,
+    )
+    if hyper.get("teacher_lora"):
+        fuse_lora(pipe, read_lora(hyper["teacher_lora"], pipe))
+    return pipe
+
+
+@torch.no_grad()
+def fuse_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
+    """Add a LoRA to the denoisers' own weights, once and for all; summed in float32."""
+    for component, weights in lora.items():
+        denoiser = denoisers(pipe)[component]
+        for name, factors in weights.items():
+            weight = denoiser.get_submodule(name).weight
+            weight.copy_(weight.float() + factors.delta().to(weight.device))
+
+
+def extract_lora(pipe: DiffusionPipeline, adapter: str | None = None) -> LoRA:
+    """Return copies of the factors of the pipeline's adapters.
+
+    Args:
+        pipe: The pipeline.
+        adapter: Name of the adapter; None: the active one.
+
+    Raises:
+        ValueError: If an adapter is more than two factors (DoRA, a bias), which no other layout
+            than peft's own can hold.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    lora: LoRA = {}
+    for component, denoiser in denoisers(pipe).items():
+        layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
+        for name, layer in layers.items():
+            own = adapter or layer.active_adapters[0]
+            if own not in layer.lora_A:
+                continue
+            down, up = layer.lora_A[own], layer.lora_B[own]
+            if layer.use_dora.get(own) or up.bias is not None:
+                raise ValueError(
+                    f"{component}.{name}: its adapter is not plain LoRA (use_dora, lora_bias), "
+                    "which cannot be written as two factors, in no format; train without these"
+                )
+            down, up = (factor.weight.detach().float().cpu().clone() for factor in (down, up))
+            alpha = layer.scaling[own] * len(down)
+            lora.setdefault(component, {})[name] = Factors(down, up, alpha)
+    return lora
+
+
+@torch.no_grad()
+def load_into_adapters(pipe: DiffusionPipeline, lora: LoRA, adapter: str | None = None) -> None:
+    """Copy factors into adapters that `lora_config_fields` describes, which are there already.
+
+    Args:
+        pipe: The pipeline.
+        lora: The factors.
+        adapter: Name of the adapter; None: all that there are.
+    """
+    for component, weights in lora.items():
+        for name, factors in weights.items():
+            layer: Any = denoisers(pipe)[component].get_submodule(name)
+            for own in [adapter] if adapter else layer.lora_A:
+                layer.lora_A[own].weight.copy_(factors.down)
+                layer.lora_B[own].weight.copy_(factors.up)
+
+
+def lora_config_fields(lora: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return the fields of `peft.LoraConfig` of adapters that hold `lora`.
+
+    Raises:
+        ValueError: If two denoisers are adapted in different modules, ranks or alphas: one set of
+            fields serves both.
+    """
+    shapes = [
+        # An integer where it is one, as everybody writes it.
+        {n: (f.rank, int(f.alpha) if f.alpha == int(f.alpha) else f.alpha) for n, f in w.items()}
+        for w in lora.values()
+    ]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            f"the LoRA must adapt the same modules of {', '.join(lora)}, with the same ranks and "
+            "alphas"
+        )
+    modules = shapes[0]
+    rank, alpha = mode(modules.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": _targets(set(modules), next(iter(denoisers(pipe).values()))),
+        "rank_pattern": {f"^{re.escape(name)}": r for name, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {
+            f"^{re.escape(name)}": a for name, (_, a) in modules.items() if a != alpha
+        },
+    }
+
+
+def _targets(modules: set[str], denoiser: nn.Module) -> list[str] | str:
+    """Return the shortest `target_modules` that mean exactly these modules.
+
+    Name endings where they do: FLUX's ``proj_out`` ends the blocks' names and is the last layer's
+    whole name; FLUX.2's ``attn.to_out`` is a linear in some blocks, a list in others.
+    """
+    names = {name for name, _ in denoiser.named_modules()}
+    endings = sorted({re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in modules})
+    if {name for name in names if f".{name}".endswith(tuple(f".{e}" for e in endings))} == modules:
+        return endings
+    blocks = {re.sub(r"\\\.\d+\\\.", r"\.\\d+\.", re.escape(name), count=1) for name in modules}
+    expression = "|".join(sorted(blocks))
+    if {name for name in names if re.fullmatch(expression, name)} == modules:
+        return expression
+    return "|".join(map(re.escape, sorted(modules)))

@@ -1,0 +1,64 @@
+"""Frozen weights in fewer bits: diffusers' quantizers, for the denoisers only."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+
+def quantization_config(fields: dict[str, Any], denoisers: Iterable[str]) -> Any:  # noqa: ANN401
+    """Return what `from_pretrained` of a pipeline takes to load its denoisers quantised.
+
+    Args:
+        fields: ``quant_backend``, a name that diffusers knows (``bitsandbytes_4bit``, ``torchao``,
+            ...), and ``quant_kwargs``, the arguments of that backend's configuration in diffusers.
+            torchao's ``quant_type`` is named: ``Int8WeightOnlyConfig``.
+        denoisers: Names of the pipeline's components to quantise, such as ``transformer``.
+
+    Returns:
+        A `diffusers.PipelineQuantizationConfig`.
+
+    Raises:
+        ValueError: If a field, the backend or one of its arguments is not known.
+        ImportError: If the backend's library is not installed.
+    """
+    from diffusers import PipelineQuantizationConfig
+    from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    _refuse_unknown("field", fields, ("quant_backend", "quant_kwargs"))
+    backend, arguments = fields.get("quant_backend"), dict(fields.get("quant_kwargs") or {})
+    _refuse_unknown("quant_backend", [backend], AUTO_QUANTIZATION_CONFIG_MAPPING)
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING[backend]
+    # Some take any argument and leave out, with a note in the log, what they don't know.
+    _refuse_unknown("quant_kwargs", arguments, set(inspect.signature(kind).parameters) - {"kwargs"})
+    if backend == "torchao":
+        arguments["quant_type"] = _torchao_type(arguments.get("quant_type"))
+    try:
+        # A mapping, since a configuration for all would have to suit transformers' models too.
+        mapping = {key: kind(**arguments) for key in denoisers}
+        return PipelineQuantizationConfig(quant_mapping=mapping)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.quantization: {error}") from error
+
+
+def _refuse_unknown(what: str, given: Any, accepted: Any) -> None:  # noqa: ANN401
+    for value in given:
+        if value not in accepted:
+            raise ValueError(
+                f"model.quantization: unknown {what} {value!r}; accepted: "
+                + ", ".join(sorted(accepted))
+            )
+
+
+def _torchao_type(name: str | None) -> Any:  # noqa: ANN401
+    try:
+        from torchao import quantization
+    except ImportError as error:
+        raise ImportError(
+            "model.quantization: quant_backend torchao needs the library of that name: "
+            "pip install 'lit-distill[quant]'"
+        ) from error
+    types = [each for each in dir(quantization) if each.endswith("Config")]
+    _refuse_unknown("quant_type of torchao", [name], types)
+    return getattr(quantization, str(name))()

@@ -1,0 +1,67 @@
+"""FSDP2: a denoiser that no single GPU holds, each process keeping its share of every block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_distill.compute.repeated_blocks import repeated_blocks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def shard(denoiser: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shard each repeated block, then the rest, for arithmetic in `dtype`.
+
+    Raises:
+        RuntimeError: If a trainable parameter is left whole: its gradient would be wrong.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the pipeline's own: timesteps may be float32
+    )
+    # The root comes last: without it, parameters outside the blocks get each process's own
+    # gradient. It reshards after a forward too, which no backward may follow (validation, EMA).
+    blocks = [block for each in repeated_blocks(denoiser).values() for block in each]
+    for module in [*reversed(blocks), denoiser]:  # inner ones first
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    full_tensor = [n for n, p in denoiser.named_parameters() if not isinstance(p, DTensor)]
+    if full_tensor:
+        raise RuntimeError(f"{type(denoiser).__name__}: {full_tensor[:3]} were not sharded")
+
+
+def _hand_out(state: dict[str, Any], denoiser: nn.Module) -> None:
+    """Fill a sharded denoiser with the weights that process 0 has."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(denoiser, state, options=options)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor as one, on every process; sharded ones are gathered, a collective."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
+
+
+def shard_like(like: Tensor, value: Tensor) -> Tensor:
+    """Return a whole tensor, the same on every process, sharded and placed as `like` is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(like.device)
+    if isinstance(like, DTensor):
+        value = distribute_tensor(value, like.device_mesh, like.placements)
+    return value
+
+
+@torch.no_grad()
+def assign_tensor(target: Tensor, value: Tensor) -> None:
+    """Write a whole tensor, the same on every process, into a possibly sharded one."""
+    target.copy_(shard_like(target, value))

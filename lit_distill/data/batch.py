@@ -1,0 +1,103 @@
+"""Batches: rows that share everything but prompt, seed and target, put together and split."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from lit_distill.data.images import Picture, read_picture
+
+TARGETS = ("image", "encoded", "latents", "trajectory", "sigmas")
+
+NO_TARGET: dict[str, Any] = dict.fromkeys(TARGETS)
+
+
+class Batch(TypedDict):
+    """What `DistillDataModule` yields: B rows that share everything but prompt, seed and target.
+
+    Attributes:
+        prompt: B texts.
+        seed: B seeds of the start noise.
+        rand_device: Device whose generator draws the noise.
+        num_inference_steps: The student's.
+        cfg_scale: The student's, 1 = off.
+        size: (height, width) in pixels; None: the pipeline's own default.
+        call: Further arguments of the pipeline's call: B pictures or texts, or a number for all.
+        image: The teacher's images, (B, 3, height, width), range [0, 1], or None.
+        encoded: What the VAE made of the images, (B, C, h, w) or (B, C, 1, h, w), in their place
+            where they were encoded before training; or None.
+        latents: The teacher's exact final latents, (B, ...), or None.
+        trajectory: The teacher's states between the student's steps, (B, steps - 1, ...), or None.
+        sigmas: Noise levels of these states, (B, steps - 1), or None.
+        row: B row numbers as a spreadsheet shows them, the header being row 1.
+    """
+
+    prompt: list[str]
+    seed: list[int]
+    rand_device: str
+    num_inference_steps: int
+    cfg_scale: float
+    size: tuple[int, int] | None
+    call: dict[str, Any]
+    image: Tensor | None
+    encoded: Tensor | None
+    latents: Tensor | None
+    trajectory: Tensor | None
+    sigmas: Tensor | None
+    row: list[int]
+
+
+def collate(rows: list[dict[str, Any]]) -> Batch:
+    """Make a batch of rows of one bucket."""
+    first = rows[0]
+
+    def stacked(name: str) -> Tensor | None:
+        tensors = [row[name] for row in rows]
+        return None if any(tensor is None for tensor in tensors) else torch.stack(tensors)
+
+    size = (int(first["height"]), int(first["width"]))
+    return {
+        "prompt": [str(row["prompt"]) for row in rows],
+        "seed": [int(row["seed"]) for row in rows],
+        "rand_device": str(first["rand_device"]),
+        "num_inference_steps": int(first["num_inference_steps"]),
+        "cfg_scale": float(first["cfg_scale"]),
+        "size": None if size == (0, 0) else size,
+        "call": collate_calls([row["call"] for row in rows]),
+        "image": stacked("image"),
+        "encoded": stacked("encoded"),
+        "latents": stacked("latents"),
+        "trajectory": stacked("trajectory"),
+        "sigmas": stacked("sigmas"),
+        "row": [int(row["row"]) for row in rows],
+    }
+
+
+def open_pictures(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's call arguments with pictures in place of their paths."""
+    return {k: read_picture(v) if isinstance(v, Picture) else v for k, v in call.items()}
+
+
+def collate_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the call arguments of a batch: a number common to all, or a list of all else."""
+    return {
+        name: value if isinstance(value, int | float) else [call[name] for call in calls]
+        for name, value in calls[0].items()
+    }
+
+
+def split_batch(batch: Batch, size: int | None) -> list[Batch]:
+    """Return the batch in parts of at most `size` rows; None: in one part."""
+    rows = len(batch["row"])
+    if size is None or size >= rows:
+        return [batch]
+
+    def part(value: Any, start: int) -> Any:  # noqa: ANN401
+        if isinstance(value, dict):
+            return {name: part(entry, start) for name, entry in value.items()}
+        # The size is a tuple; what is one for each row is a list or a tensor.
+        return value[start : start + size] if isinstance(value, list | Tensor) else value
+
+    return [part(batch, start) for start in range(0, rows, size)]

@@ -1,0 +1,157 @@
+"""The order of rows: batches from one bucket, alike on all processes, exact after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+
+from lit_distill.data.batch import Batch, collate
+
+Rows = Dataset[dict[str, Any]]
+
+
+class BucketBatchSampler:
+    """Plans an epoch's batches, each from one bucket: a pure function of (seed, epoch).
+
+    All ranks draw from the same bucket at the same step. With several ranks the last batch of a
+    bucket is filled up with rows from its beginning, so that every rank has work at every step.
+
+    Args:
+        buckets: Indices that may share a batch, one array a bucket.
+        batch_size: Rows a batch and rank, >= 1.
+        shuffle: Whether rows and batches come in a new order each epoch.
+        seed: Seed of that order.
+        repeat: How often an epoch passes over every row.
+        drop_last: Whether batches that a bucket's last rows don't fill are left out.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        buckets: list[np.ndarray],
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        repeat: int = 1,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.buckets = buckets
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.repeat = repeat
+        self.drop_last = drop_last
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.position = 0
+
+    def plan(self) -> list[list[int]]:
+        """Return this rank's batches of the current epoch."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        chunks = []
+        size = self.batch_size * self.world_size
+        for bucket in self.buckets:
+            order = [
+                rng.permutation(bucket) if self.shuffle else bucket for _ in range(self.repeat)
+            ]
+            rows = np.concatenate(order)
+            if self.drop_last:
+                rows = rows[: len(rows) // size * size]
+            missing = -len(rows) % self.world_size
+            rows = np.concatenate([rows, np.resize(rows, missing)])
+            chunks += [rows[start : start + size] for start in range(0, len(rows), size)]
+        if self.shuffle:
+            chunks = [chunks[index] for index in rng.permutation(len(chunks))]
+        return [chunk[self.rank :: self.world_size].tolist() for chunk in chunks]
+
+    def __len__(self) -> int:
+        size = self.batch_size * self.world_size
+        rows = [len(bucket) * self.repeat for bucket in self.buckets]
+        return sum(count // size if self.drop_last else -(-count // size) for count in rows)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.plan()[self.position :]
+
+
+class PairLoader(DataLoader[dict[str, Any]]):
+    """A `DataLoader` over pairs that knows where it is and can go on from there.
+
+    Lightning keeps its state in the checkpoint and gives it back on resume. Epochs are counted
+    here: Lightning's own count runs ahead when training stops in the middle of one.
+    """
+
+    batch_sampler: BucketBatchSampler
+
+    def __init__(self, dataset: Rows, batches: BucketBatchSampler, num_workers: int) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the rest of the epoch, or the next one; held-out rows always from the first."""
+        batches = self.batch_sampler
+        if not batches.shuffle:
+            batches.position = 0
+        elif batches.position >= len(batches):
+            batches.epoch, batches.position = batches.epoch + 1, 0
+        for batch in super().__iter__():
+            batches.position += 1
+            yield batch
+
+    def _order(self) -> dict[str, int]:
+        """Return what the order of rows depends on, beside the epoch."""
+        batches = self.batch_sampler
+        rows = sum(len(bucket) for bucket in batches.buckets)
+        step = batches.batch_size * batches.world_size
+        return {"seed": batches.seed, "repeat": batches.repeat, "rows": rows, "rows_a_batch": step}
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch, the number of batches of it that were handed out, and the order."""
+        batches = self.batch_sampler
+        return {"epoch": batches.epoch, "position": batches.position, **self._order()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken.
+
+        With as many rows a batch over all processes, the rest of the epoch is the same, however
+        many processes there are; else it goes on after as many rows as were seen.
+        """
+        order = self._order()
+        for name, value in order.items():
+            if state[name] != value:
+                rank_zero_warn(
+                    f"data: {name}={value} differs from the checkpoint's {state[name]}; the rest "
+                    "of this epoch may repeat or miss rows"
+                )
+        seen = state["position"] * state["rows_a_batch"]
+        self.batch_sampler.epoch = state["epoch"]
+        self.batch_sampler.position = seen // order["rows_a_batch"]
+
+
+class PlannedBatches(Dataset[Batch]):
+    """Whole batches as items."""
+
+    def __init__(self, dataset: Rows, plan: list[list[int]]) -> None:
+        self.dataset = dataset
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        return collate([self.dataset[row] for row in self.plan[index]])

@@ -1,0 +1,162 @@
+"""Pairs to learn from: batches of one size, step count and guidance, from a metadata table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pandas as pd
+from torch.utils.data import DataLoader
+
+from lit_distill.data.batch import Batch
+from lit_distill.data.bucket_sampler import BucketBatchSampler, PairLoader, PlannedBatches
+from lit_distill.data.dataset import PairDataset
+from lit_distill.data.metadata import hold_out, read_metadata
+
+
+class DistillDataModule(pl.LightningDataModule):
+    """Teacher's pairs from a CSV ``image,prompt,seed,rand_device,num_inference_steps,cfg_scale``.
+
+    Steps and guidance are the student's. Images are never resized. Batches share size, steps,
+    guidance and random device. Set ``use_distributed_sampler=False`` in a Trainer of several
+    processes (the command line does): this module gives every rank its share.
+
+    Args:
+        metadata_path: CSV, JSON or JSONL of the training pairs, a file or a URL (docs/data.md).
+        val_metadata_path: CSV of held-out pairs, for validate, test and predict.
+        val_fraction: Without `val_metadata_path`: hold out about this share of the prompts.
+        base_path: Folder that files are relative to; default: the CSV's.
+        call_columns: Columns that are arguments of the pipeline's call, argument to column, such as
+            {image: edit_image} for an edit pipeline. Paths of pictures, numbers or texts.
+        height: With `width`, the size in pixels that every image must have.
+        width: See `height`.
+        max_pixels: Largest area of an image in pixels. Without height, width and max_pixels
+            every image is used at its own size.
+        allow_outside: Accept files that are not below base_path: absolute paths, "..", URLs.
+        batch_size: Rows a batch and process.
+        num_workers: Processes that read files; 0 reads in the training process.
+        repeat: How often an epoch passes over the training rows.
+        drop_last: Leave out training batches that the last rows of a size, step count or guidance
+            don't fill.
+        cache_dir: Folder where prompts and images are kept encoded. With it all of them are encoded
+            before training, then the encoders are let go of: they and the denoiser need not fit
+            together. Without it they are encoded when first used, and stay.
+        seed: Seed of the order of rows and of the held-out split.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        metadata_path: str | None = None,
+        val_metadata_path: str | None = None,
+        val_fraction: float = 0.0,
+        base_path: str | None = None,
+        call_columns: dict[str, str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        max_pixels: int | None = None,
+        allow_outside: bool = False,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        repeat: int = 1,
+        drop_last: bool = False,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (height is None) != (width is None):
+            raise ValueError(f"data.height={height}, data.width={width}: set both or neither")
+        for name, value in (("batch_size", batch_size), ("repeat", repeat)):
+            if value < 1:
+                raise ValueError(f"data.{name} must be >= 1, got {value}")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
+        self.metadata_path = metadata_path
+        self.val_metadata_path = val_metadata_path
+        self.val_fraction = val_fraction
+        self.base_path = base_path
+        self.call_columns = call_columns or {}
+        self.height = height
+        self.width = width
+        self.max_pixels = max_pixels
+        self.allow_outside = allow_outside
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.repeat = repeat
+        self.drop_last = drop_last
+        self.cache_dir = cache_dir
+        self.seed = seed
+        self.train_set: PairDataset | None = None
+        self.val_set: PairDataset | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read and check the tables that `stage` (fit, validate, test, predict) needs."""
+        if stage == "fit" and self.metadata_path is None:
+            raise ValueError("data.metadata_path is not set: the CSV of the training pairs")
+        if self.val_metadata_path is not None:
+            self.val_set = PairDataset(self._read(self.val_metadata_path))
+        if self.metadata_path is not None and (stage == "fit" or self.val_set is None):
+            table = self._read(self.metadata_path)
+            if self.val_set is None and self.val_fraction:
+                held_out = hold_out(table["prompt"], self.val_fraction, self.seed)
+                if held_out.all() or not held_out.any():
+                    raise ValueError(
+                        f"data.val_fraction={self.val_fraction} leaves no prompt on one side: "
+                        f"{self.metadata_path} has {table['prompt'].nunique()} different prompts"
+                    )
+                self.val_set = PairDataset(table[held_out])
+                table = table[~held_out]
+            self.train_set = PairDataset(table)
+        if stage != "fit" and self.val_set is None:
+            raise ValueError(
+                f"{stage} needs held-out rows: set data.val_metadata_path or data.val_fraction"
+            )
+
+    def _read(self, path: str) -> pd.DataFrame:
+        return read_metadata(path, self.base_path, self.call_columns, **self.limits())
+
+    def limits(self) -> dict[str, Any]:
+        """Return what rows have to keep to, arguments of `read_metadata`."""
+        names = ("height", "width", "max_pixels", "allow_outside")
+        return {name: getattr(self, name) for name in names}
+
+    def _loader(self, dataset: PairDataset, train: bool) -> PairLoader:
+        trainer = self.trainer
+        batches = BucketBatchSampler(
+            dataset.buckets(),
+            batch_size=self.batch_size,
+            shuffle=train,
+            seed=self.seed,
+            repeat=self.repeat if train else 1,
+            drop_last=train and self.drop_last,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+        )
+        return PairLoader(dataset, batches, self.num_workers)
+
+    def train_dataloader(self) -> PairLoader:
+        """Return the loader of the training rows."""
+        assert self.train_set is not None, "call setup('fit') first"
+        loader = self._loader(self.train_set, train=True)
+        if len(loader.batch_sampler) == 0:
+            raise ValueError(
+                f"data.drop_last leaves no batch: no size, step count and guidance has "
+                f"{self.batch_size} rows for each process (data.batch_size)"
+            )
+        return loader
+
+    def val_dataloader(self) -> PairLoader | list[Any]:
+        """Return the loader of the held-out rows; empty if there are none."""
+        return [] if self.val_set is None else self._loader(self.val_set, train=False)
+
+    def test_dataloader(self) -> PairLoader | list[Any]:
+        """Return the loader of the held-out rows."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Return a loader of the held-out rows, a plain one: Lightning rebuilds it to predict."""
+        assert self.val_set is not None, "call setup('predict') first"
+        plan = self._loader(self.val_set, train=False).batch_sampler.plan()
+        return DataLoader(PlannedBatches(self.val_set, plan), batch_size=None)

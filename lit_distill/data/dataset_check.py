@@ -1,0 +1,169 @@
+"""Reads every file of a data set whole, and tells what is in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from lit_distill.data.dataset import LATENTS_KEY
+from lit_distill.data.filesystem import THREADS, opened
+from lit_distill.data.images import Picture, read_picture
+from lit_distill.data.metadata import parse_metadata
+from lit_distill.data.schema import add_row_problems
+from lit_distill.data.table_io import Problems
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Data types of latents in safetensors files, and their bytes."""
+
+
+def check_data(
+    path: str | Path,
+    base_path: str | Path | None = None,
+    call_columns: dict[str, str] | None = None,
+    **limits: Any,  # noqa: ANN401
+) -> pd.DataFrame:
+    """Do as `read_metadata`, and read every picture whole and the header of all latents.
+
+    Args:
+        path: As in `read_metadata`.
+        base_path: As in `read_metadata`.
+        call_columns: As in `read_metadata`.
+        **limits: ``height``, ``width``, ``max_pixels``, ``allow_outside``, as in `read_metadata`.
+
+    Returns:
+        The table.
+
+    Raises:
+        FileNotFoundError: If there is no such table.
+        MetadataError: Naming every row, column and value that can't be used (up to 50).
+    """
+    problems = Problems(path)
+    table = parse_metadata(path, problems, base_path, call_columns, **limits)
+    fine = ~table["row"].isin(problems.rows).to_numpy()
+    _check_pictures(table, fine, problems)
+    _check_latents(table, fine, problems)
+    problems.check()
+    return table
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Return how many rows there are of each kind, as text."""
+    latents, image = table["latents"] != "", table["image"] != ""
+    target = np.select([latents, image], ["latents", "image"], "online teacher")
+    kinds = pd.DataFrame(
+        {
+            "height": table["height"].replace(0, "default"),
+            "width": table["width"].replace(0, "default"),
+            "steps": table["num_inference_steps"],
+            "cfg": table["cfg_scale"].map("{:g}".format),
+            "rand_device": table["rand_device"],
+            "target": target,
+        }
+    )
+    counts = kinds.astype(str).value_counts().rename("rows").reset_index()
+    return str(counts.to_string(index=False))
+
+
+def _all(function: Callable[[Any], Any], values: list[Any], title: str) -> list[Any]:
+    """Return the function's results, computed by threads under a progress bar."""
+    if not values:
+        return []
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(tqdm(pool.map(function, values), desc=title, total=len(values), unit="file"))
+
+
+def _check_pictures(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -> None:
+    """Decode every picture; its size must be the one that the table says."""
+
+    def wrong(task: tuple[str, tuple[int, int] | None]) -> str | None:
+        path, size = task
+        try:
+            picture = read_picture(path)
+        except ValueError as error:
+            return str(error)
+        found = (picture.height, picture.width)
+        if size is not None and found != size:
+            listed = f"the table says {size[0]}x{size[1]}"
+            return f"{path} is {found[0]}x{found[1]} (height x width), but {listed}"
+        return None
+
+    def check(indices: np.ndarray, tasks: list[Any], title: str) -> None:
+        found = _all(wrong, tasks, title)
+        bad = np.zeros(len(table), dtype=bool)
+        bad[indices] = [text is not None for text in found]
+        texts = dict(zip(indices.tolist(), found, strict=True))
+        add_row_problems(table, bad, problems, lambda index: str(texts[index]))
+
+    images = table["image"].to_numpy()
+    sizes = table[["height", "width"]].to_numpy().tolist()
+    indices = np.flatnonzero(fine & (images != ""))
+    check(indices, [(images[i], tuple(sizes[i])) for i in indices], "images")
+    calls = table["call"].tolist()
+    for name in [k for k, v in calls[0].items() if isinstance(v, Picture)]:
+        indices = np.flatnonzero(fine)
+        check(indices, [(calls[i][name], None) for i in indices], name)
+
+
+def _check_latents(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -> None:
+    """Read the headers of latents: complete files, and one shape for all rows of a size."""
+    paths = table["latents"].to_numpy()
+    indices = np.flatnonzero(fine & (paths != ""))
+
+    def shape(path: str) -> tuple[int, ...] | str:
+        try:
+            return latents_header(path)[0]
+        except ValueError as error:
+            return str(error)
+
+    shapes = _all(shape, paths[indices].tolist(), "latents")
+    sizes = table[["height", "width"]].to_numpy().tolist()
+    keys = [(*sizes[i], table["call_key"].iloc[i]) for i in indices]
+    counts: dict[Any, Counter[tuple[int, ...]]] = {}
+    for key, found in zip(keys, shapes, strict=True):
+        if not isinstance(found, str):
+            counts.setdefault(key, Counter())[found] += 1
+    for index, key, found in zip(indices, keys, shapes, strict=True):
+        usual = counts[key].most_common(1)[0][0] if key in counts else None
+        if isinstance(found, str):
+            text = found
+        elif found != usual:
+            text = f"latents are of shape {found}, but {usual} in most rows of this size"
+        else:
+            continue
+        problems.add(text, int(table["row"].iloc[index]), str(table["image"].iloc[index]))
+
+
+def latents_header(path: str) -> tuple[tuple[int, ...], str]:
+    """Return the shape and the data type, as in F32, of a file of latents.
+
+    Raises:
+        ValueError: If it is not a complete safetensors file with floats in a tensor ``latents``.
+    """
+    with opened(path) as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            # Its authors' own limit: a file of something else claims absurd lengths.
+            header = json.loads(stream.read(length) if length <= 100_000_000 else b"")
+            entry = header[LATENTS_KEY]
+            shape, dtype = tuple(entry["shape"]), str(entry["dtype"])
+            end = max(e["data_offsets"][1] for k, e in header.items() if k != "__metadata__")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} holds no tensor {LATENTS_KEY!r} in safetensors format"
+            ) from error
+        size = stream.seek(0, 2) - 8 - length
+    if dtype not in FLOATS:
+        raise ValueError(f"{path} holds latents of type {dtype}; accepted: {', '.join(FLOATS)}")
+    begin, stop = entry["data_offsets"]
+    if size != end or stop - begin != math.prod(shape) * FLOATS[dtype]:
+        raise ValueError(f"{path} is truncated or damaged: {size} bytes of data, not {end}")
+    return shape, dtype

@@ -1,0 +1,95 @@
+"""Pictures as they are: never resized; read predictably or refused."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from lit_distill.data.filesystem import is_url, opened
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+# Whatever Pillow's decoders raise on bytes that are no picture.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class Picture(str):
+    """Path or URL of a picture, to tell it from a text."""
+
+    def absolute(self) -> str:
+        """Return it as plain text that holds in any folder."""
+        return str(self) if is_url(self) else str(Path(self).absolute())
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Read an image as it is: never resized, EXIF rotation applied.
+
+    Args:
+        path: A file or URL that `read_picture` accepts.
+
+    Returns:
+        (3, height, width), float32, range [0, 1].
+
+    Raises:
+        ValueError: As in `read_picture`.
+    """
+    array = np.asarray(read_picture(path), dtype=np.float32) / 255
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Read a picture as 8-bit RGB: never resized, EXIF rotation applied.
+
+    Args:
+        path: A file or URL that Pillow reads, in 8-bit grey, palette, RGB or opaque RGBA.
+
+    Raises:
+        ValueError: If it can't be read, is truncated, has more pixels than Pillow takes for safe
+            (179 million), transparent pixels or several frames, or is of a kind (CMYK, 16-bit,
+            ...) whose conversion would be a guess.
+    """
+    try:
+        with opened(path) as stream, Image.open(stream) as file:
+            deep = any(mark in str(file.tile) for mark in (";16", ";32"))  # Pillow would cut it
+            frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
+            image: Image.Image = ImageOps.exif_transpose(file)
+            image.load()
+    except _BROKEN as error:
+        raise ValueError(f"{path} is not a readable image: {_reason(error)}") from error
+    if frames > 1:
+        raise ValueError(f"{path} has {frames} frames; targets of several frames are latents")
+    if deep or image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"):
+        mode = f"{image.mode} of more than 8 bits" if deep else image.mode
+        raise ValueError(f"{path} has colour mode {mode}; save it as 8-bit RGB first")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if np.asarray(image.getchannel("A")).min() < 255:
+            raise ValueError(f"{path} has transparent pixels; flatten it onto a background first")
+    return image.convert("RGB")
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return (height, width) from an image's header, EXIF rotation applied.
+
+    Raises:
+        ValueError: If it is not an image.
+    """
+    try:
+        with opened(path) as stream, Image.open(stream) as file:
+            width, height = file.size
+            # Not file.getexif(), which decodes a whole PNG to look for more behind its pixels.
+            orientation = Image.Image.getexif(file).get(0x0112, 1)
+            turned = orientation >= 5 and file.format != "TIFF"  # whose size says so already
+    except _BROKEN as error:
+        raise ValueError(f"not a readable image ({_reason(error)})") from error
+    return (width, height) if turned else (height, width)
+
+
+def _reason(error: BaseException) -> str:
+    # Pillow names the stream that it was given, which says nothing.
+    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)

@@ -1,0 +1,5 @@
+"""How close the student's samples are to the teacher's: metrics, the networks they use, contact sheets.
+
+Every row counts once, over any number of processes.
+Must not know how samples are generated, or by which model.
+"""

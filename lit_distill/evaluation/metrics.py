@@ -1,0 +1,208 @@
+"""How near a student's draws are to its teacher's: torchmetrics classes of our own.
+
+What the arguments of an `update` may be is told in `lit_distill.evaluation.evaluator`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.utilities import dim_zero_cat
+
+from lit_distill.evaluation.feature_extractors import TransformersFeatures, load_features
+
+
+def latent_mse(latents: Tensor, target_latents: Tensor) -> Tensor:
+    """Return the mean squared error of each row, (B,)."""
+    return (latents.float() - target_latents.float()).square().flatten(1).mean(1)
+
+
+class RowMean(Metric):
+    """Base of metrics that are a mean over rows; exact over any number of processes."""
+
+    full_state_update = False
+    total: Tensor
+    rows: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        # float64: sums of many rows, in whatever order, agree to the last digit that is shown.
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+
+    def add(self, values: Tensor) -> None:
+        """Add one value a row, (B,)."""
+        self.total += values.double().sum()
+        self.rows += values.numel()
+
+    def compute(self) -> Tensor:
+        """Return the mean; NaN without rows."""
+        return self.total / self.rows
+
+
+class HeldOutLoss(RowMean):
+    """The training loss on held-out rows."""
+
+    higher_is_better = False
+
+    def update(self, loss: Tensor) -> None:
+        """Add the rows' losses, (B,)."""
+        self.add(loss)
+
+
+class LatentMSE(RowMean):
+    """Mean squared error between final latents of student and teacher."""
+
+    higher_is_better = False
+
+    def update(self, latents: Tensor, target_latents: Tensor) -> None:
+        """Add rows: both (B, ...)."""
+        self.add(latent_mse(latents, target_latents))
+
+
+class UndistilledLatentMSE(RowMean):
+    """Mean squared error between final latents of the undistilled pipeline and the teacher."""
+
+    higher_is_better = False
+
+    def update(self, undistilled_mse: Tensor) -> None:
+        """Add the rows' errors, (B,)."""
+        self.add(undistilled_mse)
+
+
+class Sharpness(Metric):
+    """Gradient energy of the student's images over that of the teacher's: below 1 is blurred.
+
+    ``sum |grad student|^2 / sum |grad teacher|^2``, gradients being differences of neighbouring
+    pixels along both axes. Blur is the known weakness of regression on latents.
+    """
+
+    full_state_update = False
+    student: Tensor
+    teacher: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        for name in ("student", "teacher"):
+            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add rows: both (B, 3, H, W), range [0, 1]."""
+        self.student += self._energy(preds)
+        self.teacher += self._energy(target)
+
+    @staticmethod
+    def _energy(images: Tensor) -> Tensor:
+        return sum(
+            (images.double().diff(dim=axis).square().sum() for axis in (-2, -1)),
+            torch.zeros((), dtype=torch.float64, device=images.device),
+        )
+
+    def compute(self) -> Tensor:
+        """Return the ratio; NaN without rows."""
+        return self.student / self.teacher
+
+
+class Diversity(Metric):
+    """How far the student's images of one prompt lie apart, over how far the teacher's do.
+
+    The mean, over all pairs of seeds of one prompt, of the root mean squared difference of two
+    images reduced to `size` x `size` pixels. Below 1 seeds matter less than they did; NaN where no
+    prompt has two seeds.
+
+    Args:
+        size: Edge in pixels to which images are reduced; small, since it is layout and colour
+            that a student which ignores its seed gets wrong, and since every image is kept.
+        **kwargs: Of `torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    rows: list[Tensor]
+
+    def __init__(self, size: int = 32, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        self.size = size
+        # Key of the prompt, student's and teacher's pixels of a row, all in one flat float32: that
+        # is what torchmetrics can gather from processes of which some have no rows at all.
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, preds: Tensor, target: Tensor, prompt: list[str]) -> None:
+        """Add rows: images (B, 3, H, W), range [0, 1], and their B prompts."""
+        keys = [list(hashlib.sha256(text.encode()).digest()[:8]) for text in prompt]
+        reduced = [F.adaptive_avg_pool2d(i.float(), self.size).flatten(1) for i in (preds, target)]
+        parts = [torch.tensor(keys, dtype=torch.float32, device=preds.device), *reduced]
+        self.rows.append(torch.cat(parts, 1).flatten())
+
+    def compute(self) -> Tensor:
+        """Return the ratio."""
+        rows = dim_zero_cat(self.rows).view(-1, 8 + 6 * self.size**2)
+        keys, images = rows[:, :8], rows[:, 8:].chunk(2, dim=1)
+        groups = torch.unique(keys, dim=0, return_inverse=True)[1]
+        student, teacher = (
+            torch.cat([F.pdist(own[groups == group]) for group in groups.unique()]).mean()
+            for own in images
+        )
+        return student / teacher
+
+
+class FrechetDistance(FrechetInceptionDistance):
+    """Frechet distance between features of the student's and of the teacher's images.
+
+    torchmetrics' FID on features of one's choice, so that it needs no torch-fidelity. Compare
+    values of the same rows and features only: few rows bias it upwards.
+
+    Args:
+        features: ``tiny-digits`` for the embedded pipeline; else hub id or folder of a vision
+            network of transformers, e.g. ``facebook/dinov2-base``.
+        **kwargs: Of `torchmetrics.Metric`.
+    """
+
+    def __init__(self, features: str, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(feature=load_features(features), **kwargs)
+
+    def compute(self) -> Tensor:
+        """Return the distance; NaN with fewer than two rows."""
+        if self.fake_features_num_samples < 2:
+            return torch.tensor(torch.nan)
+        return super().compute()
+
+
+class CLIPScore(RowMean):
+    """Mean of ``100 max(0, cos(image, prompt))`` in a CLIP: whether prompts are still followed.
+
+    Args:
+        model_name_or_path: Hub id or folder of a CLIP of transformers.
+        **kwargs: Of `torchmetrics.Metric`.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self,
+        model_name_or_path: str = "openai/clip-vit-base-patch16",
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(**kwargs)
+        self.network = TransformersFeatures(model_name_or_path)
+
+    def update(self, preds: Tensor, prompt: list[str]) -> None:
+        """Add rows: images (B, 3, H, W), range [0, 1], and their B prompts."""
+        cosine = F.cosine_similarity(self.network(preds), self.network.encode_text(prompt))
+        self.add(100 * cosine.clamp(min=0))
+
+
+def default_metrics() -> dict[str, Metric]:
+    """Return the metrics that need no further network."""
+    return {
+        "psnr": PeakSignalNoiseRatio(data_range=1.0),
+        "ssim": StructuralSimilarityIndexMeasure(data_range=1.0),
+        "sharpness": Sharpness(),
+        "diversity": Diversity(),
+    }

@@ -1,0 +1,182 @@
+"""The student as a plain diffusers pipeline: from a checkpoint, an export, or a merged folder."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_distill.adapters.inject import make_trainable, trained_parameters
+from lit_distill.adapters.lora_files import METADATA_KEY, load_tensors, read_lora
+from lit_distill.adapters.weights import load_base_pipeline, load_into_adapters, lora_config_fields
+from lit_distill.compute.step_adapters import step_names
+from lit_distill.export.model_card import student_facts
+from lit_distill.pipelines.components import denoisers, override_scheduler_config
+from lit_distill.pipelines.guidance import guidance
+from lit_distill.pipelines.hooks import replace_call
+from lit_distill.pipelines.loading import load_pipeline
+from lit_distill.training.checkpoint_io import STATE_PREFIX, check_state, read_checkpoint
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+FACTS_FILE = "lit_distill.json"
+"""Beside a merged pipeline, where no single file could carry the facts."""
+
+SCHEDULER_FILE = "scheduler_config.json"
+
+
+def load_student(
+    source: str | Path,
+    *,
+    torch_dtype: torch.dtype | str | None = None,
+    base_model: str | Path | None = None,
+) -> DiffusionPipeline:
+    """Return a plain diffusers pipeline with the student in it.
+
+    Called without them, the pipeline takes the number of steps, the guidance and the size that
+    the student was trained with: ``load_student(path)("a red seven").images[0]``.
+
+    Args:
+        source: A Lightning checkpoint (.ckpt) of `DirectDistill`; a LoRA that `export_student`
+            wrote, as a file or its folder; or a folder of format merged.
+        torch_dtype: Data type of all weights; default: that of the frozen weights in training.
+        base_model: Hub id or folder of the base model; default: where it was in training.
+
+    Returns:
+        The pipeline on the CPU, in evaluation mode. A LoRA is attached, not merged.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated, or was not written by lit_distill.
+    """
+    source = Path(source)
+    if (source / "model_index.json").is_file():
+        facts = _facts_beside(source)
+        pipe = load_pipeline(source, torch_dtype=torch_dtype or facts["torch_dtype"])
+    elif source.is_dir() or source.suffix == ".safetensors":
+        pipe, facts = _from_export(source, torch_dtype, base_model)
+    else:
+        content = read_checkpoint(source)
+        if base_model is not None:
+            content["hyper_parameters"]["pretrained_model_name_or_path"] = str(base_model)
+        pipe = student_pipeline(content, torch_dtype, f"checkpoint {source}")
+        noted = content.get("lit_distill", {}).get("facts", {})
+        facts = student_facts(content, pipe) if "num_inference_steps" in noted else {}
+    for denoiser in denoisers(pipe).values():
+        # Adapters are trained in float32; a plain pipeline is of one type.
+        for name, parameter in denoiser.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(denoiser.get_parameter(_adapted(name)).dtype)
+        denoiser.requires_grad_(False).eval()
+    return with_defaults(pipe, facts)
+
+
+def _adapted(name: str) -> str:
+    """Return the name of the weight that a factor adapts."""
+    return name.partition(".lora_")[0] + ".base_layer.weight"
+
+
+def student_pipeline(
+    content: dict[str, Any],
+    torch_dtype: Any = None,  # noqa: ANN401
+    where: str = "the checkpoint",
+) -> DiffusionPipeline:
+    """Return the pipeline of a checkpoint's content, its adapters in float32.
+
+    Raises:
+        ValueError: If the weights are not those of this pipeline and these settings.
+    """
+    hyper = content["hyper_parameters"]
+    pipe = load_base_pipeline(hyper, torch_dtype=torch_dtype)
+    pipe.scheduler = override_scheduler_config(pipe, hyper.get("scheduler"))
+    loaded = {p: p.dtype for d in denoisers(pipe).values() for p in d.parameters()}
+    freeze, lora_per_step = hyper.get("freeze") or (), hyper.get("lora_per_step")
+    make_trainable(pipe, hyper["lora"], freeze, lora_per_step=lora_per_step)
+    state: dict[str, Tensor] = content["state_dict"]
+    own = {f"{STATE_PREFIX}{name}": p for name, p in trained_parameters(pipe).items()}
+    check_state(state, own, where)
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.requires_grad_(False).copy_(state[key])
+    for parameter, dtype in loaded.items():  # those that `freeze` names were made float32, too
+        parameter.data = parameter.data.to(dtype)
+    return pipe
+
+
+def _facts_beside(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} was not written by lit_distill: it has no {FACTS_FILE}")
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return facts
+
+
+def _from_export(
+    source: Path,
+    torch_dtype: Any,  # noqa: ANN401
+    base_model: str | Path | None,
+) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    files = sorted(source.rglob("*.safetensors")) if source.is_dir() else [source]
+    if not files:
+        raise FileNotFoundError(f"{source} holds no LoRA (a .safetensors file)")
+    metadata = load_tensors(files[0])[1]
+    if METADATA_KEY not in metadata:
+        raise ValueError(
+            f"{files[0]} was not written by lit_distill: its metadata name no base model; load it "
+            "with pipe.load_lora_weights into a pipeline of your choice"
+        )
+    facts = json.loads(metadata[METADATA_KEY])
+    pipe = load_pipeline(
+        base_model or facts["base_model"],
+        revision=None if base_model else facts["base_revision"],
+        torch_dtype=torch_dtype or facts["torch_dtype"],
+    )
+    folder = source if source.is_dir() else source.parent
+    if facts.get("lora_per_step"):
+        names = step_names(facts["lora_per_step"])
+        loras = {name: read_lora(folder, pipe, name) for name in names}
+        make_trainable(pipe, lora_config_fields(loras[names[0]], pipe), lora_per_step=len(names))
+        for name, lora in loras.items():
+            load_into_adapters(pipe, lora, name)
+    else:
+        lora = read_lora(source, pipe)
+        make_trainable(pipe, lora_config_fields(lora, pipe))
+        load_into_adapters(pipe, lora)
+    if (folder / SCHEDULER_FILE).is_file():
+        pipe.scheduler = type(pipe.scheduler).from_pretrained(folder)
+    return pipe, facts
+
+
+def with_defaults(pipe: DiffusionPipeline, facts: dict[str, Any]) -> DiffusionPipeline:
+    """Return the pipeline with the student's steps, guidance and size as its call's defaults.
+
+    Only arguments that a call leaves out are filled in.
+    """
+    if "num_inference_steps" not in facts:
+        return pipe
+    own: Any = type(pipe)
+    signature = inspect.signature(own.__call__)
+    defaults = facts["call_kwargs"] | {"num_inference_steps": facts["num_inference_steps"]}
+    if facts.get("height"):
+        defaults |= {"height": facts["height"], "width": facts["width"]}
+    with guidance(pipe, facts["cfg_scale"], 1, {}) as off:
+        defaults |= {name: value for name, value in off.items() if name != "negative_prompt"}
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        if "num_inference_steps" in given:  # other steps have other sigmas
+            given = {"sigmas": None, **given}
+        return own.__call__(self, *args, **kwargs, **_without(defaults, given))
+
+    replace_call(pipe, call)
+    return pipe
+
+
+def _without(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in defaults.items() if name not in given}

@@ -1,0 +1,126 @@
+"""A pipeline's components: its denoisers, its scheduler, and what its call accepts."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lit_distill.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def override_scheduler_config(pipe: DiffusionPipeline, fields: dict[str, Any] | None) -> Any:  # noqa: ANN401
+    """Return the pipeline's scheduler with some fields of its configuration changed.
+
+    Raises:
+        ValueError: If the scheduler has no such field.
+    """
+    scheduler = pipe.scheduler
+    for name in fields or {}:
+        if name not in scheduler.config:
+            raise ValueError(
+                f"model.scheduler: {type(scheduler).__name__} has no field "
+                f"{did_you_mean(name, scheduler.config)}"
+            )
+    return type(scheduler).from_config({**scheduler.config, **(fields or {})})
+
+
+def weightless_copy(model: Any, device: torch.device) -> Any:  # noqa: ANN401
+    """Return a stand-in for a model: its configuration, modules and buffers, but no weights.
+
+    Pipelines look at all of these: SDXL's at a layer's width, FLUX.2's at the VAE's statistics.
+    """
+    empty = copy.copy(model)
+    empty.__dict__.update(
+        _modules={
+            name: None if child is None else weightless_copy(child, device)
+            for name, child in model._modules.items()
+        },
+        _buffers={k: None if v is None else v.to(device) for k, v in model._buffers.items()},
+        _parameters={
+            name: nn.Parameter(torch.empty(0, dtype=p.dtype, device=device), requires_grad=False)
+            for name, p in model._parameters.items()
+            if p is not None
+        },
+    )
+    return empty
+
+
+def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return the networks that the denoising loop calls (`diffusers.ModelMixin`), by name.
+
+    ``transformer``, ``transformer_2`` (Wan 2.2) and ``unet`` where the pipeline has them, else
+    every diffusers model that cannot decode (which a VAE can).
+
+    Raises:
+        ValueError: If the pipeline has no such component.
+    """
+    from diffusers import ModelMixin
+
+    models = {k: v for k, v in pipe.components.items() if isinstance(v, ModelMixin)}
+    found = _without_vae(models)
+    if not found:
+        raise ValueError(
+            f"{type(pipe).__name__} has no denoiser: none of its components "
+            f"({', '.join(pipe.components)}) is a diffusers model without a decoder"
+        )
+    return found
+
+
+def _without_vae(models: dict[str, Any]) -> dict[str, Any]:
+    order: tuple[str, ...] = ("transformer", "transformer_2", "unet")
+    named = {k: models[k] for k in order if k in models}
+    return named or {k: v for k, v in models.items() if not hasattr(v, "decode")}
+
+
+def use_attention(pipe: DiffusionPipeline, backend: str) -> None:
+    """Let the denoisers compute attention with one of diffusers' backends.
+
+    diffusers keeps the choice for the whole process: models that leave theirs open follow it.
+
+    Args:
+        pipe: The pipeline, changed in place.
+        backend: Name in diffusers' dispatcher, such as ``native`` or ``_native_cudnn``.
+
+    Raises:
+        ValueError: If there is no such backend, what it needs is not installed, or a denoiser does
+            not take its attention from the dispatcher.
+    """
+    for name, denoiser in denoisers(pipe).items():
+        processors = (getattr(module, "processor", None) for module in denoiser.modules())
+        if not any(hasattr(processor, "_attention_backend") for processor in processors):
+            raise ValueError(
+                f"model.attention_backend: {type(denoiser).__name__} ({name}) does not take its "
+                "attention from diffusers' dispatcher; leave it out"
+            )
+        try:
+            with silent_diffusers():  # it says that backends are experimental
+                denoiser.set_attention_backend(backend)
+        except (ValueError, RuntimeError, ImportError, OSError) as error:
+            raise ValueError(f"model.attention_backend {backend!r}: {error}") from error
+
+
+def call_parameters(pipe: DiffusionPipeline) -> set[str]:
+    """Return the names of the arguments that the pipeline's own `__call__` takes."""
+    return set(inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters)
+
+
+@contextmanager
+def silent_diffusers() -> Iterator[None]:
+    """Keep diffusers from logging warnings."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,114 @@
+"""Classifier-free guidance of any pipeline, on the textbook scale.
+
+Where a family departs from the common meaning of its arguments it has a line in `FAMILIES`; an
+unknown pipeline needs none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lit_distill.pipelines.components import call_parameters
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class Family(NamedTuple):
+    """How one family departs from the common meaning of its arguments.
+
+    Attributes:
+        scale: Maps the textbook scale (1 = off) to the family's.
+        refused: Why the family can't be used, if it can't.
+    """
+
+    scale: Callable[[float], float] = lambda cfg_scale: cfg_scale
+    refused: str | None = None
+
+
+# Keyed by what the names of a family's pipeline classes begin with.
+FAMILIES: dict[str, Family] = {
+    # These add s * (positive - negative) to the positive prediction instead of the negative one.
+    "ZImage": Family(scale=lambda cfg_scale: cfg_scale - 1),
+    "Krea2": Family(scale=lambda cfg_scale: cfg_scale - 1),
+    "OmniGen": Family(refused="its guidance cannot be switched off"),
+}
+
+
+def family_of(pipe: DiffusionPipeline) -> Family:
+    """Return the family's line in the table, found by its class or one it derives from."""
+    names = [cls.__name__ for cls in type(pipe).__mro__]
+    lines = (quirk for key, quirk in FAMILIES.items() if any(n.startswith(key) for n in names))
+    return next(lines, Family())
+
+
+@contextmanager
+def guidance(
+    pipe: DiffusionPipeline, cfg_scale: float, batch_size: int, call_kwargs: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Give the pipeline classifier-free guidance of `cfg_scale` until the context is left.
+
+    The scale is the textbook one in every family: ``negative + cfg_scale * (positive - negative)``,
+    1 = off, one denoiser call a step. It goes to ``true_cfg_scale`` where the pipeline has that
+    argument (its ``guidance_scale`` is then an input of the network and left alone), else to
+    ``guidance_scale``, else to the pipeline's guiders (`diffusers.guiders`), fresh ones, because
+    some keep tensors of the last run.
+
+    Args:
+        pipe: The pipeline.
+        cfg_scale: Guidance scale, >= 1.
+        batch_size: Number of prompts in the batch.
+        call_kwargs: The other call arguments; a negative prompt there is kept.
+
+    Yields:
+        The call arguments that the pipeline is to be called with besides.
+
+    Raises:
+        ValueError: If `cfg_scale` is below 1, the pipeline has no guidance and `cfg_scale` is not
+            1, the argument is set by hand as well, or the family is refused.
+    """
+    if not cfg_scale >= 1:
+        raise ValueError(f"cfg_scale must be a number >= 1 (1 = no guidance), got {cfg_scale!r}")
+    name, quirk = type(pipe).__name__, family_of(pipe)
+    if quirk.refused:
+        raise ValueError(f"{name} cannot be distilled: {quirk.refused}")
+    accepted = call_parameters(pipe)
+    argument = next((a for a in ("true_cfg_scale", "guidance_scale") if a in accepted), None)
+    guiders = _guiders(pipe)
+    if argument in call_kwargs:
+        raise ValueError(
+            f"{argument} of {name} is set through cfg_scale; remove it from call_kwargs"
+        )
+    if argument is None and not guiders and cfg_scale != 1:
+        raise ValueError(f"{name} takes no guidance scale: cfg_scale must be 1, got {cfg_scale}")
+    kwargs: dict[str, Any] = {argument: quirk.scale(cfg_scale)} if argument else {}
+    # With true_cfg_scale a missing negative prompt switches guidance off, with only a warning.
+    default = " " if argument == "true_cfg_scale" else None
+    negative = call_kwargs.get("negative_prompt", default)
+    if cfg_scale > 1 and negative is not None and "negative_prompt_embeds" not in call_kwargs:
+        # One text for all is spelled out: QwenImage does not broadcast it over the batch.
+        texts = [negative] * batch_size if isinstance(negative, str) else negative
+        kwargs["negative_prompt"] = texts
+    pipe.__dict__.update({key: _set_guider(guider, cfg_scale) for key, guider in guiders.items()})
+    try:
+        yield kwargs
+    finally:
+        pipe.__dict__.update(guiders)
+
+
+def _guiders(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return the pipeline's components that carry out guidance."""
+    named = {key: value for key, value in pipe.components.items() if "guider" in key}
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def _set_guider(guider: Any, cfg_scale: float) -> Any:  # noqa: ANN401
+    fresh = copy.copy(guider)  # not guider.new(), which warns that guiders are experimental
+    fresh._enabled = cfg_scale != 1
+    # The original formulation adds s * (positive - negative) to the positive prediction.
+    original = getattr(guider, "use_original_formulation", False)
+    fresh.guidance_scale = cfg_scale - 1 if original else cfg_scale
+    return fresh

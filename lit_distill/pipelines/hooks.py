@@ -1,0 +1,176 @@
+"""Hooks on a running pipeline: its scheduler, its denoisers' forward, its call."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_distill.pipelines.components import denoisers
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+StepCallback = Callable[["LoopState", Tensor], Tensor]
+"""Called with what is known of the run and a step's output; what it returns goes on instead."""
+
+
+def undecorated_call(pipe: DiffusionPipeline) -> Callable[..., Any]:
+    """Return the pipeline's `__call__` without its `torch.no_grad` decorator, and silent."""
+    call = inspect.unwrap(type(pipe).__call__)
+
+    def silent(**kwargs: Any) -> Any:  # noqa: ANN401
+        with no_progress_bar(pipe):
+            return call(pipe, **kwargs)
+
+    return silent
+
+
+@contextmanager
+def no_progress_bar(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Switch the pipeline's progress bar off."""
+    config = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**(config or {}) | {"disable": True})
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = config or {}
+
+
+def replace_call(pipe: DiffusionPipeline, call: Callable[..., Any], **attributes: Any) -> None:  # noqa: ANN401
+    """Let `call` answer for the pipeline's `__call__`, which `rollout` still finds within.
+
+    The pipeline's class keeps its name, so that saving and `rollout` see the class they know.
+    """
+    own: Any = type(pipe)
+    call = functools.wraps(own.__call__)(call)
+    body = {"__call__": call, "__module__": own.__module__, **attributes}
+    pipe.__class__ = type(own.__name__, (own,), body)
+
+
+class LoopState:
+    """Where a running pipeline is.
+
+    Attributes:
+        scheduler: The pipeline's scheduler in this run.
+        done: Steps that the scheduler has made; in a tap, before the one that it sees.
+        calls: Calls of a denoiser, not counting recomputation.
+        calls_a_step: Those in the first step, once it is done.
+        latents: The output of the last step, once there is one.
+    """
+
+    latents: Tensor
+
+    def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
+        self.scheduler = scheduler
+        self.done = 0
+        self.calls = 0
+        self.calls_a_step = 0
+
+    @property
+    def total(self) -> int:
+        """Number of `scheduler.step` calls in the whole run; known once the schedule is set."""
+        return len(self.scheduler.timesteps)
+
+    @property
+    def at_last_call(self) -> bool:
+        """Whether the denoiser's call that runs is the last, as far as the first step tells."""
+        return self.done == self.total - 1 and self.calls == self.total * self.calls_a_step
+
+
+@contextmanager
+def observed_scheduler(
+    pipe: DiffusionPipeline, tap: StepCallback | None = None
+) -> Iterator[LoopState]:
+    """Give the pipeline a fresh scheduler and watch its steps.
+
+    Args:
+        pipe: The pipeline; its own scheduler comes back on exit.
+        tap: Sees every step.
+
+    Yields:
+        The counter, updated at every step.
+    """
+    own = pipe.scheduler
+    fresh = type(own).from_config(own.config)
+    step = fresh.step
+    steps = LoopState(fresh)
+
+    @functools.wraps(step)  # pipelines look for `eta` and `generator` in the signature
+    def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if steps.total == 1 and not torch.isfinite(fresh.timesteps).all():
+            raise ValueError(
+                f"{type(fresh).__name__} has no one-step schedule with shift_terminal="
+                f"{fresh.config.get('shift_terminal')}: its only timestep is not a number. "
+                "Use num_inference_steps >= 2, or set the scheduler's shift_terminal to None"
+            )
+        output = step(*args, **kwargs)
+        latents = output[0]
+        if tap is not None:
+            latents = tap(steps, latents)
+            if isinstance(output, tuple):
+                output = (latents, *output[1:])
+            else:
+                output.prev_sample = latents
+        steps.latents = latents
+        steps.done += 1
+        steps.calls_a_step = steps.calls_a_step or steps.calls
+        return output
+
+    fresh.step = watched
+    pipe.scheduler = fresh
+    try:
+        yield steps
+    finally:
+        pipe.scheduler = own
+
+
+class _ScheduleIsSet(Exception):  # noqa: N818
+    """Leaves a pipeline at its first call of a denoiser."""
+
+
+def read_schedule(pipe: DiffusionPipeline, draw: Callable[[], Any]) -> dict[str, Tensor]:
+    """Return the ``timesteps`` and ``sigmas`` that the pipeline itself sets; nothing is computed.
+
+    Args:
+        pipe: The pipeline.
+        draw: EvaluationBatch with it; left at the first call of a denoiser.
+
+    Returns:
+        Those of the two that its scheduler has, as (steps,) or (steps + 1,).
+    """
+    seen: dict[str, Tensor] = {}
+
+    def look(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        for name in ("timesteps", "sigmas"):
+            values = getattr(pipe.scheduler, name, None)
+            if values is not None:
+                seen[name] = torch.as_tensor(values).float().cpu()
+        raise _ScheduleIsSet
+
+    with ExitStack() as stack:
+        for denoiser in denoisers(pipe).values():
+            stack.enter_context(replaced_forward(denoiser, look))
+        stack.enter_context(suppress(_ScheduleIsSet))
+        draw()
+    return seen
+
+
+@contextmanager
+def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` answer for the module, inside its hooks, until the context is left."""
+    own = module.__dict__.get("forward")  # somebody else's patch, to be put back
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

@@ -1,0 +1,78 @@
+"""Loading a diffusers pipeline by hub id, folder, or the name of the embedded one."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_distill.pipelines.components import _without_vae
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+TINY_DIGITS = "tiny-digits"
+"""Name of the embedded pipeline, usable wherever a hub id or a path is."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_pipeline(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    torch_dtype: torch.dtype | str = torch.float32,
+    **components: Any,  # noqa: ANN401
+) -> DiffusionPipeline:
+    """Load a pipeline as `DiffusionPipeline.from_pretrained` does; also knows ``"tiny-digits"``.
+
+    Args:
+        name_or_path: Hub id, folder in diffusers' layout, or ``"tiny-digits"``, the embedded
+            `QwenImagePipeline` that draws 32x32 handwritten digits.
+        revision: Branch, tag or commit of the hub repository.
+        torch_dtype: Data type of the weights: a `torch.dtype`, or one of ``"float32"``,
+            ``"bfloat16"``, ``"float16"``.
+        **components: Components to use instead of loading them.
+
+    Returns:
+        The pipeline on the CPU, every component in evaluation mode.
+
+    Raises:
+        ValueError: If `torch_dtype` is not one of the names above.
+        OSError: If the pipeline is neither a folder nor can be had from the hub.
+    """
+    from diffusers import DiffusionPipeline
+
+    if isinstance(torch_dtype, str):
+        if torch_dtype not in DTYPES:
+            raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
+        torch_dtype = DTYPES[torch_dtype]
+    pipe = DiffusionPipeline.from_pretrained(
+        pipeline_source(name_or_path), revision=revision, dtype=torch_dtype, **components
+    )
+    if name_or_path == TINY_DIGITS:
+        # The class says 128 latent pixels for every checkpoint; this one was trained on 8.
+        pipe.default_sample_size = 8
+    return pipe
+
+
+def pipeline_source(name_or_path: str | Path) -> str:
+    """Return the hub id or the folder behind a pipeline's name."""
+    if name_or_path == TINY_DIGITS:
+        return str(files("lit_distill").joinpath("assets", "tiny"))
+    return str(name_or_path)
+
+
+def denoiser_classes(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Return the classes of the denoisers that `load_pipeline` would load, by name."""
+    import diffusers
+
+    source = pipeline_source(name_or_path)
+    index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
+    names = {key: str(entry[1]) for key, entry in index.items() if isinstance(entry, list)}
+    kinds = {key: getattr(diffusers, name, None) for key, name in names.items()}
+    models = {k: v for k, v in kinds.items() if diffusers.ModelMixin in getattr(v, "__mro__", ())}
+    return _without_vae(models)

@@ -1,0 +1,160 @@
+"""Small draws of a pipeline, to see what larger ones are going to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_distill.adapters.inject import trained_parameters
+from lit_distill.compute.activation_checkpointing import Checkpointing
+from lit_distill.compute.sharding import full_tensor
+from lit_distill.pipelines.components import denoisers
+from lit_distill.pipelines.hooks import LoopState
+from lit_distill.pipelines.rollout import run_pipeline
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
+    """Return a size of about the same shape with no side above `edge`, in multiples of 64 pixels.
+
+    The checks see at it what they would see at the full size, in a fraction of the time.
+    """
+    longest = max(height, width)
+    if longest <= edge:
+        return height, width
+    return tuple(max(64, round(side * edge / longest / 64) * 64) for side in (height, width))  # type: ignore[return-value]
+
+
+def other_prompt(prompt: str) -> str:
+    """Return the prompt of another length that is drawn beside `prompt`."""
+    first = prompt.split()[:1]
+    return first[0] if first and first != [prompt] else "a cat, sleeping"
+
+
+def trial_arguments(
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    **call_kwargs: Any,  # noqa: ANN401
+) -> dict[str, Any]:
+    """Return the arguments of a call for `prompts`, given those for one sample."""
+    count = len(prompts)
+    return {
+        "prompt": list(prompts),
+        "generator": [torch.Generator().manual_seed(seed + index) for index in range(count)],
+        **{k: v * count if isinstance(v, list) else v for k, v in call_kwargs.items()},
+    }
+
+
+class Probe:
+    """Samples of one prompt or two, without guidance, and their gradients.
+
+    Args:
+        pipe: The pipeline, its trainable parameters requiring gradients.
+        prompt: A typical prompt.
+        num_inference_steps: Steps of a draw.
+        seed: Seed of the noise.
+        call_kwargs: Further arguments of the pipeline's call for one sample.
+
+    Attributes:
+        short: A prompt of another length.
+        single: Whether the arithmetic is float32.
+        parameters: What trains, by name.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        prompt: str,
+        num_inference_steps: int,
+        seed: int,
+        call_kwargs: dict[str, Any],
+    ) -> None:
+        self.pipe = pipe
+        self.prompt = prompt
+        self.short = other_prompt(prompt)
+        self.num_inference_steps = num_inference_steps
+        self.seed = seed
+        self.single = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
+        self.call_kwargs = call_kwargs
+        self.parameters = list(trained_parameters(pipe).items())
+
+    def arguments(self, prompts: Sequence[str] = (), first: int = 0) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call; `first` is added to the seed."""
+        return trial_arguments(
+            prompts or [self.prompt],
+            seed=self.seed + first,
+            num_inference_steps=self.num_inference_steps,
+            output_type="latent",
+            **self.call_kwargs,
+        )
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str] = (), first: int = 0) -> tuple[LoopState, Any]:
+        """Draw without gradients; return the finished steps and what the pipeline returned."""
+        return run_pipeline(self.pipe, cfg_scale=1.0, **self.arguments(prompts, first))
+
+    @contextmanager
+    def gradient(
+        self,
+        checkpointing: Checkpointing,
+        grad_steps: int | None = None,
+        prompts: Sequence[str] = (),
+    ) -> Iterator[list[Tensor | None]]:
+        """Yield every parameter's gradient of a draw; None: no gradient reached it.
+
+        The parameters' own gradients come back on exit.
+        """
+        own = [parameter.grad for _, parameter in self.parameters]
+        for _, parameter in self.parameters:
+            parameter.grad = None
+        try:
+            with torch.enable_grad():
+                steps, _ = run_pipeline(
+                    self.pipe,
+                    cfg_scale=1.0,
+                    checkpointing=checkpointing,
+                    grad_steps=grad_steps,
+                    **self.arguments(prompts),
+                )
+                latents = steps.latents.float()
+                generator = torch.Generator().manual_seed(self.seed)
+                weights = torch.randn(latents.shape, generator=generator).to(latents.device)
+                loss = (latents * weights).sum()
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            yield [parameter.grad for _, parameter in self.parameters]
+        finally:
+            for (_, parameter), kept in zip(self.parameters, own, strict=True):
+                parameter.grad = kept
+
+    def gradient_norms(self, *options: Any) -> list[Tensor | None]:  # noqa: ANN401
+        """Return the norm of every parameter's gradient, for the options of `gradient`.
+
+        Norms are compared, not gradients, so that a large model's are held only once.
+        """
+        with self.gradient(*options) as gradient:
+            return [None if each is None else full_tensor(each.float().norm()) for each in gradient]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Return the relative difference of two tensors; infinite where there is no number."""
+    if found.shape != expected.shape:
+        return float("inf")
+    norm = expected.double().norm()
+    apart = ((found.double() - expected.double()).norm() / norm.clamp(min=1e-30)).item()
+    return apart if apart == apart else float("inf")
+
+
+def norms_difference(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
+    """Return the relative difference of lists of norms; infinite if others are None."""
+    if [norm is None for norm in found] != [norm is None for norm in expected]:
+        return float("inf")
+    norms = [[norm for norm in norms if norm is not None] for norms in (found, expected)]
+    return difference(*map(torch.stack, norms)) if norms[0] else 0.0

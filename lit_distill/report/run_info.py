@@ -1,0 +1,110 @@
+"""Where a report comes from: the run, the pairs, the machine; and how its student is used."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lit_distill.data.batch import Batch, split_batch
+from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.data.filesystem import opened, parent
+from lit_distill.export.model_card import student_call_kwargs
+from lit_distill.pipelines.guidance import guidance
+from lit_distill.teacher.generate import read_provenance
+from lit_distill.training.checkpoint_io import read_checkpoint
+from lit_distill.training.direct_distill import DirectDistill
+
+
+def held_out(trainer: pl.Trainer) -> tuple[str | None, Any]:
+    """Return the path or URL of the held-out rows and their table; None where unknown."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, DistillDataModule) or data.val_set is None:
+        return None, None
+    return str(data.val_metadata_path or data.metadata_path), data.val_set.table
+
+
+def teacher_settings(trainer: pl.Trainer, module: DirectDistill) -> tuple[int, float]:
+    """Return the teacher's steps and guidance: the CSV's, else those of the online teacher."""
+    steps = module.hparams["teacher_num_inference_steps"]
+    cfg = module.hparams["teacher_cfg_scale"]
+    _, table = held_out(trainer)
+    columns = ["teacher_num_inference_steps", "teacher_cfg_scale"]
+    if table is None or any(column not in table for column in columns):
+        return steps, cfg
+    recorded = table[columns].drop_duplicates()
+    if len(recorded) > 1:
+        return steps, cfg
+    return int(recorded.iloc[0, 0]), float(recorded.iloc[0, 1])
+
+
+def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[str, Any]:
+    """Return by name, as texts or mappings, what a reader needs to judge and repeat the report."""
+    table, _ = held_out(trainer)
+    program = Path(sys.argv[0]).name.replace("__main__.py", "lit-distill")
+    facts: dict[str, Any] = {"command": shlex.join([program, *sys.argv[1:]])}
+    if trainer.ckpt_path:
+        facts["checkpoint"] = _file(str(trainer.ckpt_path))
+        saved = read_checkpoint(str(trainer.ckpt_path), mmap=True)
+        facts["optimizer steps"] = str(saved.get("global_step", "unknown"))
+    hidden = ("_class_path", "_instantiator", "metrics")
+    facts["settings"] = {k: v for k, v in module.hparams.items() if k not in hidden}
+    facts["metrics"] = module.held_out.evaluation.describe()
+    if table is not None:
+        facts["held-out rows"] = f"{rows} of {_file(table)}"
+        made = read_provenance(parent(table))
+        if made is not None:
+            drawn_with = made.pop("drawn_with", {})  # long lists, of which a name says enough
+            drawn_by = {"drawn by": drawn_with["scheduler"]["class"]} if drawn_with else {}
+            facts["held-out rows made with"] = made | drawn_by
+    names = ("lit-distill", "torch", "lightning", "torchmetrics", "diffusers", "transformers")
+    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in (*names, "peft"))
+    device = module.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    facts["machine"] = (
+        f"{name} ({device.type}), {os.cpu_count()} CPU cores, {trainer.world_size} process"
+        f"{'es' if trainer.world_size > 1 else ''}, {platform.system()}, "
+        f"Python {platform.python_version()}"
+    )
+    return facts
+
+
+def _file(path: str) -> str:
+    digest = hashlib.sha256()
+    with opened(path) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return f"{path} (sha256 {digest.hexdigest()[:16]})"
+
+
+def run_snippet(trainer: pl.Trainer, module: DirectDistill, batch: Batch) -> str:
+    """Return Python that draws an image with the student as it was trained to."""
+    checkpoint = str(trainer.ckpt_path or "student.ckpt")
+    call = {**student_call_kwargs(module.hparams), **split_batch(batch, 1)[0]["call"]}
+    settings: dict[str, Any] = {"num_inference_steps": batch["num_inference_steps"]}
+    with guidance(module.pipe, batch["cfg_scale"], 1, call) as arguments_of_guidance:
+        settings |= arguments_of_guidance
+    settings |= dict(zip(("height", "width"), batch["size"] or (), strict=False)) | call
+    arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    return f"""\
+import torch
+from lit_distill import load_student
+
+pipe = load_student({checkpoint!r})
+image = pipe(
+    {batch["prompt"][0]!r},
+    {arguments},
+    generator=torch.Generator({batch["rand_device"]!r}).manual_seed({batch["seed"][0]}),
+).images[0]
+image.save("image.png")
+
+# For plain diffusers, without lit_distill:
+#   lit-distill export --ckpt_path {shlex.quote(checkpoint)} --out my-student"""

@@ -1,0 +1,140 @@
+"""Exponential moving average of what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lit_distill.compute.sharding import assign_tensor, full_tensor
+from lit_distill.training.checkpoint_io import check_state
+from lit_distill.training.direct_distill import DirectDistill
+
+
+class EMA(Callback):
+    """Keeps an exponential moving average of the trainable weights, in float32.
+
+    Validation, exports and the model after training use the average; a checkpoint holds both, so
+    that training goes on exactly. Frozen weights are not copied (Lightning's `EMAWeightAveraging`
+    copies all). Sharded weights have a sharded average.
+
+    Args:
+        decay: Weight of the average in an update, >= 0 and < 1. The first updates use
+            (1 + n) / (10 + n) where that is smaller, so that a short run forgets its beginning.
+
+    Raises:
+        ValueError: If `decay` is out of range.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA: decay must be >= 0 and < 1, got {decay}")
+        self.decay = decay
+        self.updates = 0
+        self.average: dict[str, Tensor] = {}
+        self.swapped = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin anew with every run."""
+        if stage == "fit":
+            self.average, self.updates, self.swapped = {}, 0, False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin with the weights as they are, unless a checkpoint has brought an average."""
+        assert isinstance(pl_module, DirectDistill)
+        loaded, self.average = self.average, {}
+        for name, parameter in pl_module.trained().items():
+            self.average[name] = parameter.detach().clone()
+            if loaded:
+                assign_tensor(self.average[name], loaded[name])
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+    ) -> None:
+        """Update the average after an optimizer step."""
+        assert isinstance(pl_module, DirectDistill)
+        if trainer.fit_loop._should_accumulate():
+            return
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weights = [_local(parameter) for parameter in pl_module.trained().values()]
+        averages = [_local(average) for average in self.average.values()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        self.updates += 1
+
+    @torch.no_grad()
+    def _swap(self, module: DirectDistill) -> None:
+        for name, parameter in module.trained().items():
+            weight = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(weight)
+        self.swapped = not self.swapped
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate the average."""
+        if trainer.state.fn == "fit" and self.average and not self.swapped:
+            assert isinstance(pl_module, DirectDistill)
+            self._swap(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the weights themselves."""
+        if trainer.state.fn == "fit" and self.swapped:
+            assert isinstance(pl_module, DirectDistill)
+            self._swap(pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the average in the model."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the average where `load_student` looks, and the weights beside it."""
+        assert isinstance(pl_module, DirectDistill)
+        if not self.average:
+            return
+        average: Mapping[str, Tensor] = self.average
+        weights: Mapping[str, Tensor] = pl_module.trained()
+        if self.swapped:
+            average, weights = weights, average
+        checkpoint["state_dict"] = _gather(average, trainer)
+        checkpoint["ema"] = {"weights": _gather(weights, trainer), "updates": self.updates}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the average out of the model, which has just loaded it, and the weights in."""
+        assert isinstance(pl_module, DirectDistill)
+        if trainer.state.fn != "fit":
+            return
+        if "ema" not in checkpoint:
+            rank_zero_warn("the checkpoint has no EMA: a new average begins with its weights")
+            return
+        saved = checkpoint["ema"]
+        trained = pl_module.trained()
+        check_state(saved["weights"], trained, "the checkpoint's EMA")
+        self.updates = saved["updates"]
+        for name, parameter in trained.items():
+            self.average[name] = full_tensor(parameter.detach()).clone()
+            assign_tensor(parameter, saved["weights"][name])
+
+
+def _gather(tensors: Mapping[str, Tensor], trainer: pl.Trainer) -> dict[str, Tensor]:
+    """Return whole tensors on the host, on the process that writes the checkpoint."""
+    full = ((name, full_tensor(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in full if trainer.is_global_zero}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local = getattr(tensor, "to_local", None)
+    return local() if local else tensor.detach()

@@ -1,0 +1,116 @@
+"""What a run leaves behind to look at: image grids while it trains, the images of a prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+
+from lit_distill.data.batch import Batch
+from lit_distill.evaluation.contact_sheet import contact_sheet, to_pil
+from lit_distill.evaluation.evaluator import EvaluationBatch
+from lit_distill.training.direct_distill import DirectDistill
+
+
+class ImageGrid(Callback):
+    """Shows at every validation how teacher, undistilled pipeline and student draw the same rows.
+
+    The picture goes to the loggers: TensorBoard (tag ``val_images``) and Weights & Biases; without
+    one of these, to ``images/step_<n>.png`` in the folder of the run. The rows are the first
+    held-out ones, with their own seeds, every time. Where no metric looks at images, none are
+    decoded, and there is no picture.
+
+    Args:
+        rows: Number of rows shown.
+    """
+
+    def __init__(self, rows: int = 8) -> None:
+        self.rows = rows
+        self._shown: list[tuple[str, list[Image.Image]]] = []
+        self._undistilled: dict[int, list[Image.Image]] = {}
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin a new picture."""
+        self._shown = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the batch's images, if rows are wanting."""
+        assert isinstance(pl_module, DirectDistill)
+        missing = self.rows - len(self._shown)
+        if trainer.state.fn != "fit" or missing <= 0:
+            return
+        draws: EvaluationBatch = outputs["draws"]
+        if draws.preds is None or draws.target is None:
+            return
+        if batch_idx not in self._undistilled:
+            with pl_module.undistilled():
+                latents = pl_module.student_rollout(batch)
+            self._undistilled[batch_idx] = to_pil(pl_module.decode(latents, batch))
+        columns = (to_pil(draws.target), self._undistilled[batch_idx], to_pil(draws.preds))
+        rows = zip(batch["prompt"], zip(*columns, strict=True), strict=True)
+        self._shown += [(prompt, list(images)) for prompt, images in rows][:missing]
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the picture to the loggers."""
+        if self._shown and trainer.is_global_zero:
+            grid = contact_sheet(["teacher", "undistilled", "student"], self._shown)
+            log_image(trainer, "val_images", grid)
+
+
+def log_image(trainer: pl.Trainer, name: str, image: Image.Image) -> None:
+    """Give an image to every logger that takes images; if there is none, write a PNG file."""
+    step = trainer.global_step
+    taken = False
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
+        elif hasattr(logger, "log_image"):  # Weights & Biases
+            logger.log_image(key=name, images=[image], step=step)
+        else:
+            continue
+        taken = True
+    if not taken:
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"step_{step:06d}.png")
+
+
+class ImageWriter(BasePredictionWriter):
+    """Writes predicted images as ``row_<n>.png``, n being the row of the CSV.
+
+    Args:
+        out_dir: Folder to write to; null: ``predictions`` in the trainer's default_root_dir.
+    """
+
+    def __init__(self, out_dir: str | None = None) -> None:
+        super().__init__("batch")
+        self.out_dir = out_dir
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,  # noqa: ANN401
+        batch_indices: Any,  # noqa: ANN401
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the images of one batch."""
+        out_dir = Path(self.out_dir or Path(trainer.default_root_dir) / "predictions")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for row, image in zip(batch["row"], prediction, strict=True):
+            image.save(out_dir / f"row_{row:06d}.png")
