@@ -1,27 +1,51 @@
-"""The command `lit-distill`: LightningCLI with a few subcommands more."""
+"""The command `lit-distill`: LightningCLI with this package's subcommands."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
+from lit_distill.commands.check import check
+from lit_distill.commands.export import export
+from lit_distill.commands.generate import generate
+from lit_distill.commands.plot import plot
+from lit_distill.commands.predict import predict
+from lit_distill.commands.preflight import preflight
+from lit_distill.commands.test import test
 from lit_distill.data.datamodule import DistillDataModule
-from lit_distill.trainer import DistillTrainer
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 
 
+class CommandTrainer(pl.Trainer):
+    """Lightning's Trainer with the subcommands as methods, which is where LightningCLI looks."""
+
+    generate = generate
+    check = check
+    preflight = preflight
+    plot = staticmethod(plot)
+    export = export
+    test = test  # type: ignore[assignment]
+    predict = predict  # type: ignore[assignment]
+
+
 class DistillCLI(LightningCLI):
-    """LightningCLI with the subcommands `generate`, `check`, `preflight`, `plot` and `export`."""
+    """LightningCLI with the subcommands of `CommandTrainer`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return the subcommands and the arguments of theirs that are not options."""
-        own = {"model", "datamodule"}
-        further = dict.fromkeys(("generate", "check", "preflight", "plot", "export"), own)
+        """Return the subcommands with those arguments of theirs that are not options."""
+        given = {"model", "datamodule"}
+        further = dict.fromkeys(("generate", "check", "preflight", "plot", "export"), given)
         return {**LightningCLI.subcommands(), **further}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        accepted = inspect.signature(getattr(self.trainer, subcommand)).parameters
+        return {name: value for name, value in kwargs.items() if name in accepted}
 
     def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401
         """Set this project's defaults."""
@@ -69,7 +93,7 @@ def build_cli(args: ArgsType = None) -> DistillCLI:
     return DistillCLI(
         DirectDistill,
         DistillDataModule,
-        trainer_class=DistillTrainer,
+        trainer_class=CommandTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         # The optimizer is made by the module, after the pipeline is loaded.

@@ -31,7 +31,7 @@ _PASSES = {
 class _State(threading.local):
     """Of the thread that runs a block: the backward pass of a GPU has its own."""
 
-    record_output: list[tuple[nn.Module, Any]] | None = None
+    outputs: list[tuple[nn.Module, Any]] | None = None
     skip: Collection[nn.Module] = ()
 
 
@@ -45,8 +45,8 @@ def is_skipped(layer: nn.Module) -> bool:
 
 def record_output(layer: nn.Module, output: Tensor) -> None:
     """Note a layer's output, of those that can skip it."""
-    if _state.ran is not None and output.grad_fn is not None:
-        _state.ran.append((layer, output.grad_fn))
+    if _state.outputs is not None and output.grad_fn is not None:
+        _state.outputs.append((layer, output.grad_fn))
 
 
 class SkipMatmuls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -83,11 +83,11 @@ class RecomputePlan:
 @contextmanager
 def recorded_outputs() -> Iterator[list[tuple[nn.Module, Any]]]:
     """Yield a list that layers note their outputs in."""
-    before, _state.ran = _state.ran, []
+    before, _state.outputs = _state.outputs, []
     try:
-        yield _state.ran
+        yield _state.outputs
     finally:
-        _state.ran = before
+        _state.outputs = before
 
 
 def unused_layers(

@@ -32,9 +32,9 @@ def shard(denoiser: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     blocks = [block for each in repeated_blocks(denoiser).values() for block in each]
     for module in [*reversed(blocks), denoiser]:  # inner ones first
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    full_tensor = [n for n, p in denoiser.named_parameters() if not isinstance(p, DTensor)]
-    if full_tensor:
-        raise RuntimeError(f"{type(denoiser).__name__}: {full_tensor[:3]} were not sharded")
+    unsharded = [n for n, p in denoiser.named_parameters() if not isinstance(p, DTensor)]
+    if unsharded:
+        raise RuntimeError(f"{type(denoiser).__name__}: {unsharded[:3]} were not sharded")
 
 
 def _hand_out(state: dict[str, Any], denoiser: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""How close the student's samples are to the teacher's: metrics, the networks they use, contact sheets.
+"""How close the student's samples are to the teacher's: metrics, their networks, contact sheets.
 
 Every row counts once, over any number of processes.
 Must not know how samples are generated, or by which model.

@@ -1,4 +1,4 @@
-"""Direct Distillation as a LightningModule: the student, its losses, validation, checkpoints, callbacks.
+"""Direct Distillation as a LightningModule: student, losses, validation, checkpoints, callbacks.
 
 A resumed run ends as the uninterrupted one; a checkpoint holds what trains and no code.
 Must not know how a student is exported or reported on.

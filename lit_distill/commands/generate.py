@@ -1,0 +1,93 @@
+"""`lit-distill generate`: the teacher's pairs from a file of prompts."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.teacher.generate import generate_pairs
+from lit_distill.teacher.prompts import plan_pairs, read_prompts
+from lit_distill.teacher.teacher import Teacher
+from lit_distill.training.direct_distill import DirectDistill
+
+
+def generate(
+    trainer: pl.Trainer,
+    model: DirectDistill,
+    datamodule: DistillDataModule | None = None,
+    *,
+    prompts: str,
+    out: str,
+    seeds_per_prompt: int = 1,
+    num_inference_steps: int = 50,
+    cfg_scale: float = 4.0,
+    scheduler: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 1,
+    first_seed: int = 0,
+    limit: int | None = None,
+    rand_device: str = "cpu",
+    student_num_inference_steps: int = 4,
+    student_cfg_scale: float = 1.0,
+    store_trajectory: bool = False,
+) -> None:
+    """Generate the teacher's images, exact latents and metadata.csv from a file of prompts.
+
+    Safe to interrupt: rerun the same command to resume; the files are the same in the end. With
+    several processes (trainer.devices) each generates its share, and one table is written.
+
+    Args:
+        trainer: Devices, processes and progress bar.
+        model: The pipeline to generate with: teacher_model, or else the pretrained one with
+            teacher_lora. Of the other settings only torch_dtype and call_kwargs are used and, with
+            store_trajectory, scheduler and sigmas.
+        datamodule: Only its call_columns are used: fields of the prompts that are arguments of the
+            pipeline's call.
+        prompts: Text file with one prompt a line, or .csv, .json or .jsonl with a field prompt,
+            and height and width where sizes differ.
+        out: Local folder to write to.
+        seeds_per_prompt: Number of images for each prompt, each with a seed of its own.
+        num_inference_steps: Steps of the teacher.
+        cfg_scale: Classifier-free guidance of the teacher, 1 = off. Its negative prompt:
+            model.call_kwargs '{negative_prompt: blurry}'.
+        scheduler: A scheduler class of diffusers, such as UniPCMultistepScheduler, configured as
+            the pipeline's scheduler is; default: the pipeline's own.
+        height: Height in pixels of prompts without one; default: the pipeline's own.
+        width: Width in pixels; set together with height.
+        batch_size: Prompts per batch and process.
+        first_seed: Seed of the first row; the others count up from it. Use other seeds for
+            held-out pairs than for training pairs.
+        limit: Largest number of rows.
+        rand_device: Device whose generator samples the noise: cpu gives the same noise everywhere.
+        student_num_inference_steps: Steps of the student, written to the CSV.
+        student_cfg_scale: Guidance of the student, written to the CSV, 1 = off.
+        store_trajectory: Also keep the teacher's states at the noise levels of the student's
+            steps, for training with model.trajectory.
+    """
+    settings = model.hparams
+    teacher = Teacher(
+        model=settings["teacher_model"] or settings["pretrained_model_name_or_path"],
+        lora=settings["teacher_lora"],
+        revision=None if settings["teacher_model"] else settings["revision"],
+        torch_dtype=settings["torch_dtype"],
+        call_kwargs=model.call_kwargs,
+        call_columns=datamodule.call_columns if datamodule else {},
+        num_inference_steps=num_inference_steps,
+        cfg_scale=cfg_scale,
+        scheduler=scheduler,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        rand_device=rand_device,
+        student_num_inference_steps=student_num_inference_steps,
+        student_cfg_scale=student_cfg_scale,
+        student_scheduler=settings["scheduler"],
+        student_sigmas=settings["sigmas"],
+        store_trajectory=store_trajectory,
+    )
+    rows = read_prompts(prompts, teacher.call_columns)
+    pairs = plan_pairs(rows, seeds_per_prompt, first_seed, limit)
+    metadata = generate_pairs(trainer, teacher, pairs, out)
+    if trainer.is_global_zero:
+        print(f"{len(pairs)} pairs: {metadata}")

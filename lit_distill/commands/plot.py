@@ -1,0 +1,25 @@
+"""`lit-distill plot`: the curves of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lit_distill.report.plots import plot_curves, read_logs
+
+
+def plot(
+    *, logs: str | list[str], out: str = "curves.png", metrics: list[str] | None = None
+) -> None:
+    """Plot the curves that runs have logged with TensorBoardLogger or CSVLogger as a PNG.
+
+    Args:
+        logs: Folder of a run, or a list of such folders: '[runs/a, runs/b]'.
+        out: PNG file to write.
+        metrics: Names of the curves, e.g. '[train_loss, val_gap_closed]'; default: the training
+            loss and what was validated.
+    """
+    folders = [logs] if isinstance(logs, str) else logs
+    figure = plot_curves({folder: read_logs(folder) for folder in folders}, metrics)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    print(f"curves: {out}")

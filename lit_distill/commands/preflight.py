@@ -1,0 +1,41 @@
+"""`lit-distill preflight`: can this pipeline be distilled, and with which settings?"""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from lit_distill.training.autoconfigure import quantization_error, run_preflight
+from lit_distill.training.direct_distill import DirectDistill
+
+
+def preflight(
+    trainer: pl.Trainer,
+    model: DirectDistill,
+    *,
+    prompt: str = "a photo of a cat that sleeps on a green sofa",
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int = 4,
+) -> None:
+    """Check that a pipeline can be distilled, by a few small samples, and report what to set.
+
+    For quantised weights it also reports how far they turn the gradient, if both fit. Runs on the
+    device of trainer.accelerator, in the pipeline's torch_dtype.
+
+    Args:
+        trainer: Device and precision.
+        model: The pipeline, what is trained of it, and its call_kwargs.
+        prompt: A typical prompt.
+        height: Height in pixels; default: the pipeline's own. Small sizes are quick.
+        width: Width in pixels; default: the pipeline's own.
+        num_inference_steps: Steps of the student.
+    """
+    model.configure_model()
+    sides = {"height": height, "width": width}
+    size = {name: value for name, value in sides.items() if value is not None}
+    call = {"prompt": prompt, "num_inference_steps": num_inference_steps, **size}
+    report = run_preflight(model.backbone, trainer, **call)
+    if model.hparams["quantization"]:
+        report.findings.append(quantization_error(model.backbone, trainer, **call))
+    print(report)
+    report.raise_failures()
