@@ -163,7 +163,7 @@ class Consistency(DirectDistill):
                 self.pipe,
                 num_inference_steps=2,
                 cfg_scale=self.hparams["teacher_cfg_scale"],
-                **self.backbone.call(batch),
+                **self.student.call(batch),
             )
         return seen
 
@@ -177,7 +177,7 @@ class Consistency(DirectDistill):
                 raise _SeenError
 
             with replaced_forward(self.pipe.transformer, look), suppress(_SeenError):
-                rollout(self.pipe, num_inference_steps=steps, **self.backbone.call(batch))
+                rollout(self.pipe, num_inference_steps=steps, **self.student.call(batch))
             self._schedules[steps] = found[0]
         return self._schedules[steps]
 

@@ -200,7 +200,7 @@ def save_reader(reader: DigitReader, path: Path) -> None:
     path.chmod(0o644)
 
 
-def draw(
+def sample(
     pipe: QwenImagePipeline, prompts: list[str], steps: int, cfg: float
 ) -> tuple[Tensor, Tensor]:
     """Generate one picture per prompt, the i-th from seed i.
@@ -252,10 +252,10 @@ def evaluate(
     random.Random(0).shuffle(triples)
     prompts = [prompt_of(*triple) for triple in triples]
     begun = time.process_time()
-    teacher, pictures = draw(stored, prompts, TEACHER_STEPS, TEACHER_CFG)
+    teacher, pictures = sample(stored, prompts, TEACHER_STEPS, TEACHER_CFG)
     cost = (time.process_time() - begun) / len(prompts)
-    few, few_pictures = draw(stored, prompts, FEW_STEPS, 1.0)
-    exact = draw(pipe, prompts, TEACHER_STEPS, TEACHER_CFG)[0]
+    few, few_pictures = sample(stored, prompts, FEW_STEPS, 1.0)
+    exact = sample(pipe, prompts, TEACHER_STEPS, TEACHER_CFG)[0]
     if preview:
         save_preview(preview, pictures, few_pictures)
     full, short = f"{TEACHER_STEPS} steps at cfg {TEACHER_CFG:g}", f"{FEW_STEPS} steps at cfg 1"

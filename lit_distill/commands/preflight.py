@@ -34,8 +34,8 @@ def preflight(
     sides = {"height": height, "width": width}
     size = {name: value for name, value in sides.items() if value is not None}
     call = {"prompt": prompt, "num_inference_steps": num_inference_steps, **size}
-    report = run_preflight(model.backbone, trainer, **call)
+    report = run_preflight(model.student, trainer, **call)
     if model.hparams["quantization"]:
-        report.findings.append(quantization_error(model.backbone, trainer, **call))
+        report.findings.append(quantization_error(model.student, trainer, **call))
     print(report)
     report.raise_failures()

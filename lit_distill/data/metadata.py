@@ -207,8 +207,8 @@ def hold_out(prompts: pd.Series, fraction: float, seed: int) -> pd.Series:
         Boolean, True for held-out rows; all rows of a prompt are on one side.
     """
 
-    def draw(prompt: str) -> float:
+    def uniform(prompt: str) -> float:
         digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    return prompts.map({prompt: draw(prompt) < fraction for prompt in prompts.unique()})
+    return prompts.map({prompt: uniform(prompt) < fraction for prompt in prompts.unique()})

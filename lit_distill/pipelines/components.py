@@ -33,6 +33,24 @@ def override_scheduler_config(pipe: DiffusionPipeline, fields: dict[str, Any] | 
     return type(scheduler).from_config({**scheduler.config, **(fields or {})})
 
 
+@contextmanager
+def replaced_components(pipe: DiffusionPipeline, **components: Any) -> Iterator[None]:  # noqa: ANN401
+    """Give the pipeline other components until the context is left.
+
+    Not by `setattr`, with which diffusers would record them in the pipeline's configuration.
+
+    Args:
+        pipe: The pipeline.
+        **components: Component by its name in the pipeline.
+    """
+    before = {name: getattr(pipe, name) for name in components}
+    pipe.__dict__.update(components)
+    try:
+        yield
+    finally:
+        pipe.__dict__.update(before)
+
+
 def weightless_copy(model: Any, device: torch.device) -> Any:  # noqa: ANN401
     """Return a stand-in for a model: its configuration, modules and buffers, but no weights.
 

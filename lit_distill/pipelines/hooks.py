@@ -59,7 +59,7 @@ class LoopState:
 
     Attributes:
         scheduler: The pipeline's scheduler in this run.
-        done: Steps that the scheduler has made; in a tap, before the one that it sees.
+        done: Steps that the scheduler has made; in a on_step, before the one that it sees.
         calls: Calls of a denoiser, not counting recomputation.
         calls_a_step: Those in the first step, once it is done.
         latents: The output of the last step, once there is one.
@@ -86,13 +86,13 @@ class LoopState:
 
 @contextmanager
 def observed_scheduler(
-    pipe: DiffusionPipeline, tap: StepCallback | None = None
+    pipe: DiffusionPipeline, on_step: StepCallback | None = None
 ) -> Iterator[LoopState]:
     """Give the pipeline a fresh scheduler and watch its steps.
 
     Args:
         pipe: The pipeline; its own scheduler comes back on exit.
-        tap: Sees every step.
+        on_step: Sees every step.
 
     Yields:
         The counter, updated at every step.
@@ -112,8 +112,8 @@ def observed_scheduler(
             )
         output = step(*args, **kwargs)
         latents = output[0]
-        if tap is not None:
-            latents = tap(steps, latents)
+        if on_step is not None:
+            latents = on_step(steps, latents)
             if isinstance(output, tuple):
                 output = (latents, *output[1:])
             else:
@@ -135,12 +135,12 @@ class _ScheduleIsSet(Exception):  # noqa: N818
     """Leaves a pipeline at its first call of a denoiser."""
 
 
-def read_schedule(pipe: DiffusionPipeline, draw: Callable[[], Any]) -> dict[str, Tensor]:
+def read_schedule(pipe: DiffusionPipeline, sample: Callable[[], Any]) -> dict[str, Tensor]:
     """Return the ``timesteps`` and ``sigmas`` that the pipeline itself sets; nothing is computed.
 
     Args:
         pipe: The pipeline.
-        draw: EvaluationBatch with it; left at the first call of a denoiser.
+        sample: Samples with it; left at the first call of a denoiser.
 
     Returns:
         Those of the two that its scheduler has, as (steps,) or (steps + 1,).
@@ -158,7 +158,7 @@ def read_schedule(pipe: DiffusionPipeline, draw: Callable[[], Any]) -> dict[str,
         for denoiser in denoisers(pipe).values():
             stack.enter_context(replaced_forward(denoiser, look))
         stack.enter_context(suppress(_ScheduleIsSet))
-        draw()
+        sample()
     return seen
 
 

@@ -234,7 +234,7 @@ class _Tail:
     def __call__(self, latents: Tensor) -> Tensor:
         vae = _CapturingVAE(self.pipe.vae)
 
-        def tap(steps: LoopState, sample: Tensor) -> Tensor:
+        def on_step(steps: LoopState, sample: Tensor) -> Tensor:
             if steps.done < steps.total - 1:
                 return sample
             self.latent_shape = sample.shape[1:]
@@ -247,7 +247,7 @@ class _Tail:
 
         with ExitStack() as stack:
             off = stack.enter_context(guidance(self.pipe, 1.0, 1, self.call_kwargs))
-            stack.enter_context(observed_scheduler(self.pipe, tap))
+            stack.enter_context(observed_scheduler(self.pipe, on_step))
             for denoiser in denoisers(self.pipe).values():
                 stack.enter_context(replaced_forward(denoiser, self._predict_once(denoiser)))
             stack.callback(self.pipe.__dict__.__setitem__, "vae", self.pipe.vae)

@@ -14,7 +14,7 @@ Three taps, none of which knows a family, are laid while the pipeline runs:
    still run around it), for activation checkpointing and truncated back-propagation.
 3. The progress bar, no_progress_bar.
 
-Where the student has a LoRA for every step, the second tap also switches them; `switch_by_step`
+Where the student has a LoRA for every step, the second hook also switches them; `switch_by_step`
 lays it around the plain `pipe()`.
 """
 
@@ -112,7 +112,7 @@ def sample(
     num_inference_steps: int,
     generator: Sequence[torch.Generator],
     cfg_scale: float = 1.0,
-    tap: StepCallback | None = None,
+    on_step: StepCallback | None = None,
     **call_kwargs: Any,  # noqa: ANN401
 ) -> tuple[Tensor, list[Any]]:
     """Draw as `pipe()` does and return the exact final latents with the images.
@@ -122,7 +122,7 @@ def sample(
         num_inference_steps: Number of denoising steps, >= 1.
         generator: One generator a sample.
         cfg_scale: Classifier-free guidance, the textbook scale, >= 1; 1 means off.
-        tap: Sees every step.
+        on_step: Sees every step.
         **call_kwargs: Passed to the pipeline's `__call__`: ``prompt``, ``height``, ...
 
     Returns:
@@ -137,7 +137,7 @@ def sample(
         num_inference_steps=num_inference_steps,
         generator=generator,
         cfg_scale=cfg_scale,
-        tap=tap,
+        on_step=on_step,
         output_type="pil",
         **call_kwargs,
     )
@@ -151,7 +151,7 @@ def run_pipeline(
     generator: Sequence[torch.Generator],
     cfg_scale: float,
     output_type: str,
-    tap: StepCallback | None = None,
+    on_step: StepCallback | None = None,
     grad_steps: int | None = None,
     checkpointing: Checkpointing = "none",
     offload: bool = False,
@@ -169,7 +169,7 @@ def run_pipeline(
         call_kwargs |= stack.enter_context(guidance(pipe, cfg_scale, len(generator), call_kwargs))
         if cfg_scale == 1:
             call_kwargs.pop("negative_prompt", None)  # unused, and QwenImage warns about it
-        steps = stack.enter_context(observed_scheduler(pipe, tap))
+        steps = stack.enter_context(observed_scheduler(pipe, on_step))
         for denoiser in denoisers(pipe).values():
             tapped = _hooked_denoiser(denoiser, steps, grad_steps, checkpointing, offload)
             stack.enter_context(tapped)

@@ -118,7 +118,7 @@ def trajectory(
         pipe,
         num_inference_steps=num_inference_steps,
         generator=generator,
-        tap=recorder,
+        on_step=recorder,
         output_type="latent",
         **options,
     )

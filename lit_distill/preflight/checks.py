@@ -158,7 +158,7 @@ class _Checks(Probe):
         check = "the rollout draws what pipe() draws"
         try:
             expected = self._plain()
-            steps, found = self.draw()
+            steps, found = self.sample()
         except Exception as error:  # whatever the pipeline throws is what the user has to see
             return [Finding(check, "failed", _described(error))]
         if torch.equal(found, expected):
@@ -291,12 +291,12 @@ class _Checks(Probe):
         """
         owners = {self._owner(name): None for name in blind}
         patterns = _patterns(list(owners), set(self.modules) - set(owners))
-        expected = self.draw()[0].latents
+        expected = self.sample()[0].latents
         set_training_mode(self.pipe, patterns)
         try:
             with self._watched() as still:
                 gradient = self.gradient_norms(mode)
-            apart = difference(self.draw()[0].latents, expected)
+            apart = difference(self.sample()[0].latents, expected)
         except Exception:  # its training mode is not made for this
             return None
         finally:
@@ -314,8 +314,8 @@ class _Checks(Probe):
         check = "a batch of two equals two draws of one"
         prompts = [self.prompt, self.short]
         try:
-            both = self.draw(prompts)[0].latents
-            singles = [self.draw([p], first=i)[0].latents for i, p in enumerate(prompts)]
+            both = self.sample(prompts)[0].latents
+            singles = [self.sample([p], first=i)[0].latents for i, p in enumerate(prompts)]
             apart = difference(both, torch.cat(singles))
             if apart <= (1e-3 if self.single else 1e-1):
                 return Finding(check, "ok", f"equal up to rounding, {apart:.0e}")

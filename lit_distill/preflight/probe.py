@@ -96,7 +96,7 @@ class Probe:
         )
 
     @torch.no_grad()
-    def draw(self, prompts: Sequence[str] = (), first: int = 0) -> tuple[LoopState, Any]:
+    def sample(self, prompts: Sequence[str] = (), first: int = 0) -> tuple[LoopState, Any]:
         """Draw without gradients; return the finished steps and what the pipeline returned."""
         return run_pipeline(self.pipe, cfg_scale=1.0, **self.arguments(prompts, first))
 

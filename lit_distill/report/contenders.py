@@ -147,7 +147,7 @@ class Contender:
         """Wall time of an image, in this process."""
         return self.seconds / self.timed
 
-    def draw(
+    def sample(
         self,
         module: DirectDistill,
         held: list[HeldOutBatch],
@@ -171,10 +171,10 @@ class Contender:
                 "undistilled": self.kind in ("teacher", "undistilled"),
             }
             if len(held) == 1:
-                module.draw(held[0].batch, **settings)
+                module.sample(held[0].batch, **settings)
             for index, rows in enumerate(held):
                 started = time.perf_counter()
-                latents, images = module.draw(rows.batch, **settings)
+                latents, images = module.sample(rows.batch, **settings)
                 if index > 0 or len(held) == 1:  # the images are on the host: nothing is pending
                     self.seconds += time.perf_counter() - started
                     self.timed += len(images)

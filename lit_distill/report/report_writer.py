@@ -71,7 +71,7 @@ class ReportWriter(Callback):
     ) -> None:
         """Keep the rows and the teacher's side of them."""
         assert isinstance(pl_module, DirectDistill)
-        draws: EvaluationBatch = outputs["draws"]
+        draws: EvaluationBatch = outputs["samples"]
         latents, undistilled_mse = draws.target_latents, draws.undistilled_mse
         assert latents is not None and undistilled_mse is not None
         target = pl_module.decode(latents, batch) if draws.target is None else draws.target
@@ -138,7 +138,7 @@ class ReportWriter(Callback):
         self, way: Contender, trainer: pl.Trainer, module: DirectDistill, out: Path
     ) -> list[dict[str, Any]]:
         """Draw the rows, fill in the way's values, save images, and return what each row gave."""
-        evaluation = module.held_out.evaluation.fresh()
+        evaluation = module.validator.evaluation.fresh()
         teacher = way.kind == "teacher"
         records: list[dict[str, Any]] = []
         if teacher:  # its images are stored
@@ -147,7 +147,7 @@ class ReportWriter(Callback):
         # The teacher draws two batches again, to be timed and to show that the pairs are its own.
         rows = self.held[:2] if teacher else self.held
         precision = trainer.precision_plugin.forward_context
-        for held, draws, images in way.draw(module, rows, precision):
+        for held, draws, images in way.sample(module, rows, precision):
             evaluation.update(draws.select(held.new), held.batch["num_inference_steps"])
             if not teacher:
                 records += _record(way, held, draws, images, out)

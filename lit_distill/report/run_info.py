@@ -57,7 +57,7 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
         facts["optimizer steps"] = str(saved.get("global_step", "unknown"))
     hidden = ("_class_path", "_instantiator", "metrics")
     facts["settings"] = {k: v for k, v in module.hparams.items() if k not in hidden}
-    facts["metrics"] = module.held_out.evaluation.describe()
+    facts["metrics"] = module.validator.evaluation.describe()
     if table is not None:
         facts["held-out rows"] = f"{rows} of {_file(table)}"
         made = read_provenance(parent(table))

@@ -299,7 +299,7 @@ class _GenerateModule(pl.LightningModule):
 
     def predict_step(self, batch: list[Pair], batch_idx: int) -> None:
         recorder = Recorder() if self.teacher.store_trajectory else None
-        latents, images = self.teacher.draw(self.pipe, batch, recorder)
+        latents, images = self.teacher.sample(self.pipe, batch, recorder)
         tensors = [{LATENTS_KEY: final} for final in latents]
         if recorder is not None:
             found = recorder.trajectory().at(self.sigmas[self.teacher.size(batch[0])])

@@ -193,7 +193,7 @@ class Pairing:
 
     def error(self, teacher: Teacher, pair: Pair, target: Target) -> float:
         """Return the relative error of what is stored against what the teacher draws."""
-        latents, images = teacher.draw(self.load(teacher), [pair])
+        latents, images = teacher.sample(self.load(teacher), [pair])
         return target.error(latents[0], images[0])
 
     def load(self, teacher: Teacher) -> DiffusionPipeline:

@@ -114,10 +114,10 @@ class Teacher:
                 pipe.scheduler = cls.from_config(own, **(told if takes else {}))
         return pipe
 
-    def draw(
-        self, pipe: DiffusionPipeline, pairs: Sequence[Pair], tap: StepCallback | None = None
+    def sample(
+        self, pipe: DiffusionPipeline, pairs: Sequence[Pair], on_step: StepCallback | None = None
     ) -> tuple[Tensor, list[Any]]:
-        """Draw a batch of pairs that share size and the numbers of their calls; `tap` sees steps.
+        """Sample a batch of pairs that share size and the numbers of their calls.
 
         Returns:
             Final latents, (B, ...), and B images or lists of frames.
@@ -133,7 +133,7 @@ class Teacher:
                 cfg_scale=self.cfg_scale,
                 generator=[torch.Generator(self.rand_device).manual_seed(p.seed) for p in pairs],
                 prompt=[pair.prompt for pair in pairs],
-                tap=tap,
+                on_step=on_step,
                 **({} if size is None else {"height": size[0], "width": size[1]}),
                 **self.call_kwargs,
                 **collate_calls([open_pictures(pair.call) for pair in pairs]),
@@ -179,7 +179,7 @@ def record(teacher: Teacher, pipe: DiffusionPipeline, examples: Sequence[Pair]) 
         # Six digits: another device or version may differ in the last ones.
         schedules[name] = {
             kind: [float(f"{value:.6g}") for value in values.tolist()]
-            for kind, values in read_schedule(pipe, partial(teacher.draw, pipe, [pair])).items()
+            for kind, values in read_schedule(pipe, partial(teacher.sample, pipe, [pair])).items()
         }
     facts = {
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
@@ -207,7 +207,7 @@ def student_sigmas(teacher: Teacher, pipe: DiffusionPipeline, pair: Pair) -> Ten
     )
     own, pipe.scheduler = pipe.scheduler, override_scheduler_config(pipe, teacher.student_scheduler)
     try:
-        seen = read_schedule(pipe, partial(student.draw, pipe, [pair]))
+        seen = read_schedule(pipe, partial(student.sample, pipe, [pair]))
     finally:
         pipe.scheduler = own
     if "sigmas" not in seen:

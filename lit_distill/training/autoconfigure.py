@@ -25,7 +25,7 @@ LAST_STEP = 0.05
 """Share of noise below which a student's last step has next to nothing left to do."""
 
 
-def autoconfigure(backbone: Student, data: DistillDataModule, trainer: pl.Trainer) -> None:
+def autoconfigure(student: Student, data: DistillDataModule, trainer: pl.Trainer) -> None:
     """Run preflight, if it is set; take up what avoids its findings, and what auto stands for.
 
     Raises:
@@ -33,33 +33,33 @@ def autoconfigure(backbone: Student, data: DistillDataModule, trainer: pl.Traine
         ValueError: If the pipeline does not draw the size of an image.
     """
     keep_gradient = MODES_BY_MEMORY
-    if backbone.settings["preflight"]:
-        keep_gradient = _check(backbone, data, trainer)
-    if backbone.settings["checkpointing"] == "auto":
-        _choose_checkpointing(backbone, data, trainer, keep_gradient)
+    if student.settings["preflight"]:
+        keep_gradient = _check(student, data, trainer)
+    if student.settings["checkpointing"] == "auto":
+        _choose_checkpointing(student, data, trainer, keep_gradient)
 
 
-def run_preflight(backbone: Student, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
+def run_preflight(student: Student, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
     """Return what preflight sees, on the trainer's device and in its precision."""
-    backbone.place(trainer.strategy.root_device)
-    with trainer.precision_plugin.forward_context(), backbone.own_dtype():
-        fixed = backbone.settings["call_kwargs"] or {}
-        chosen = {name: backbone.settings[name] for name in ("checkpointing", "grad_steps")}
-        return preflight(backbone.pipe, **{**chosen, **fixed, **call})
+    student.place(trainer.strategy.root_device)
+    with trainer.precision_plugin.forward_context(), student.own_dtype():
+        fixed = student.settings["call_kwargs"] or {}
+        chosen = {name: student.settings[name] for name in ("checkpointing", "grad_steps")}
+        return preflight(student.pipe, **{**chosen, **fixed, **call})
 
 
-def quantization_error(backbone: Student, trainer: pl.Trainer, **call: Any) -> Finding:  # noqa: ANN401
+def quantization_error(student: Student, trainer: pl.Trainer, **call: Any) -> Finding:  # noqa: ANN401
     """Return how far quantised weights turn the LoRA's gradient from that of the whole ones.
 
     The whole weights are loaded beside the quantised ones, so this needs memory for both.
     """
     check = "the gradient is that of the weights that are not quantised"
     device = trainer.strategy.root_device
-    other = Student({**backbone.settings, "quantization": None}, backbone.loader.init_lora)
+    other = Student({**student.settings, "quantization": None}, student.loader.init_lora)
     try:
-        found = _gradient(backbone, trainer, call)
+        found = _gradient(student, trainer, call)
         other.load()
-        same = trained_parameters(backbone.pipe)
+        same = trained_parameters(student.pipe)
         for name, parameter in trained_parameters(other.pipe).items():
             parameter.data.copy_(same[name].data)
         other.place(device)
@@ -70,44 +70,44 @@ def quantization_error(backbone: Student, trainer: pl.Trainer, **call: Any) -> F
     return Finding(check, "ok", f"it differs by {apart:.1%} of its norm")
 
 
-def _gradient(backbone: Student, trainer: pl.Trainer, call: dict[str, Any]) -> Tensor:
+def _gradient(student: Student, trainer: pl.Trainer, call: dict[str, Any]) -> Tensor:
     """Return the gradient of what trains, in one dimension, on the host."""
-    fixed = {**(backbone.settings["call_kwargs"] or {}), **call}
+    fixed = {**(student.settings["call_kwargs"] or {}), **call}
     prompt, steps = fixed.pop("prompt"), fixed.pop("num_inference_steps")
-    trial = Probe(backbone.pipe, prompt, steps, 0, fixed)
+    trial = Probe(student.pipe, prompt, steps, 0, fixed)
     forward = trainer.precision_plugin.forward_context()
-    with forward, backbone.own_dtype(), trial.gradient("step") as gradient:
+    with forward, student.own_dtype(), trial.gradient("step") as gradient:
         return torch.cat([each.flatten().float().cpu() for each in gradient if each is not None])
 
 
 def _check(
-    backbone: Student, data: DistillDataModule, trainer: pl.Trainer
+    student: Student, data: DistillDataModule, trainer: pl.Trainer
 ) -> tuple[Checkpointing, ...]:
     """Avoid what preflight finds; return the checkpointing modes that keep the gradient."""
-    report = run_preflight(backbone, trainer, **backbone.example(data))
+    report = run_preflight(student, trainer, **student.example(data))
     report.raise_failures()
     # After look, which has placed the encoders and had this prompt encoded where training runs.
-    _check_last_step(backbone, backbone.first(data))
-    _check_sizes(backbone, data)
+    _check_last_step(student, student.first(data))
+    _check_sizes(student, data)
     for finding in report.findings:
         if finding.verdict == "avoidable":
             rank_zero_warn(
                 f"{report.pipeline}, {finding.check}: {finding.seen}. "
                 f"{finding.remedy} It is done for this run."
             )
-    freeze_parameters(backbone.pipe, report.settings.get("freeze", []))
-    set_training_mode(backbone.pipe, report.settings.get("train_mode", []))
+    freeze_parameters(student.pipe, report.settings.get("freeze", []))
+    set_training_mode(student.pipe, report.settings.get("train_mode", []))
     for name, value in report.settings.items():
-        known = backbone.settings[name]
-        backbone.settings[name] = known + value if isinstance(value, list) else value
+        known = student.settings[name]
+        student.settings[name] = known + value if isinstance(value, list) else value
     return report.keep_gradient
 
 
-def _check_last_step(backbone: Student, batch: Batch) -> None:
+def _check_last_step(student: Student, batch: Batch) -> None:
     """Warn where the student's last step has next to nothing to do."""
     steps = batch["num_inference_steps"]
-    call = backbone.student_call(batch, steps)
-    levels = read_schedule(backbone.pipe, partial(rollout, backbone.pipe, **call)).get("sigmas")
+    call = student.student_call(batch, steps)
+    levels = read_schedule(student.pipe, partial(rollout, student.pipe, **call)).get("sigmas")
     # Those of flow matching only, which are shares of noise.
     if levels is None or levels[0] > 1 or levels[-2] >= LAST_STEP:
         return
@@ -118,16 +118,16 @@ def _check_last_step(backbone: Student, batch: Batch) -> None:
     )
 
 
-def _check_sizes(backbone: Student, data: DistillDataModule) -> None:
+def _check_sizes(student: Student, data: DistillDataModule) -> None:
     """Learn the codec of every size of image targets: bad sizes are refused before training."""
     for each in (data.train_set, data.val_set):
         for record in [] if each is None else each.image_sizes():
             opened = record | {"call": open_pictures(record["call"])} | NO_TARGET
-            backbone.codec(collate([opened]))
+            student.codec(collate([opened]))
 
 
 def _choose_checkpointing(
-    backbone: Student,
+    student: Student,
     data: DistillDataModule,
     trainer: pl.Trainer,
     modes: tuple[Checkpointing, ...],
@@ -135,20 +135,20 @@ def _choose_checkpointing(
     """Take the fastest mode that the device has memory for, the same on all, and say so."""
     assert data.train_set is not None
     rows = data.train_set.columns
-    example = backbone.example(data)
+    example = student.example(data)
     small = example.get("height", 0) * example.get("width", 0)
     largest = float((rows["height"] * rows["width"]).max())
     times = data.batch_size * (largest / small if small else 1.0)
     example["num_inference_steps"] = int(rows["num_inference_steps"].max())
     device = trainer.strategy.root_device
-    backbone.place(device)
-    with trainer.precision_plugin.forward_context(), backbone.own_dtype():
+    student.place(device)
+    with trainer.precision_plugin.forward_context(), student.own_dtype():
         trial = Probe(
-            backbone.pipe, example.pop("prompt"), example.pop("num_inference_steps"), 0, example
+            student.pipe, example.pop("prompt"), example.pop("num_inference_steps"), 0, example
         )
-        grad_steps = backbone.settings["grad_steps"] or trial.num_inference_steps
+        grad_steps = student.settings["grad_steps"] or trial.num_inference_steps
         choice = choose(trial, device, modes, times, min(grad_steps, trial.num_inference_steps))
     choice = trainer.strategy.broadcast(choice)
-    backbone.settings["checkpointing"] = choice.mode
+    student.settings["checkpointing"] = choice.mode
     say = rank_zero_info if choice.fits else rank_zero_warn
     say(f"model.checkpointing: auto takes {choice.mode}; {choice.why}")

@@ -140,8 +140,8 @@ class DirectDistill(PipelineModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.call_kwargs = call_kwargs or {}
-        self.held_out = Validator(default_metrics() if metrics is None else metrics)
-        self.backbone = Student(self.hparams, init_lora)
+        self.validator = Validator(default_metrics() if metrics is None else metrics)
+        self.student = Student(self.hparams, init_lora)
         self._step = OptimizerStep()
 
     # Set-up
@@ -189,11 +189,11 @@ class DirectDistill(PipelineModule):
             return self.codec(batch).pack(batch["encoded"])
         if batch["image"] is not None:
             return self.codec(batch).encode(batch["image"])
-        return self.backbone.online_target(batch)
+        return self.student.online_target(batch)
 
     def student_rollout(self, batch: Batch) -> Tensor:
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""
-        return self.backbone.rollout(
+        return self.student.rollout(
             batch,
             cfg_scale=batch["cfg_scale"],
             grad_steps=self.hparams["grad_steps"],
@@ -203,7 +203,7 @@ class DirectDistill(PipelineModule):
 
     def student_trajectory(self, batch: Batch) -> Trajectory:
         """Return the student's states after every step; each differentiable in its own step."""
-        return self.backbone.trajectory(
+        return self.student.trajectory(
             batch,
             cfg_scale=batch["cfg_scale"],
             checkpointing=self.hparams["checkpointing"],
@@ -238,7 +238,7 @@ class DirectDistill(PipelineModule):
                 f"model.trajectory: row {batch['row'][0]} has no states of the teacher between its "
                 "steps; make the pairs with `lit-distill generate --store_trajectory true`"
             )
-        return self.backbone.online_trajectory(batch).at(sigmas)
+        return self.student.online_trajectory(batch).at(sigmas)
 
     def compare(self, latents: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each sample, (B,), float32.
@@ -316,7 +316,7 @@ class DirectDistill(PipelineModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the clock."""
-        self.held_out.start()
+        self.validator.start()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -327,16 +327,16 @@ class DirectDistill(PipelineModule):
             ``draws``, an `EvaluationBatch`, and ``new``, the positions of
             rows that no process had before.
         """
-        return self.held_out.step(self, batch)
+        return self.validator.step(self, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log val_gap_closed, val_latent_mse, val_loss, val_seconds and val_<metric>."""
-        self.held_out.finish(self, "val")
+        self.validator.finish(self, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Do as in validation."""
-        return self.held_out.step(self, batch)
+        return self.validator.step(self, batch)
 
     def on_test_epoch_end(self) -> None:
         """Log test_gap_closed, test_latent_mse, test_loss, test_seconds and test_<metric>."""
-        self.held_out.finish(self, "test")
+        self.validator.finish(self, "test")

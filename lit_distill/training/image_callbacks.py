@@ -52,7 +52,7 @@ class ImageGrid(Callback):
         missing = self.rows - len(self._shown)
         if trainer.state.fn != "fit" or missing <= 0:
             return
-        draws: EvaluationBatch = outputs["draws"]
+        draws: EvaluationBatch = outputs["samples"]
         if draws.preds is None or draws.target is None:
             return
         if batch_idx not in self._undistilled:

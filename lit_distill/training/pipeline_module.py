@@ -34,15 +34,15 @@ class PipelineModule(pl.LightningModule):
     """Loads, places, validates, saves and resumes the pipeline that `DirectDistill` teaches.
 
     Attributes:
-        backbone: The pipeline, and all that is done to it.
+        student: The pipeline, and all that is done to it.
         loss: What decides whether the VAE stays on the device.
         held_out: What validation and test do.
         init_lora: File or folder of the LoRA to go on from.
     """
 
-    backbone: Student
+    student: Student
     loss: DistillLoss
-    held_out: Validator
+    validator: Validator
     init_lora: str | None
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class PipelineModule(pl.LightningModule):
     @property
     def pipe(self) -> DiffusionPipeline:
         """The student's pipeline, once `configure_model` has run."""
-        return self.backbone.pipe
+        return self.student.pipe
 
     # Set-up
 
@@ -87,16 +87,16 @@ class PipelineModule(pl.LightningModule):
         # there can't compute their schedules, for which they use numpy.
         with torch.device("cpu"):
             if self._device_mesh is None:
-                self.backbone.load()
+                self.student.load()
             else:
                 device = self.trainer.strategy.root_device
-                self.backbone.load(self._device_mesh["data_parallel"], device)
-            self.backbone.encode(data, self._trainer)
+                self.student.load(self._device_mesh["data_parallel"], device)
+            self.student.encode(data, self._trainer)
             # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
             if data is not None:
-                autoconfigure(self.backbone, data, self.trainer)
+                autoconfigure(self.student, data, self.trainer)
             if self.hparams["compile"]:
-                self.backbone.compile()
+                self.student.compile()
         self.denoisers = nn.ModuleDict(denoisers(self.pipe))
 
     def _fit_data(self) -> DistillDataModule | None:
@@ -109,9 +109,9 @@ class PipelineModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Place the pipeline and switch on the dropout of adapters, if they have any."""
         if self.loss.needs_codec:
-            self.backbone.take_vae(self.device)
+            self.student.take_vae(self.device)
         else:
-            self.backbone.place(self.device)
+            self.student.place(self.device)
         if self._run.seed is None:
             self._run.seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
         for name, module in self.denoisers.named_modules():
@@ -128,22 +128,22 @@ class PipelineModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Place the pipeline, the VAE among it, which pictures need."""
-        self.backbone.take_vae(self.device)
+        self.student.take_vae(self.device)
 
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_end(self) -> None:
         """Let go of the VAE again, unless the loss looks through it."""
         if not self.loss.needs_codec:
-            self.backbone.release_vae(self.device)
+            self.student.release_vae(self.device)
 
     # Sampling
 
     def codec(self, batch: Batch) -> LatentCodec:
         """Return the codec of the batch's resolution; learned on first use."""
-        return self.backbone.codec(batch)
+        return self.student.codec(batch)
 
-    def draw(
+    def sample(
         self,
         batch: Batch,
         *,
@@ -165,7 +165,7 @@ class PipelineModule(pl.LightningModule):
             Final latents (B, ...) and B images.
         """
         with self.undistilled() if undistilled else ExitStack():
-            return self.backbone.draw(
+            return self.student.sample(
                 batch,
                 pipe,
                 num_inference_steps=num_inference_steps or batch["num_inference_steps"],
@@ -182,12 +182,12 @@ class PipelineModule(pl.LightningModule):
         fresh = fitting and self.global_step == 0 and not self._loaded
         lora = self.hparams["lora"] is not None
         # Before the first step of full training the student is the pretrained denoiser.
-        with self.backbone.undistilled() if lora or not fresh else ExitStack():
+        with self.student.undistilled() if lora or not fresh else ExitStack():
             yield
 
     def release_undistilled(self) -> None:
         """Free the second denoiser: it is not kept while training."""
-        self.backbone.release_undistilled()
+        self.student.release_undistilled()
 
     def decode(self, latents: Tensor, batch: Batch) -> Tensor:
         """Return the images of the batch's final latents, (B, 3, H, W), float32, range [0, 1].
@@ -203,7 +203,7 @@ class PipelineModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
         """Return the student's images of the batch, B `PIL.Image.Image`."""
-        return self.draw(batch)[1]
+        return self.sample(batch)[1]
 
     # Checkpoints hold what trains
 
@@ -231,7 +231,7 @@ class PipelineModule(pl.LightningModule):
         """Note what a resumed run and an export need beside Lightning's own notes."""
         checkpoint["lit_distill"] = {
             "version": lit_distill.__version__,
-            "undistilled_mse": self.held_out.undistilled_mse,
+            "undistilled_mse": self.validator.undistilled_mse,
             "facts": training_facts(self.trainer) | {"init_lora": self.init_lora},
             **self._run.notes(),
         }
@@ -244,7 +244,7 @@ class PipelineModule(pl.LightningModule):
         """
         self._loaded = True
         notes = checkpoint["lit_distill"]
-        self.held_out.undistilled_mse = dict(notes["undistilled_mse"])
+        self.validator.undistilled_mse = dict(notes["undistilled_mse"])
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             if "optimizer_states" not in checkpoint:
                 raise ValueError(

@@ -229,7 +229,7 @@ class Student:
     def _parts(self, batch: Batch) -> list[Batch]:
         return split_batch(batch, self.settings["rollout_batch_size"])
 
-    def draw(
+    def sample(
         self,
         batch: Batch,
         pipe: DiffusionPipeline | None = None,

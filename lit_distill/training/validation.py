@@ -61,7 +61,7 @@ class Validator:
             draws.preds, draws.target = module.decode(latents, batch), module.decode(target, batch)
         new = self.evaluation.claim(keys.tolist(), module.global_rank)
         self.evaluation.update(draws.select(new), batch["num_inference_steps"])
-        return {"draws": draws, "new": new}
+        return {"samples": draws, "new": new}
 
     def finish(self, module: DirectDistill, stage: str) -> None:
         """Log the values of all rows as ``<stage>_<name>``, and the seconds that it took."""

@@ -279,19 +279,19 @@ def test_a_student_is_the_same_wherever_it_is_loaded(trained, pairs):
     path = trained[1]
     batch = heldout(pairs)
     model = DirectDistill.load_from_checkpoint(path / "student.ckpt", map_location="cpu")
-    expected, _ = model.draw(batch)
+    expected, _ = model.sample(batch)
     for source in ("student.ckpt", "export"):
         pipe = load_student(path / source)
         generator = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
         found = pipe(batch["prompt"], generator=generator, output_type="latent").images
         torch.testing.assert_close(found, expected)
-        assert torch.equal(model.draw(batch, pipe=pipe)[0], found)
+        assert torch.equal(model.sample(batch, pipe=pipe)[0], found)
     base = module(lora=None)
     base.configure_model()
-    undistilled, _ = model.draw(batch, undistilled=True)
-    assert torch.equal(undistilled, base.draw(batch)[0])
+    undistilled, _ = model.sample(batch, undistilled=True)
+    assert torch.equal(undistilled, base.sample(batch)[0])
     assert not torch.allclose(undistilled, expected)
-    eight, _ = model.draw(batch, undistilled=True, num_inference_steps=8, cfg_scale=4.0)
+    eight, _ = model.sample(batch, undistilled=True, num_inference_steps=8, cfg_scale=4.0)
     assert eight.isfinite().all()
 
 

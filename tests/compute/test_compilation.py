@@ -32,14 +32,14 @@ def loaded():
     return model.pipe
 
 
-def draw(pipe, size, mode="none", steps=2):
+def sample(pipe, size, mode="none", steps=2):
     generator = [torch.Generator().manual_seed(0)]
     options = {"num_inference_steps": steps, "generator": generator, "checkpointing": mode}
     return rollout(pipe, prompt=["a red seven"], **options, **size)
 
 
 def gradient(pipe, size, mode):
-    latents = draw(pipe, size, mode)
+    latents = sample(pipe, size, mode)
     known = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     (latents * known).sum().backward()
     parameters = trained_parameters(pipe).values()
@@ -70,7 +70,7 @@ def test_a_third_size_compiles_nothing():
         for mode in MODES_BY_MEMORY:
             gradient(pipe, size, mode)
         with torch.no_grad():  # the online teacher, and validation
-            draw(pipe, size)
+            sample(pipe, size)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] < graphs[1] == graphs[2] <= 12
 
@@ -91,7 +91,7 @@ def test_rotation_in_real_numbers_is_that_in_complex_ones():
 
 def test_only_compiled_denoisers_rotate_in_real_numbers():
     pipe = loaded()
-    before = draw(pipe, SIZES[0]).detach()
+    before = sample(pipe, SIZES[0]).detach()
     compilation.compile_blocks(denoisers(loaded()).values(), backend="eager")
     assert qwen_image.apply_rotary_emb_qwen is compilation._rotary
-    assert torch.equal(draw(pipe, SIZES[0]), before)
+    assert torch.equal(sample(pipe, SIZES[0]), before)

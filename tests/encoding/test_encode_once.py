@@ -10,7 +10,7 @@ from lit_distill.encoding.encode_once import EncodeOnce
 from lit_distill.encoding.fingerprint import fingerprint
 
 
-def draw(pipe, prompts, name, **further):
+def sample(pipe, prompts, name, **further):
     given = {k: [v] * len(prompts) if k == "image" else v for k, v in CALL_KWARGS[name].items()}
     generator = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     with torch.no_grad():
@@ -37,13 +37,13 @@ def test_prompts_and_pictures_are_encoded_once_not_in_every_rollout(name):
     pipe = build(name)
     texts, images = counted(pipe, "encode_prompt"), counted(pipe.vae, "encode")
     EncodeOnce(pipe)
-    first = draw(pipe, ["a red cat"], name)
+    first = sample(pipe, ["a red cat"], name)
     for _ in range(3):
-        assert torch.equal(draw(pipe, ["a red cat"], name), first)
+        assert torch.equal(sample(pipe, ["a red cat"], name), first)
     assert len(texts) == 1
     assert len(images) == 1
     other = CALL_KWARGS[name]["image"].transpose(0)
-    assert not torch.equal(draw(pipe, ["a red cat"], name, image=[other]), first)
+    assert not torch.equal(sample(pipe, ["a red cat"], name, image=[other]), first)
     assert len(images) == 2
 
 
@@ -52,9 +52,9 @@ def test_many_lengths_in_a_batch_need_only_singles_once_padding_is_known():
     texts = counted(pipe, "encode_prompt")
     EncodeOnce(pipe)
     prompts = ["a", "a cat", "a cat on a mat", "a cat on a mat in a house"]
-    both = draw(pipe, prompts, "QwenImage")
+    both = sample(pipe, prompts, "QwenImage")
     assert len(texts) == len(prompts) + 2  # one prompt twice; the shortest with the longest
-    again = draw(pipe, prompts[::-1], "QwenImage")
+    again = sample(pipe, prompts[::-1], "QwenImage")
     assert len(texts) <= len(prompts) + 4
     assert again.shape == both.shape
 
@@ -74,7 +74,7 @@ def test_what_is_not_understood_is_refused_not_guessed():
     pipe.encode_prompt = padded_by_content
     EncodeOnce(pipe)
     with pytest.raises(EncodingCollateError, match=r"set model\.rollout_batch_size: 1"):
-        draw(pipe, ["a", "a cat on a mat"], "QwenImage")
+        sample(pipe, ["a", "a cat on a mat"], "QwenImage")
 
 
 def test_a_batch_of_images_is_encoded_like_single_ones():

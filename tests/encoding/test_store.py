@@ -154,7 +154,7 @@ def test_training_with_and_without_the_cache_is_the_same_to_the_last_bit(
     def refuse(*args, **kwargs):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(lit_distill.encode, "vae_encode", refuse)
+    monkeypatch.setattr(lit_distill.encoding.encode_once, "vae_encode", refuse)
     monkeypatch.setattr(lit_distill.encoding.encode_once.EncodeOnce, "compute", refuse)
     again, again_metrics = fit(table, tmp_path)
     assert again.values == plain.values

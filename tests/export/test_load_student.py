@@ -37,7 +37,7 @@ def test_a_loaded_student_knows_its_steps(source, exports, folder):
         height=16,
         width=16,
     )
-    torch.testing.assert_close(latents, model.draw(batch())[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(latents, model.sample(batch())[0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_student_of_a_moved_base_is_told_where_it_is(exports, folder, tmp_path):
@@ -84,7 +84,7 @@ def test_a_teachers_lora_is_in_teacher_student_and_export(exports, folder, tmp_p
     style = str(out / "kohya")
     options = {"teacher_num_inference_steps": 4, "teacher_cfg_scale": 1.0}
     model = module(folder("QwenImage"), teacher_lora=style, **options)
-    expected, _ = styled.draw(batch())
+    expected, _ = styled.sample(batch())
     for found in (model.teacher_target(batch()), model.student_rollout(batch())):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     away(model, seed=9)
@@ -105,7 +105,7 @@ def test_another_model_teaches(exports, folder):
     options = {"teacher_num_inference_steps": 4, "teacher_cfg_scale": 1.0}
     for lora in ({"r": 4}, None):
         model = module(folder("QwenImage"), lora=lora, teacher_model=str(out / "merged"), **options)
-        expected, _ = turbo.draw(batch())
+        expected, _ = turbo.sample(batch())
         torch.testing.assert_close(model.teacher_target(batch()), expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(model.student_rollout(batch()), expected, atol=1e-2)
     with pytest.raises(ValueError, match=r"teacher_lora and model\.teacher_model: set one"):
@@ -116,15 +116,15 @@ def test_a_scheduler_of_the_students_own_travels_with_it(folder, tmp_path):
     model = module(folder("QwenImage"), scheduler={"shift_terminal": None})
     options = {"teacher_num_inference_steps": 4, "teacher_cfg_scale": 1.0}
     base = module(folder("QwenImage"), **options)
-    usual = base.draw(batch())[0]
+    usual = base.sample(batch())[0]
     away(model)
-    assert not torch.allclose(model.draw(batch(), undistilled=True)[0], usual, atol=1e-2)
+    assert not torch.allclose(model.sample(batch(), undistilled=True)[0], usual, atol=1e-2)
     model.hparams.update(options)  # the teacher keeps the base's scheduler
     torch.testing.assert_close(model.teacher_target(batch()), usual)
     content = checkpoint_of(model)
     content["lit_distill"]["facts"] |= {"num_inference_steps": 1}
     content["lit_distill"]["facts"]["examples"][0]["num_inference_steps"] = 1
-    expected = model.draw(batch(num_inference_steps=1))[0]
+    expected = model.sample(batch(num_inference_steps=1))[0]
     assert torch.isfinite(expected).all()
     for format in ("diffusers", "merged"):
         export_student(content, tmp_path / format, format)

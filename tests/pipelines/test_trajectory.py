@@ -110,12 +110,12 @@ def test_a_student_keeps_its_own_sigmas(pairs, tmp_path):
     trainer = pl.Trainer(max_steps=1, default_root_dir=tmp_path, **QUIET)
     trainer.fit(model, datamodule=data(pairs, batch_size=8))
     batch = heldout(pairs)
-    latents, _ = model.draw(batch)
+    latents, _ = model.sample(batch)
     assert torch.equal(model.student_rollout(batch), latents)
     trainer.save_checkpoint(tmp_path / "student.ckpt")
     given = {"num_inference_steps": 4, "sigmas": SIGMAS, "true_cfg_scale": 1.0, "height": 32}
     given |= {"width": 32, "output_type": "latent", "prompt": batch["prompt"][:1]}
-    alone, _ = model.draw({**batch, "prompt": batch["prompt"][:1], "seed": batch["seed"][:1]})
+    alone, _ = model.sample({**batch, "prompt": batch["prompt"][:1], "seed": batch["seed"][:1]})
     pipe = load_student(tmp_path / "student.ckpt")
     by_hand = pipe(**given, **seeded(batch["seed"][0])).images
     torch.testing.assert_close(by_hand, alone)
@@ -125,7 +125,7 @@ def test_a_student_keeps_its_own_sigmas(pairs, tmp_path):
     card = (tmp_path / "export/README.md").read_text()
     assert f"sigmas={SIGMAS}" in card
     # Other numbers of steps have the pipeline's own sigmas.
-    eight, _ = model.draw(batch, num_inference_steps=8)
+    eight, _ = model.sample(batch, num_inference_steps=8)
     assert eight.isfinite().all()
     pipe(batch["prompt"][:1], num_inference_steps=2, output_type="latent", **seeded())
 

@@ -59,7 +59,7 @@ def test_a_last_step_with_nothing_to_do_is_warned_of_once_the_prompt_is_encoded(
 )
 def test_last_steps_that_make_nothing_of_the_image_are_refused(scheduler, grad_steps, verdict):
     model = loaded(scheduler=scheduler, grad_steps=grad_steps)
-    finding = run_preflight(model.backbone, trainer(), **CALL).findings[-1]
+    finding = run_preflight(model.student, trainer(), **CALL).findings[-1]
     assert finding.check == "the steps with a gradient make enough of the image"
     assert finding.verdict == verdict
     assert finding.seen.startswith(f"the last {grad_steps} of 4 make ")
@@ -75,13 +75,13 @@ def test_fit_refuses_a_last_step_that_makes_nothing_of_the_image(pairs, tmp_path
 
 def test_what_quantised_weights_do_to_the_gradient_is_measured():
     model = loaded()
-    finding = quantization_error(model.backbone, trainer(), **CALL)
+    finding = quantization_error(model.student, trainer(), **CALL)
     assert finding.seen == "it differs by 0.0% of its norm"
 
     def gradient():
         weights = trained_parameters(model.pipe).values()
         with torch.enable_grad():
-            latents = model.backbone.rollout(
+            latents = model.student.rollout(
                 {
                     "prompt": [CALL["prompt"]],
                     "seed": [0],
@@ -102,7 +102,7 @@ def test_what_quantised_weights_do_to_the_gradient_is_measured():
         if not parameter.requires_grad:
             parameter.data *= 1 + 0.02 * torch.randn_like(parameter)  # as if in fewer bits
     apart = ((gradient() - expected).norm() / expected.norm()).item()
-    finding = quantization_error(model.backbone, trainer(), **CALL)
+    finding = quantization_error(model.student, trainer(), **CALL)
     assert apart > 0.01
     assert finding.seen == f"it differs by {apart:.1%} of its norm"
 

@@ -46,9 +46,9 @@ def test_a_checkpoint_holds_what_trains_and_no_code(trained):
 def test_reloaded_students_draw_the_same(trained, pairs):
     model, _, path = trained
     batch = heldout(pairs)
-    expected, images = model.draw(batch)
+    expected, images = model.sample(batch)
     reloaded = DirectDistill.load_from_checkpoint(path, map_location="cpu")
-    assert torch.equal(reloaded.draw(batch)[0], expected)
+    assert torch.equal(reloaded.sample(batch)[0], expected)
     pipe = load_student(path)
     again = pipe(
         batch["prompt"],
@@ -64,8 +64,8 @@ def test_the_undistilled_pipeline_is_the_base_bit_for_bit(trained, pairs):
     batch = heldout(pairs)
     base = module(lora=None)
     base.configure_model()
-    assert torch.equal(trained[0].draw(batch, undistilled=True)[0], base.draw(batch)[0])
-    assert not torch.equal(trained[0].draw(batch)[0], base.draw(batch)[0])
+    assert torch.equal(trained[0].sample(batch, undistilled=True)[0], base.sample(batch)[0])
+    assert not torch.equal(trained[0].sample(batch)[0], base.sample(batch)[0])
 
 
 def test_an_export_draws_the_same_in_plain_diffusers(trained, pairs, tmp_path):
@@ -97,7 +97,7 @@ pipe({batch["prompt"][0]!r}, num_inference_steps=4, true_cfg_scale=1.0, height=3
     assert np.abs(found - np.asarray(expected, int)).max() <= 1
     base = module(lora=None)
     base.configure_model()
-    undistilled = np.asarray(base.draw(batch)[1][0], int)
+    undistilled = np.asarray(base.sample(batch)[1][0], int)
     assert np.abs(found - undistilled).max() > 1
 
 
@@ -273,7 +273,7 @@ def test_rows_are_drawn_one_by_one_where_batches_are_not_masked(monkeypatch):
     both = model.student_rollout(batch)
     singles = [model.student_rollout(part) for part in split_batch(batch, 1)]
     assert torch.equal(both, torch.cat(singles))
-    latents, images = model.draw(batch)
+    latents, images = model.sample(batch)
     assert torch.equal(latents, both) and len(images) == 2
 
 

@@ -72,7 +72,7 @@ def test_training_in_bfloat16_computes_what_the_exported_student_does(lora, pair
 def test_families_compute_in_bfloat16_as_in_inference(family):
     """Z-Image looks at the data type of its own weights, Flux.2 and Wan at the denoiser's."""
 
-    def draw(pipe):
+    def sample(pipe):
         generator = [torch.Generator().manual_seed(0)]
         call = {"prompt": ["a cat"], "num_inference_steps": 2} | CALL_KWARGS[family]
         return rollout(pipe, generator=generator, checkpointing="step", **call)
@@ -85,8 +85,8 @@ def test_families_compute_in_bfloat16_as_in_inference(family):
     for name, denoiser in denoisers(trained).items():
         compute_in(denoiser, dtypes[name], torch.bfloat16)
     with torch.no_grad():
-        expected = draw(plain)
-    found = draw(trained)
+        expected = sample(plain)
+    found = sample(trained)
     assert torch.equal(found, expected)
     found.float().square().mean().backward()
     grads = [p.grad for d in denoisers(trained).values() for p in d.parameters()]

@@ -115,8 +115,8 @@ def test_validation_logs_what_the_draws_say(fitted, rows):
     data.setup("validate")
     latents, target, preds, images, undistilled = [], [], [], [], []
     for batch in data.val_dataloader():
-        latents.append(model.draw(batch)[0])
-        undistilled.append(model.draw(batch, undistilled=True)[0])
+        latents.append(model.sample(batch)[0])
+        undistilled.append(model.sample(batch, undistilled=True)[0])
         target.append(batch["latents"])
         preds.append(model.decode(latents[-1], batch))
         images.append(model.decode(target[-1], batch))
@@ -249,7 +249,7 @@ def test_metrics_of_the_command_line_travel_with_the_checkpoint(pairs, rows, tmp
     )
     path = next(tmp_path.rglob("last.ckpt"))
     model = DirectDistill.load_from_checkpoint(path, map_location="cpu")
-    assert "frechet" in model.held_out.evaluation.describe()
+    assert "frechet" in model.validator.evaluation.describe()
     objects = module(metrics={"psnr": PeakSignalNoiseRatio(data_range=1.0)})
     assert objects.hparams["metrics"] is None
     assert "psnr" in objects.held_out.evaluation.describe()
