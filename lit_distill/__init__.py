@@ -12,6 +12,7 @@ from lit_distill.pipelines.loading import load_pipeline
 from lit_distill.pipelines.rollout import rollout
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.ema import EMA
+from lit_distill.training.fsdp_strategy import FSDP2  # registers `strategy: fsdp2`
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 from lit_distill.training.losses import DistillLoss, LatentL1, LatentMSE, LatentRMSE
 from lit_distill.training.lr_scheduler import WarmupCosine
@@ -19,6 +20,7 @@ from lit_distill.training.throughput import TrainingMonitor
 
 __all__ = [
     "EMA",
+    "FSDP2",
     "CLIPScore",
     "DirectDistill",
     "DistillDataModule",

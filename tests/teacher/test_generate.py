@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,15 @@ print("ended", end(begin(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000
 
 def run(script, *arguments):
     command = [sys.executable, "-c", RUNS + script, *arguments]
-    found = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    tests = Path(__file__).parents[1]
+    paths = [str(tests / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = subprocess.run(
+        command,
+        cwd=tests,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stderr
     return found.stdout
 
