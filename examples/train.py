@@ -1,6 +1,8 @@
 """Train a LoRA with a plain Trainer, without the command line.
 
     python examples/train.py CSV OUT [MAX_STEPS]
+
+CSV is the table of pairs. The LoRA is written to the folder OUT.
 """
 
 import sys
