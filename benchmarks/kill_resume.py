@@ -1,12 +1,12 @@
-"""Kill training with SIGKILL at random moments, resume, and compare with the uninterrupted run.
+"""Kill training with SIGKILL at random moments, resume, and compare with an uninterrupted run.
 
     python benchmarks/kill_resume.py [--kills 5] [--out benchmarks/results/kill_resume.json]
 
-For a LoRA and for full training, on one process and on two (DDP), on the embedded pipeline: a run
-that saves a checkpoint after every step is killed, all its processes at once, at a moment drawn
-uniformly from its training time, every second time while it writes the next checkpoint. It goes on
-from the last checkpoint, and at the end its weights, optimizer state and moving average must equal
-the uninterrupted run's bit for bit.
+This trains a LoRA and the whole denoiser of the embedded pipeline, on one process and on two (DDP).
+A run saves a checkpoint after every step. All its processes are killed at once, at a random moment
+of its training time (uniformly distributed), and every second time while it writes a checkpoint. It
+resumes from the last checkpoint. At the end its weights, optimizer state and moving average must
+equal those of the uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def kill(folder: Path, seconds: float, rng: random.Random, saving: bool) -> dict
 
 
 def equal(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    """Whether two checkpoints hold the same weights, optimizer state and average, bit for bit."""
+    """Return whether two checkpoints hold the same weights, optimizer state and average."""
     keys = ("state_dict", "optimizer_states", "lr_schedulers", "ema", "global_step")
     pairs = [(tree_leaves(one[key]), tree_leaves(two[key])) for key in keys]
     return all(
@@ -181,7 +181,7 @@ def setting(
 
 
 def make_pairs(out: Path) -> Path:
-    """Draw 32 pairs of the embedded pipeline."""
+    """Generate 32 pairs with the embedded pipeline."""
     prompts = files("lit_distill").joinpath("assets", "tiny", "prompts_train.txt")
     options = f"--prompts {prompts} --out {out} --limit 32 --batch_size 16 --num_inference_steps 10"
     options += " --model.pretrained_model_name_or_path tiny-digits --model.torch_dtype float32"
