@@ -5,8 +5,8 @@
 This trains a LoRA on a Qwen-Image transformer with random weights and the embedded pipeline's
 encoders, in each checkpointing mode. After every step of the Trainer the same step is made without
 Lightning (rollout, mean squared error, backward pass, AdamW). With a checkout of DiffSynth-Studio
-it is also made by that. All use the same weights (the learning rate is 0), prompt embeddings, noise,
-target and sigmas, so all must have the same loss, otherwise the benchmark stops. It reports
+it is also made by that. All use the same weights (the learning rate is 0), prompt embeddings,
+noise, target and sigmas, so all must have the same loss. Otherwise the benchmark stops. It reports
 
 * seconds: CPU time of the whole process where there is no GPU, so run it on one thread
   (OMP_NUM_THREADS=1). Wall time on a GPU. Ratios are medians over neighbouring steps.

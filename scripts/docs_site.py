@@ -1,6 +1,6 @@
 """Hooks of mkdocs that make pages written for GitHub work on the site too.
 
-The changelog is added from the repository's root, and links that leave docs/ point to GitHub.
+Two pages are added from the repository's root, and links that leave docs/ point to GitHub.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Any, config: Any) -> Any:  # noqa: ANN401
-    """Add the changelog, and the pictures that pages show from outside docs/."""
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    files.append(File.generated(config, "changelog.md", content=changelog))
+    """Add changelog and contributing guide, and the pictures that pages show from outside docs/."""
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, name.lower(), content=text))
     for page in list(files.documentation_pages()):
         for mark, _, target, _ in LINK.findall(page.content_string):
             place = posixpath.normpath(posixpath.join("docs", page.src_uri, "..", target))
