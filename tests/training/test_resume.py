@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import adamw, fit, module
+from short_runs import adamw, fit, module
 from two_processes import Signal, difference, train
 
 from lit_distill.training.checkpoint_io import AtomicCheckpointIO

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from lightning.pytorch.loggers import CSVLogger
-from runs import adamw, data, fit, module
+from short_runs import adamw, data, fit, module
 from tiny_pipelines import CALL_KWARGS, build
 from two_processes import QUIET, difference, train, weights_of
 
