@@ -17,7 +17,7 @@ import torch
 from lit_distill.data.batch import Batch, split_batch
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.data.filesystem import opened, parent
-from lit_distill.export.model_card import student_call_kwargs
+from lit_distill.export.facts import student_call_kwargs
 from lit_distill.pipelines.guidance import guidance
 from lit_distill.teacher.generate import read_provenance
 from lit_distill.training.checkpoint_io import read_checkpoint

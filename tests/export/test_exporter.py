@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -17,9 +18,11 @@ from lit_distill.adapters.lora import Factors
 from lit_distill.adapters.lora_files import to_state
 from lit_distill.adapters.lora_formats import layout_of
 from lit_distill.cli import main
-from lit_distill.export import exporter
+from lit_distill.export import exporter, lora_writer
 from lit_distill.export.export_on_save import ExportOnSave
 from lit_distill.export.exporter import ExportError
+from lit_distill.export.facts import StudentFacts
+from lit_distill.export.model_card import ExportSummary, model_card
 from lit_distill.pipelines.components import denoisers
 
 FILES = ["diffusers", "comfyui", "kohya", "peft", "merged"]
@@ -159,7 +162,7 @@ def test_a_module_that_does_not_come_back_is_named(change, message, folder, tmp_
         change(state)
         return state
 
-    monkeypatch.setattr(exporter, "to_state", corrupted)
+    monkeypatch.setattr(lora_writer, "to_state", corrupted)
     with pytest.raises(
         ExportError, match=rf"transformer\.transformer_blocks\.0\.\S+ {message}|{message}"
     ):
@@ -179,7 +182,7 @@ def test_a_reader_that_refuses_is_reported(folder, tmp_path):
 def test_another_image_is_an_error(folder, tmp_path, monkeypatch):
     content = checkpoint_of(away(module(folder("QwenImage"))))
     monkeypatch.setattr(exporter, "fuse_lora", lambda pipe, lora: None)
-    with pytest.raises(ExportError, match="draws another image than the student"):
+    with pytest.raises(ExportError, match="does not reproduce the student's image"):
         export_student(content, tmp_path, "merged")
     assert not list(tmp_path.iterdir())  # nothing that looks finished
 
@@ -194,7 +197,7 @@ def test_what_cannot_be_written_says_why(folder, tmp_path):
     with pytest.raises(ValueError, match=r"adapter is not plain LoRA \(use_dora, lora_bias\)"):
         export_student(dora, tmp_path)
     full = checkpoint_of(module(folder("QwenImage"), lora=None))
-    with pytest.raises(ValueError, match="format kohya is for a LoRA; the whole denoiser"):
+    with pytest.raises(ValueError, match="format kohya is for a LoRA, but the whole denoiser"):
         export_student(full, tmp_path, "kohya")
     pixart = checkpoint_of(module(folder("PixArtSigma"), "PixArtSigma"), "PixArtSigma")
     with pytest.raises(ValueError, match=r"PixArtSigmaPipeline has no LoRA writer.*peft or merged"):
@@ -243,7 +246,8 @@ def test_facts_travel_along(exports):
         facts = json.loads(file.metadata()["lit_distill"])
     assert facts["num_inference_steps"] == 4
     assert facts["lora"] == {"r": 4, "lora_alpha": 8}
-    assert facts["examples"] == [row_of("QwenImage")]
+    assert facts["examples"] == [row_of("QwenImage") | {"call": {}, "pictures": {}}]
+    assert StudentFacts.from_dict(facts).to_dict() == facts
 
 
 def test_the_card_of_a_hub_model_names_it_and_its_commit(folder, tmp_path):
@@ -252,10 +256,11 @@ def test_the_card_of_a_hub_model_names_it_and_its_commit(folder, tmp_path):
     place.parent.mkdir(parents=True)
     place.symlink_to(folder("QwenImage"))
     content = checkpoint_of(module(place))
-    facts = exporter.student_facts(content, plain(place))
-    assert facts["base_revision"] == commit
-    facts |= {"base_model": "Qwen/Qwen-Image", "verified": {"reader": "it", "difference": 0.0}}
-    text = exporter.model_card(facts, "diffusers", build("QwenImage"), "samples.png")
+    facts = StudentFacts.from_checkpoint(content, plain(place))
+    assert facts.base_revision == commit
+    facts = replace(facts, base_model="Qwen/Qwen-Image")
+    summary = ExportSummary("diffusers", "a reader", difference=0.0, has_scheduler=False)
+    text = model_card(facts, summary, build("QwenImage"), "samples.png")
     card = huggingface_hub.ModelCard(text)
     assert card.data.base_model == "Qwen/Qwen-Image"
     assert "true_cfg_scale=1.0" in text
@@ -336,7 +341,7 @@ def test_export_and_predict_by_command(trained, tmp_path, capsys):
     quiet += ["--trainer.default_root_dir", str(tmp_path)]
     out = str(tmp_path / "comfy")
     main(["export", "--ckpt_path", checkpoint, "--out", out, "--format", "comfyui", *quiet])
-    assert "loaded back, and seen to draw the same image" in capsys.readouterr().out
+    assert "reloaded and verified to reproduce the same image" in capsys.readouterr().out
     prompts = ["a red seven on a blue background", "a white two on a black background"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     predict = ["predict", "--ckpt_path", checkpoint, "--prompts", str(tmp_path / "prompts.txt")]
