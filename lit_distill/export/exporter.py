@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -57,8 +56,8 @@ def export_student(
 ) -> Path:
     """Export the student of a checkpoint, reload it, and verify that it reproduces the image.
 
-    After writing, the pipeline is loaded again, and the target's own reader loads the export into
-    it. The checkpoint's first held-out row is then sampled again and compared with the student's
+    After writing, the base pipeline is loaded again, and the target's reader loads the export into
+    it. The checkpoint's first held-out row is then sampled again and must give the student's
     result. The folder also gets ``README.md``, a model card in the hub's format, and
     ``samples.png``.
 
@@ -153,7 +152,7 @@ def upload(folder: Path, repo_id: str) -> None:
 
 
 class _Export:
-    """One export: the student is sampled and written, reloaded, verified, and gets its card.
+    """One export, in four phases: write, reload, verify, write the model card.
 
     Args:
         content: Content of the checkpoint.
@@ -200,10 +199,10 @@ class _Export:
         difference = self._verify(pipe)
         self._write_card(pipe, ExportSummary(self.format, reader, difference, has_scheduler))
 
-    # Phase 1: sample the student, and write its LoRA while its pipeline is loaded
+    # Phase 1: write
 
     def _sample_and_write(self) -> None:
-        """Keep what the export has to reproduce; the student's pipeline is freed on return."""
+        """Sample the student and write its LoRA; its pipeline is freed on return."""
         student = student_pipeline(self.content).to(self.device)
         self.facts = StudentFacts.from_checkpoint(self.content, student)
         self.scheduler = student.scheduler
@@ -271,18 +270,17 @@ class _Export:
         return pipe.to(self.device), reader.name
 
     def _check_modules(self, pipe: DiffusionPipeline) -> None:
-        errors = list(
-            itertools.chain.from_iterable(
-                differences(extract_lora(pipe, adapter), lora, self.tolerance)
-                for adapter, lora in self.loras.items()
-            )
-        )
+        errors = [
+            error
+            for adapter, lora in self.loras.items()
+            for error in differences(extract_lora(pipe, adapter), lora, self.tolerance)
+        ]
         if errors:
             more = [f"... and {len(errors) - 5} more"] if len(errors) > 5 else []
             raise ExportError("\n  ".join(["modules differ after reloading:", *errors[:5], *more]))
 
     def _save_scheduler(self, pipe: DiffusionPipeline) -> bool:
-        """Save the student's scheduler if the pipeline has another; return whether it has."""
+        """Save the student's scheduler if the pipeline has another, and return whether it has."""
         if dict(pipe.scheduler.config) == dict(self.scheduler.config):
             return False
         self.scheduler.save_pretrained(self.folder)
@@ -312,7 +310,7 @@ class _Export:
             )
         return difference
 
-    # Phase 4: write the model card
+    # Phase 4: model card
 
     def _write_card(self, pipe: DiffusionPipeline, summary: ExportSummary) -> None:
         save_grid(self.columns, self.folder / SAMPLES_FILE)

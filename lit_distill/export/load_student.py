@@ -181,7 +181,7 @@ def with_defaults(pipe: DiffusionPipeline, facts: StudentFacts) -> DiffusionPipe
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         given = signature.bind_partial(self, *args, **kwargs).arguments
-        if "num_inference_steps" in given:  # the student's sigmas are for its own number of steps
+        if "num_inference_steps" in given:  # the student's sigmas are for its number of steps
             given = {"sigmas": None, **given}
         missing = {name: arg for name, arg in defaults.items() if name not in given}
         return pipeline_class.__call__(self, *args, **kwargs, **missing)

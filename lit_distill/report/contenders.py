@@ -1,4 +1,4 @@
-"""The contenders of a report: what samples the held-out rows, and what came of it."""
+"""The contenders of a report, and the results of sampling the held-out rows with them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Contender:
 
 @dataclass
 class ContenderResult:
-    """What sampling the held-out rows with a contender gave.
+    """Result of sampling the held-out rows with a contender.
 
     Attributes:
         contender: The contender.

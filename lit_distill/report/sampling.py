@@ -1,4 +1,4 @@
-"""Samples the held-out rows with a contender, measured in time and beside the teacher's results."""
+"""Samples the held-out rows with a contender and measures the time."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def sample_held_out(
 
 @contextmanager
 def _pipeline(contender: Contender, module: DirectDistill) -> Iterator[DiffusionPipeline | None]:
-    """Load a contender's own pipeline; the module's pipeline is on the CPU meanwhile."""
+    """Load a contender's pipeline, if it has one, with the module's on the CPU meanwhile."""
     if contender.load is None:
         yield None
         return
