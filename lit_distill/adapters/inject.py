@@ -13,9 +13,9 @@ from torch import nn
 
 from lit_distill.compute.repeated_blocks import repeated_blocks
 from lit_distill.compute.step_adapters import share_active_adapter, step_names
-from lit_distill.errors import did_you_mean
+from lit_distill.errors import with_suggestions
 from lit_distill.pipelines.components import call_parameters, denoisers
-from lit_distill.pipelines.rollout import switch_by_step
+from lit_distill.pipelines.rollout import switch_adapters_per_step
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -63,7 +63,7 @@ def make_trainable(
     freeze_parameters(pipe, freeze)
     set_training_mode(pipe, train_mode)
     if lora_per_step:
-        switch_by_step(pipe)
+        switch_adapters_per_step(pipe)
 
 
 def _check_switchable(pipe: DiffusionPipeline) -> None:
@@ -121,7 +121,7 @@ def _fitting(named: dict[str, Any], patterns: Sequence[str], nothing: str) -> li
     for pattern in patterns:
         names = fnmatch.filter(named, pattern)
         if not names:
-            raise ValueError(f"{nothing} is called {did_you_mean(pattern, named)}")
+            raise ValueError(f"{nothing} is called {with_suggestions(pattern, named)}")
         fitting += [named[name] for name in names]
     return fitting
 
@@ -133,7 +133,7 @@ def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  #
     accepted = inspect.signature(LoraConfig).parameters
     if unknown := set(lora) - set(accepted):
         raise ValueError(
-            f"lora: unknown field {did_you_mean(sorted(unknown)[0], accepted)}; the fields are "
+            f"lora: unknown field {with_suggestions(sorted(unknown)[0], accepted)}; the fields are "
             "those of peft.LoraConfig"
         )
     fields = dict(lora)
@@ -146,7 +146,7 @@ def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  #
                 suffixes = {".".join(n.split(".")[-k:]) for n in linears for k in (1, 2, 3)}
                 raise ValueError(
                     f"lora.target_modules: {type(denoiser).__name__} has no linear layer "
-                    f"{did_you_mean(target, suffixes)}"
+                    f"{with_suggestions(target, suffixes)}"
                 )
     trained = []
     for name in names or ["default"]:

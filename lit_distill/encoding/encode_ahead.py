@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lit_distill.data.batch import NO_TARGET, Batch, collate, open_pictures
 from lit_distill.data.dataset import PairDataset
-from lit_distill.data.filesystem import file_facts
+from lit_distill.data.filesystem import file_signature
 from lit_distill.data.images import Picture
 from lit_distill.encoding.collate import EncodingCollateError
 from lit_distill.encoding.encode_once import EncodeOnce, image_key
@@ -84,7 +84,9 @@ def _row_key(
     scales: set[float],
 ) -> str:
     """Return the key that says that all encodings of a row are kept."""
-    files = {k: file_facts(v) if isinstance(v, Picture) else v for k, v in record["call"].items()}
+    files = {
+        k: file_signature(v) if isinstance(v, Picture) else v for k, v in record["call"].items()
+    }
     arguments = call(collate([record | {"call": files} | NO_TARGET]))
     del arguments["generator"]
     return once.key("row", arguments, sorted(scales))

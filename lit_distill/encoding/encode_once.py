@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_distill.data.filesystem import file_facts
+from lit_distill.data.filesystem import file_signature
 from lit_distill.data.images import read_image
 from lit_distill.encoding.collate import (
     CollateExample,
@@ -150,7 +150,7 @@ class EncodeOnce:
 
 def image_key(identity: str, path: str) -> str:
     """Return the key of an image file, as long as it is the same."""
-    return fingerprint((identity, "image", file_facts(path)))
+    return fingerprint((identity, "image", file_signature(path)))
 
 
 def encoded_image(store: EncodingStore, identity: str, path: str) -> Tensor:

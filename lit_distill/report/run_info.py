@@ -16,7 +16,7 @@ import torch
 
 from lit_distill.data.batch import Batch, split_batch
 from lit_distill.data.datamodule import DistillDataModule
-from lit_distill.data.filesystem import opened, parent
+from lit_distill.data.filesystem import open_file, parent
 from lit_distill.export.model_card import student_call_kwargs
 from lit_distill.pipelines.guidance import guidance
 from lit_distill.teacher.generate import read_provenance
@@ -79,7 +79,7 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
 
 def _file(path: str) -> str:
     digest = hashlib.sha256()
-    with opened(path) as file:
+    with open_file(path) as file:
         while block := file.read(2**20):
             digest.update(block)
     return f"{path} (sha256 {digest.hexdigest()[:16]})"

@@ -29,10 +29,10 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader
 
 from lit_distill.data.dataset import LATENTS_KEY, SIGMAS_KEY, TRAJECTORY_KEY
-from lit_distill.data.filesystem import exist, is_url, opened
+from lit_distill.data.filesystem import files_exist, is_url, open_file
 from lit_distill.data.images import Picture, image_size
 from lit_distill.data.schema import call_key
-from lit_distill.pipelines.trajectory import Recorder
+from lit_distill.pipelines.trajectory import TrajectoryRecorder
 from lit_distill.teacher.prompts import Pair
 from lit_distill.teacher.teacher import Teacher, record, student_sigmas
 
@@ -109,7 +109,7 @@ def write_whole(path: Path, data: bytes) -> None:
 def _unfinished(pairs: Sequence[Pair], out: Path) -> list[Pair]:
     """Return the pairs that lack a file."""
     files = [pair.files(out) for pair in pairs]
-    there = exist([str(path) for both in files for path in both])
+    there = files_exist([str(path) for both in files for path in both])
     return [p for p, *both in zip(pairs, there[::2], there[1::2], strict=True) if not all(both)]
 
 
@@ -118,7 +118,7 @@ def _inputs(pairs: Sequence[Pair]) -> dict[Picture, str]:
     pictures = {v for pair in pairs for v in pair.call.values() if isinstance(v, Picture)}
     places = {}
     for picture in sorted(pictures):
-        with opened(picture) as stream:
+        with open_file(picture) as stream:
             digest = hashlib.sha256(stream.read()).hexdigest()[:16]
         places[picture] = f"inputs/{digest}{Path(picture).suffix.lower()}"
     return places
@@ -157,7 +157,7 @@ def _claim(
         _write_provenance(out, facts | {"versions": _versions()})
     for picture, place in inputs.items():
         if not (out / place).is_file():
-            with opened(picture) as stream:
+            with open_file(picture) as stream:
                 write_whole(out / place, stream.read())
 
 
@@ -172,7 +172,7 @@ def _plain(pairs: Sequence[Pair], inputs: dict[Picture, str]) -> list[Pair]:
 def read_provenance(out: str | Path) -> dict[str, Any] | None:
     """Return how the pairs of a folder or URL were made, None if that is not recorded."""
     try:
-        with opened(f"{out}/{PROVENANCE_FILE}") as stream:
+        with open_file(f"{out}/{PROVENANCE_FILE}") as stream:
             facts: dict[str, Any] = json.load(stream)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -298,7 +298,7 @@ class _GenerateModule(pl.LightningModule):
         return DataLoader(mine, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
 
     def predict_step(self, batch: list[Pair], batch_idx: int) -> None:
-        recorder = Recorder() if self.teacher.store_trajectory else None
+        recorder = TrajectoryRecorder() if self.teacher.store_trajectory else None
         latents, images = self.teacher.sample(self.pipe, batch, recorder)
         tensors = [{LATENTS_KEY: final} for final in latents]
         if recorder is not None:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lit_distill.data.batch import NO_TARGET, Batch, collate_calls, open_pictures
 from lit_distill.data.filesystem import parent
-from lit_distill.data.schema import Columns, call_key, read_calls
+from lit_distill.data.schema import ColumnParser, call_key, read_calls
 from lit_distill.data.table_io import Problems, read_table
 
 Size = tuple[int, int]
@@ -83,10 +83,10 @@ def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -
     optional = [name for name in ("image", "height", "width") if name not in raw]
     raw = raw.assign(**dict.fromkeys(optional, ""))
     # Where the prompts' own pictures are is nobody's business: the data set gets copies.
-    columns = Columns(raw, problems, parent(str(path)), allow_outside=True)
-    height, width = (columns.integers(name, 1, 2**20, blank=0) for name in ("height", "width"))
-    columns.reject("width", (height == 0) != (width == 0), "given together with height")
-    calls = read_calls(columns, call_columns)
+    parser = ColumnParser(raw, problems, parent(str(path)), allow_outside=True)
+    height, width = (parser.integers(name, 1, 2**20, blank=0) for name in ("height", "width"))
+    parser.reject("width", (height == 0) != (width == 0), "given together with height")
+    calls = read_calls(parser, call_columns)
     problems.check()
     sizes = [(int(h), int(w)) if h else None for h, w in zip(height, width, strict=True)]
     texts = raw["prompt"].str.strip()

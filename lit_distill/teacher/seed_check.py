@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_distill.data.dataset import LATENTS_KEY
 from lit_distill.data.dataset_check import latents_header
-from lit_distill.data.filesystem import opened, parent
+from lit_distill.data.filesystem import open_file, parent
 from lit_distill.data.images import read_image
 from lit_distill.pipelines.loading import DTYPES
 from lit_distill.teacher.generate import read_provenance
@@ -115,7 +115,7 @@ class Target:
             stored = latents_header(row["latents"])[1]
             self.dtype = DTYPE_OF[stored]
             self.alike = ALIKE[stored]
-            with opened(row["latents"]) as stream:
+            with open_file(row["latents"]) as stream:
                 self.values = load(stream.read())[LATENTS_KEY].double()
         else:
             self.kind = "image"

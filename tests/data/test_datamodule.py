@@ -81,5 +81,5 @@ def test_an_image_of_a_size_that_the_pipeline_would_round_is_named(write, tmp_pa
     model = DirectDistill("tiny-digits", torch_dtype="float32", lora={"r": 4})
     model.configure_model()
     assert model.teacher_target(batches[2]).shape == (1, 16, 16)
-    with pytest.raises(ValueError, match=r"row 3: QwenImagePipeline can't draw 33x33 pixels"):
+    with pytest.raises(ValueError, match=r"row 3: QwenImagePipeline can't generate 33x33 pixels"):
         model.teacher_target(batches[3])

@@ -50,5 +50,5 @@ def test_images_of_another_size_are_refused():
 @pytest.mark.parametrize(("height", "width"), [(33, 33), (36, 36), (32, 36)])
 def test_a_size_that_the_pipeline_would_round_is_refused(height, width):
     """An image of 33 pixels has as many latents as one of 32, so shapes alone don't tell."""
-    with pytest.raises(ValueError, match=rf"can't draw {height}x{width} pixels"):
+    with pytest.raises(ValueError, match=rf"can't generate {height}x{width} pixels"):
         LatentCodec(load_pipeline("tiny-digits"), height=height, width=width)

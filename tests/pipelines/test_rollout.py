@@ -151,7 +151,7 @@ def with_lora(name, **lora):
 def left_out(pipe):
     """Names of layers that the first block leaves out when it runs again."""
     block = pipe.transformer.transformer_blocks[0]
-    skipped = set().union(*activation_checkpointing._UNUSED[block].values())
+    skipped = set().union(*activation_checkpointing._UNUSED_LAYERS[block].values())
     return {name for name, layer in block.named_modules() if layer in skipped}
 
 
@@ -250,7 +250,7 @@ def test_the_pipeline_is_left_as_it_was():
         ({"checkpointing": "all"}, "checkpointing must be one of none, block, selective, step"),
         (
             {"offload": True},
-            r"with checkpointing none there is nothing to move; use block or selective",
+            r"and checkpointing none stores none; use block or selective",
         ),
         ({"grad_steps": 0}, "grad_steps must be >= 1"),
         ({"cfg_scale": 0.5}, r"cfg_scale must be a number >= 1 \(1 = no guidance\), got 0.5"),
