@@ -19,7 +19,7 @@ from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.data.filesystem import open_file, parent
 from lit_distill.export.model_card import student_call_kwargs
 from lit_distill.pipelines.guidance import guidance
-from lit_distill.teacher.generate import read_provenance
+from lit_distill.teacher.provenance import read_provenance
 from lit_distill.training.checkpoint_io import read_checkpoint
 from lit_distill.training.direct_distill import DirectDistill
 

@@ -20,7 +20,7 @@ def test_what_is_written_is_read_back(name, format, folder, tmp_path):
     pipe = build(name)
     component, denoiser = next(iter(denoisers(pipe).items()))
     if type(denoiser).__name__ not in LAYOUTS[format]:
-        with pytest.raises(ValueError, match=r"how it names the modules of .* is not known here"):
+        with pytest.raises(ValueError, match=r"its names for the modules of .* are not known"):
             layout_of(format, component, denoiser)
         return
     lora = extract_lora(away(module(folder(name), name)).pipe)[component]
@@ -157,7 +157,7 @@ FIRST = "lora_unet_transformer_blocks_0_attn_to_q"
     [
         (
             lambda s: s.update({"lora_unet_blocks_0_q.lora_up.weight": torch.zeros(4, 4)}),
-            "1 of .* keys stand for no module of QwenImage.*: lora_unet_blocks_0_q.lora_up.weight",
+            "1 of .* keys belong to no module of QwenImage.*: lora_unet_blocks_0_q.lora_up.weight",
         ),
         (
             lambda s: s.update({f"{FIRST}.lora_up.weight": torch.zeros(32, 3)}),
@@ -165,13 +165,13 @@ FIRST = "lora_unet_transformer_blocks_0_attn_to_q"
         ),
         (
             lambda s: s.update({f"{FIRST}.lora_down.weight": torch.zeros(4, 31)}),
-            rf"{FIRST}: down \(4, 31\) and up \(32, 4\) do not fit a weight of \(32, 32\)",
+            rf"{FIRST}: down \(4, 31\) and up \(32, 4\) do not match a weight of \(32, 32\)",
         ),
         (lambda s: s.pop(f"{FIRST}.alpha"), f"{FIRST} has no alpha"),
         (lambda s: s.pop(f"{FIRST}.lora_up.weight"), f"{FIRST} has no factor 'up'"),
         (
             lambda s: s.update({"lora_te1_text_model_q.lora_up.weight": torch.zeros(4, 4)}),
-            "lora_te1_text_model_q.*text encoders are not adapted here",
+            "lora_te1_text_model_q.*LoRAs of text encoders are not supported",
         ),
     ],
 )

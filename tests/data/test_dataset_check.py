@@ -122,7 +122,7 @@ def test_pairs_are_drawn_again_with_the_recorded_teacher(pairs, capsys):
     lines = capsys.readouterr().out.splitlines()[-4:]
     assert lines[0].split() == ["row", "target", "error", "finding"]
     assert [line.split()[0] for line in lines[1:]] == ["2", "6", "9"]
-    assert all(line.endswith("as the teacher draws it") for line in lines[1:])
+    assert all(line.endswith("as the teacher generates it") for line in lines[1:])
 
 
 def findings(folder, rows=2, **settings):
@@ -138,8 +138,8 @@ def test_a_wrong_seed_is_told(copy, capsys):
     with pytest.raises(SystemExit):
         check(copy, "--pairing", "2")
     lines = capsys.readouterr().out.splitlines()
-    assert "wrong seed: it is 1000000's" in lines[-2]
-    assert "wrong seed: it is 1000007's" in lines[-1]
+    assert "wrong seed: seed 1000000 generates it" in lines[-2]
+    assert "wrong seed: seed 1000007 generates it" in lines[-1]
 
 
 def test_wrong_settings_are_told(pairs, copy):
@@ -147,14 +147,14 @@ def test_wrong_settings_are_told(pairs, copy):
     edit(copy / "new", cfg_scale=4.0)
     found = findings(copy / "new")
     assert not found["alike"].any()
-    assert found["finding"].str.startswith("wrong settings: 10 steps at cfg 1 drew it").all()
+    assert found["finding"].str.startswith("wrong settings: 10 steps at cfg 1 generate it").all()
 
 
 def test_a_wrong_scheduler_is_told(copy):
     generate(copy / "new", "prompts_heldout.txt", 1, 0, "--scheduler", "UniPCMultistepScheduler")
     edit(copy / "new", scheduler=None)
     finding = findings(copy / "new")["finding"][0]
-    assert finding.startswith("wrong scheduler: UniPCMultistepScheduler drew it")
+    assert finding.startswith("wrong scheduler: UniPCMultistepScheduler generates it")
 
 
 def test_a_wrong_model_is_told_by_its_weights(copy, tmp_path):
@@ -168,14 +168,14 @@ def test_a_wrong_model_is_told_by_its_weights(copy, tmp_path):
     assert finding == "wrong model: its weights are not those in provenance.json"
     edit(copy, model="tiny-digits")
     finding = findings(copy, pretrained_model_name_or_path=str(tmp_path / "other"))["finding"][0]
-    assert finding.startswith("wrong model: tiny-digits drew it")
+    assert finding.startswith("wrong model: tiny-digits generates it")
 
 
 def test_images_without_latents_or_provenance_are_drawn_with_the_models_settings(copy):
     table = pd.read_csv(copy / "metadata.csv", dtype=str).drop(columns="latents")
     table.to_csv(copy / "metadata.csv", index=False)
     (copy / "provenance.json").unlink()
-    with pytest.raises(ValueError, match="name the pipeline that drew it"):
+    with pytest.raises(ValueError, match="name the pipeline that generated it"):
         findings(copy)
     settings = {"torch_dtype": "float32", "teacher_cfg_scale": 4.0}
     settings |= {"pretrained_model_name_or_path": str(TINY)}

@@ -94,5 +94,5 @@ def test_fingerprints_tell_content_apart():
     contents = [tensor, tensor.half(), tensor.view(3, 2), tensor + 1, "a", ["a"], ["a", "b"]]
     contents += [["ab"], None, 1, True, 1.0, {"a": 1}, (("a", 1),)]
     assert len({fingerprint(content) for content in contents}) == len(contents)
-    with pytest.raises(TypeError, match="cannot tell the content of a Generator"):
+    with pytest.raises(TypeError, match="cannot compute a digest of a Generator"):
         fingerprint({"generator": torch.Generator()})

@@ -56,7 +56,7 @@ def test_the_distribution_of_a_vae_can_be_kept(tmp_path):
     store.flush()
     back = EncodingStore(tmp_path)["z"]
     assert torch.equal(back.latent_dist.parameters, parameters)
-    with pytest.raises(TypeError, match="cannot keep a"):
+    with pytest.raises(TypeError, match="cannot store a"):
         store["pipe"] = nn.Linear(1, 1)
 
 
@@ -67,7 +67,7 @@ def test_a_truncated_or_foreign_shard_is_removed_not_used(tmp_path):
     path = next(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:-4])
     save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.warns(UserWarning, match="can't be read .* encoded anew"):
+    with pytest.warns(UserWarning, match="can't be read .* encoded again"):
         again = EncodingStore(tmp_path)
     assert "a" not in again
     assert not list(tmp_path.glob("*.safetensors"))
@@ -155,7 +155,7 @@ def test_training_with_and_without_the_cache_is_the_same_to_the_last_bit(
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(lit_distill.encoding.encode_once, "vae_encode", refuse)
-    monkeypatch.setattr(lit_distill.encoding.encode_once.EncodeOnce, "compute", refuse)
+    monkeypatch.setattr(lit_distill.encoding.encode_once.EncodeOnce, "encode", refuse)
     again, again_metrics = fit(table, tmp_path)
     assert again.values == plain.values
     assert again_metrics == plain_metrics
@@ -177,8 +177,8 @@ def test_nothing_stale_is_found_again(tmp_path):
     image = tmp_path / "a.png"
     Image.new("RGB", (32, 32), "red").save(image)
     cached = once()
-    cached.image_latents(str(image))
-    encoded = partial(encoded_image, cached.store, cached.identity)
+    cached.cache_image(str(image))
+    encoded = partial(encoded_image, cached.store, cached.namespace)
     assert encoded(str(image)).shape == (4, 1, 8, 8)
     Image.new("RGB", (32, 32), "blue").save(image)
     os.utime(image, ns=(0, 0))

@@ -144,7 +144,7 @@ def test_encoding_ahead_and_letting_go_of_the_encoders_changes_nothing(name, tmp
             for scale in (1.0, 3.0):
                 with contextlib.suppress(EncodingCollateError):
                     given = call(name, prompts) | {"generator": generators(len(prompts))}
-                    once.rehearse(cfg_scale=scale, **given)
+                    once.populate(cfg_scale=scale, **given)
         once.store.flush()
         once.release(torch.device("cpu"))
         left = [c for c in pipe.components.values() if isinstance(c, torch.nn.Module)]

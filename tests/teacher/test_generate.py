@@ -127,7 +127,7 @@ def test_two_processes_write_what_one_does(tmp_path):
     command = [sys.executable, "-m", "lit_distill", "generate", *options]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert "Drew 10 images" in found.stderr
+    assert "Generated 10 images" in found.stderr
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
     assert len(read_metadata(tmp_path / "two/metadata.csv")) == 10
 
@@ -200,7 +200,7 @@ def test_prompts_may_have_sizes_and_the_teacher_another_scheduler(tmp_path):
 
 
 def test_a_size_that_the_pipeline_does_not_draw_is_refused_and_nothing_written(tmp_path):
-    with pytest.raises(ValueError, match=r"draws 32x32 .* when asked for 36x36"):
+    with pytest.raises(ValueError, match=r"generates 32x32 .* when asked for 36x36"):
         generate(tmp_path, "prompts_heldout.txt", 1, 0, "--height", "36", "--width", "36")
     assert set(hashes(tmp_path)) == {"provenance.json"}
     generate(tmp_path, "prompts_heldout.txt", 1, 0)  # the folder is still free for another try

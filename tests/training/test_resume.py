@@ -4,11 +4,11 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import adamw, fit, module
 from two_processes import Signal, difference, train
 
 from lit_distill.training.checkpoint_io import AtomicCheckpointIO
 from lit_distill.training.lr_scheduler import WarmupCosine
+from runs import adamw, fit, module
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda s: s.name)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ROOT
 from lightning.pytorch.loggers import CSVLogger
-from runs import adamw, data, fit, module
 from tiny_pipelines import CALL_KWARGS, build
 from two_processes import QUIET, difference, train, weights_of
 
@@ -20,6 +19,7 @@ from lit_distill.compute.precision import compute_in
 from lit_distill.pipelines.components import denoisers
 from lit_distill.training.ema import EMA
 from lit_distill.training.throughput import TrainingMonitor
+from runs import adamw, data, fit, module
 
 # Numerics
 
