@@ -241,7 +241,7 @@ class PairChecker:
     def _variants(
         self, table: pd.DataFrame, index: int, teacher: Teacher, target: Target
     ) -> Iterator[Variant]:
-        """Yield other settings for a row, the most likely first; each costs one sample."""
+        """Yield other settings for a row, first those that need no other pipeline to be loaded."""
         row = table.iloc[index]
         pair = _pair(row)
         neighbours = table["seed"].iloc[max(0, index - 1) : index + 2].tolist()

@@ -38,7 +38,7 @@ def test_what_is_written_is_read_back(name, format, folder, tmp_path):
         )
 
 
-# Keys as DiffSynth-Studio's own modules are called.
+# Keys by the names of DiffSynth-Studio's modules.
 DIFFSYNTH_KEYS = {
     "QwenImage": ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mlp.net.2"],
     "Flux": [
@@ -118,7 +118,7 @@ def test_queries_keys_and_values_come_in_this_order(name, key, parts, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["diffusers", "comfyui", "kohya", "diffsynth", "peft"])
-def test_training_goes_on_from_a_lora_of_any_layout(format, exports, folder, tmp_path):
+def test_training_starts_from_a_lora_of_any_layout(format, exports, folder, tmp_path):
     out, model = exports
     begun = module(folder("QwenImage"), lora=None, init_lora=str(out / format))
     torch.testing.assert_close(
@@ -175,7 +175,7 @@ FIRST = "lora_unet_transformer_blocks_0_attn_to_q"
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_by_name(change, message, exports, folder, tmp_path):
+def test_a_file_that_does_not_match_is_refused_by_name(change, message, exports, folder, tmp_path):
     path = tampered(exports, tmp_path, change)
     with pytest.raises(ValueError, match=message) as error:
         module(folder("QwenImage"), init_lora=str(path))

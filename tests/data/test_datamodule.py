@@ -33,7 +33,7 @@ def test_ranks_share_buckets_at_every_step():
     assert {row for plan in plans for batch in plan for row in batch} == set(range(20))
 
 
-def test_a_loader_goes_on_where_its_state_was_taken(pairs):
+def test_a_loader_resumes_at_its_saved_state(pairs):
     def loader():
         data = DistillDataModule(str(pairs / "train/metadata.csv"), batch_size=4)
         data.setup("fit")
@@ -50,7 +50,7 @@ def test_a_loader_goes_on_where_its_state_was_taken(pairs):
     assert following != rows
 
 
-def test_held_out_rows_come_from_the_first_every_time(pairs):
+def test_held_out_rows_always_start_from_the_first(pairs):
     data = DistillDataModule(None, str(pairs / "heldout/metadata.csv"), batch_size=2)
     data.setup("validate")
     loader = data.val_dataloader()
