@@ -13,7 +13,7 @@ class InputError(ValueError):
     """
 
 
-def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.4) -> str:
+def with_suggestions(name: str, names: Iterable[str], cutoff: float = 0.4) -> str:
     """Return the name, quoted, with the nearest known names if there are any."""
     matches = difflib.get_close_matches(name, list(names), n=3, cutoff=cutoff)
     return f"{name!r}" + (f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else "")

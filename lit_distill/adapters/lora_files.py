@@ -1,8 +1,8 @@
-"""LoRA as factors, and its files: written exactly, read strictly.
+"""Reads and writes LoRA files in the layouts of `lora_formats`.
 
-A key that stands for no module is refused by name, so that a file of another model is never half
-loaded. Where a tool computes several modules as one (queries, keys and values) their factors are
-joined block-diagonally, and taken apart again.
+Reading is strict: keys that belong to no module are an error, so that a LoRA of another model is
+never loaded in part. Where a tool fuses several modules into one (queries, keys and values), their
+factors are joined block-diagonally when written and split again when read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_distill.adapters.lora import Factors, LoRA
-from lit_distill.adapters.lora_formats import Layout, adaptable, file_name, known_names, names_of
+from lit_distill.adapters.lora_formats import (
+    Layout,
+    adaptable_modules,
+    file_name,
+    known_names,
+    layout_names,
+)
 from lit_distill.pipelines.components import denoisers
 
 if TYPE_CHECKING:
@@ -26,26 +32,26 @@ if TYPE_CHECKING:
 
 
 METADATA_KEY = "lit_distill"
-"""Where a file's metadata holds the facts of the student, as JSON."""
+"""Key of a file's metadata with the settings of the student, as JSON."""
 
 
 # Writing
 
 
 def to_state(weights: dict[str, Factors], layout: Layout, denoiser: nn.Module) -> dict[str, Tensor]:
-    """Return a LoRA as the tensors of a file.
+    """Return the tensors of a LoRA file in a layout.
 
     Raises:
         ValueError: If a module has no name in this layout.
     """
     state: dict[str, Tensor] = {}
-    rest = dict(weights)
-    sizes = adaptable(denoiser)
-    for name, parts in names_of(layout.table, denoiser).items():
-        if not any(part in rest for part in parts):
+    remaining = dict(weights)
+    sizes = adaptable_modules(denoiser)
+    for name, parts in layout_names(layout.table, denoiser).items():
+        if not any(part in remaining for part in parts):
             continue
-        found = [rest.pop(part, None) for part in parts]
-        factors = found[0] if len(parts) == 1 else _join(found, [sizes[part] for part in parts])
+        group = [remaining.pop(part, None) for part in parts]
+        factors = group[0] if len(parts) == 1 else _join(group, [sizes[part] for part in parts])
         assert factors is not None
         key = layout.prefix + (name.replace(".", "_") if layout.flat else name)
         factors = factors if layout.alpha else factors.folded()
@@ -53,36 +59,40 @@ def to_state(weights: dict[str, Factors], layout: Layout, denoiser: nn.Module) -
         state |= {down: factors.down.contiguous(), up: factors.up.contiguous()}
         if layout.alpha:
             state[f"{key}.alpha"] = torch.tensor(factors.alpha)
-    if rest:
+    if remaining:
         raise ValueError(
-            f"{len(rest)} adapted modules of {type(denoiser).__name__} have no name in this "
-            f"format, for example {', '.join(list(rest)[:3])}; use format diffusers, peft or merged"
+            f"{len(remaining)} adapted modules of {type(denoiser).__name__} have no name in this "
+            f"format, for example {', '.join(list(remaining)[:3])}; use format diffusers, peft or "
+            "merged"
         )
     return state
 
 
-def _join(found: list[Factors | None], sizes: list[tuple[int, ...]]) -> Factors:
-    """Return one update for several modules that lie below one another in one weight."""
-    given = next(factors for factors in found if factors is not None)
+def _join(group: list[Factors | None], sizes: list[tuple[int, ...]]) -> Factors:
+    """Join the updates of modules that are concatenated along the output dimension of one weight.
+
+    Modules without an update get one of zeros.
+    """
+    first = next(factors for factors in group if factors is not None)
     parts = [
         factors
         or Factors(
-            torch.zeros_like(given.down), given.up.new_zeros(size[0], given.rank), given.alpha
+            torch.zeros_like(first.down), first.up.new_zeros(size[0], first.rank), first.alpha
         )
-        for factors, size in zip(found, sizes, strict=True)
+        for factors, size in zip(group, sizes, strict=True)
     ]
     if len({factors.scale for factors in parts}) > 1:
         parts = [factors.folded() for factors in parts]
     scale = parts[0].scale
-    if all(torch.equal(factors.down, given.down) for factors in parts):
-        # As trained by a tool that computes them as one.
-        return Factors(given.down, torch.cat([factors.up for factors in parts]), scale * given.rank)
+    if all(torch.equal(factors.down, first.down) for factors in parts):
+        # A LoRA that was trained on the fused module shares `down`.
+        return Factors(first.down, torch.cat([factors.up for factors in parts]), scale * first.rank)
     down = torch.cat([factors.down for factors in parts])
     return Factors(down, _block_diagonal([factors.up for factors in parts]), scale * len(down))
 
 
 def _split(joined: Factors, rows: list[int]) -> list[Factors]:
-    """Undo `_join`; factors that are not block-diagonal share `down`."""
+    """Undo `_join`. Factors that are not block-diagonal get the same `down`."""
     ups = torch.split(joined.up, rows)
     count = len(rows)
     if joined.rank % count == 0:
@@ -106,41 +116,41 @@ _KEY = re.compile(
     r"(?P<name>.+?)\.(?:(?P<factor>lora_(?:A|B|down|up))(?:\.default)?\.weight|alpha)"
 )
 
-_LORA_METADATA = "lora_adapter_metadata"  # where diffusers keeps the settings of a LoRA
+_LORA_METADATA = "lora_adapter_metadata"  # diffusers' metadata key of the settings of a LoRA
 
 
 def read_lora(path: str | Path, pipe: DiffusionPipeline, stem: str | None = None) -> LoRA:
     """Read a LoRA in the layout of diffusers, peft, ComfyUI, kohya or DiffSynth-Studio.
 
     Args:
-        path: A .safetensors file, or a folder with one (one a denoiser, where there are two).
-        pipe: The pipeline that it is for.
-        stem: Name of the file in the folder, without .safetensors, if it holds several LoRAs.
+        path: A .safetensors file, or a folder with one, or with one for each denoiser.
+        pipe: The pipeline to which the LoRA belongs.
+        stem: Name of the file without .safetensors, for a folder with several LoRAs.
 
     Returns:
-        Factors of every adapted module of every denoiser, in the file's data type.
+        The factors of all adapted modules, in the file's data type.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, has a key that stands for no module of the pipeline,
-            factors that don't fit together or the module, or an alpha for some modules only.
+        ValueError: If the file is truncated, a key belongs to no module of the pipeline, factors do
+            not match each other or the module, or only some modules have an alpha.
     """
-    found = {}
+    lora = {}
     for component, denoiser in denoisers(pipe).items():
         file = lora_file(path, component, pipe, stem)
         if file is not None:
-            found[component] = _read_file(file, component, denoiser)
-    return found
+            lora[component] = _read_file(file, component, denoiser)
+    return lora
 
 
 def lora_file(
     path: str | Path, component: str, pipe: DiffusionPipeline, stem: str | None = None
 ) -> Path | None:
-    """Return the file of one denoiser's LoRA; None if there is none for a second denoiser.
+    """Return the file with the LoRA of a denoiser; None if a second denoiser has none.
 
     Raises:
         FileNotFoundError: If there is none for the first denoiser.
-        ValueError: If there are several to choose from.
+        ValueError: If there are several candidates.
     """
     path = Path(path)
     first = component == next(iter(denoisers(pipe)))
@@ -154,13 +164,13 @@ def lora_file(
             raise FileNotFoundError(f"LoRA {file} does not exist")
         return file if file.is_file() else None
     others = [name for name in denoisers(pipe) if name != component]
-    own = [*path.glob(f"*_{component}.safetensors"), *path.glob(f"{component}/*.safetensors")]
+    named = [*path.glob(f"*_{component}.safetensors"), *path.glob(f"{component}/*.safetensors")]
     unnamed = [
         file
         for file in path.glob("*.safetensors")
         if not any(file.stem.endswith(f"_{name}") for name in [component, *others])
     ]
-    files = own + (unnamed if first else [])
+    files = named + (unnamed if first else [])
     if len(files) > 1:
         raise ValueError(f"{path} holds several files, name one: {', '.join(map(str, files))}")
     if first and not files:
@@ -172,7 +182,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file.
 
     Raises:
-        ValueError: If it is truncated or of another kind.
+        ValueError: If it is truncated or not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -187,28 +197,28 @@ def _read_file(path: Path, component: str, denoiser: nn.Module) -> dict[str, Fac
     state, metadata = load_tensors(path)
     names = known_names(component, denoiser)
     groups: dict[str, dict[str, Tensor]] = {}
-    strange = []
+    unknown = []
     for key, tensor in state.items():
         match = _KEY.fullmatch(key)
         if match is None or match["name"] not in names:
-            strange.append(key)
+            unknown.append(key)
         else:
             factor = {"lora_A": "down", "lora_B": "up"}.get(match["factor"] or "alpha")
             factor = factor or (match["factor"] or "alpha").removeprefix("lora_")
             groups.setdefault(match["name"], {})[factor] = tensor
-    if strange or not groups:
-        near = difflib.get_close_matches(strange[0] if strange else "", names, n=1, cutoff=0.5)
-        hint = f" (a known name like it is {near[0]!r})" if near else ""
+    if unknown or not groups:
+        close = difflib.get_close_matches(unknown[0] if unknown else "", names, n=1, cutoff=0.5)
+        hint = f" (a similar known name is {close[0]!r})" if close else ""
         raise ValueError(
-            f"{path}: {len(strange)} of {len(state)} keys stand for no module of "
-            f"{type(denoiser).__name__}: {', '.join(strange[:3])}{hint}. Is it a LoRA, of this "
-            "model, of the denoiser alone (text encoders are not adapted here)?"
+            f"{path}: {len(unknown)} of {len(state)} keys belong to no module of "
+            f"{type(denoiser).__name__}: {', '.join(unknown[:3])}{hint}. Is it a LoRA of this "
+            "model, for the denoiser only (LoRAs of text encoders are not supported)?"
         )
     settings = _settings(path, metadata, component)
     needs_alpha = any(".lora_down." in key for key in state) or any(
         "alpha" in g for g in groups.values()
     )
-    sizes = adaptable(denoiser)
+    sizes = adaptable_modules(denoiser)
     weights: dict[str, Factors] = {}
     for name, group in groups.items():
         factors = _factors(path, name, group, needs_alpha)
@@ -226,7 +236,7 @@ def _factors(path: Path, name: str, group: dict[str, Tensor], needs_alpha: bool)
     if needs_alpha and "alpha" not in group:
         raise ValueError(
             f"{path}: {name} has no alpha; this layout stores one for every module, and without it "
-            "the strength of the update is not known"
+            "the strength of the update is unknown"
         )
     rank = group["down"].shape[0]
     return Factors(group["down"], group["up"], float(group.get("alpha", torch.tensor(rank))))
@@ -239,20 +249,22 @@ def _check_shape(path: Path, name: str, factors: Factors, sizes: list[tuple[int,
     rows = sum(size[0] for size in sizes)
     if up[0] != rows or tuple(down[1:]) != sizes[0][1:]:
         raise ValueError(
-            f"{path}: {name}: down {tuple(down)} and up {tuple(up)} do not fit a weight of "
+            f"{path}: {name}: down {tuple(down)} and up {tuple(up)} do not match a weight of "
             f"{(rows, *sizes[0][1:])}; is it a LoRA of another size of this model?"
         )
 
 
 def _settings(path: Path, metadata: dict[str, str], component: str) -> dict[str, Any]:
-    """Return what peft's file beside the weights, or diffusers' metadata, say of the LoRA."""
-    beside = path.parent / "adapter_config.json"
+    """Return the settings of a LoRA, from peft's adapter_config.json or diffusers' metadata."""
+    config = path.parent / "adapter_config.json"
     if path.name == "adapter_model.safetensors":
-        if not beside.is_file():
-            raise ValueError(f"{path} needs peft's adapter_config.json beside it: alpha is there")
-        settings: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
+        if not config.is_file():
+            raise ValueError(
+                f"{path} needs peft's adapter_config.json beside it, which has its alpha"
+            )
+        settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
         if not isinstance(settings.get("lora_alpha"), int | float):
-            raise ValueError(f"{beside} has no lora_alpha")
+            raise ValueError(f"{config} has no lora_alpha")
         return settings
     stored = json.loads(metadata.get(_LORA_METADATA, "{}"))
     return {
@@ -270,5 +282,5 @@ def _alpha(settings: dict[str, Any], module: str, factors: Factors) -> float:
         (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)),
         settings["lora_alpha"],
     )
-    # Rank-stabilised LoRA divides by the root of the rank.
+    # Rank-stabilised LoRA divides alpha by the square root of the rank.
     return float(alpha) * (math.sqrt(factors.rank) if settings.get("use_rslora") else 1.0)

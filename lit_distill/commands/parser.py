@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_distill.data.datamodule import DistillDataModule
-from lit_distill.errors import did_you_mean
+from lit_distill.errors import with_suggestions
 from lit_distill.training.direct_distill import DirectDistill
 
 SECTIONS = {"model": DirectDistill, "data": DistillDataModule, "trainer": pl.Trainer}
@@ -49,18 +49,14 @@ def explain(message: str, options: Collection[str] = ()) -> list[str]:
         options: Names of the options that are accepted, with their dashes.
     """
     if match := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
-        known = {
-            *options,
-            *(f"--{section}.{name}" for section in SECTIONS for name in _keys(section)),
-        }
+        keys = (f"--{section}.{name}" for section in SECTIONS for name in _keys(section))
+        known = [*options, *keys]
         names = [part.partition("=")[0] for part in match[1].split() if part.startswith("-")]
-        return [f"unknown option {did_you_mean(name, known, 0.6)}" for name in names] or [message]
-    if match := re.match(
-        r"argument subcommand: invalid choice: '(.*)' \(choose from (.*)\)", message
-    ):
-        return [
-            f"unknown subcommand {did_you_mean(match[1], re.findall(r'[a-z]+', match[2]), 0.6)}"
-        ]
+        unknown = [f"unknown option {with_suggestions(name, known, 0.6)}" for name in names]
+        return unknown or [message]
+    if match := re.match(r"argument subcommand: invalid choice: '(.*)' \(choose from", message):
+        subcommands = re.findall(r"'(\w+)'", message[match.end() :])
+        return [f"unknown subcommand {with_suggestions(match[1], subcommands, 0.6)}"]
     if match := re.match(r"the following arguments are required: (.*)", message):
         names = [name.strip().rpartition(".")[2] for name in match[1].split(",")]
         return [f"missing option --{name}" for name in names]
@@ -110,7 +106,7 @@ def _reasons(message: str) -> Iterator[str]:
 
 def _unknown_key(section: str, name: str, class_path: str) -> str:
     known = _keys(section) if section in SECTIONS else _arguments(class_path)
-    near = did_you_mean(name, known, cutoff=0.6)
+    near = with_suggestions(name, known, cutoff=0.6)
     where = section if section in SECTIONS else f"{section}, {class_path}"
     return f"{where}: unknown key {near}"
 

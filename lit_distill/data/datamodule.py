@@ -1,4 +1,4 @@
-"""Pairs to learn from: batches of one size, step count and guidance, from a metadata table."""
+"""The LightningDataModule of pairs from a metadata table."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from lit_distill.data.metadata import hold_out, read_metadata
 
 
 class DistillDataModule(pl.LightningDataModule):
-    """Teacher's pairs from a CSV ``image,prompt,seed,rand_device,num_inference_steps,cfg_scale``.
+    """Loads pairs from a CSV ``image,prompt,seed,rand_device,num_inference_steps,cfg_scale``.
 
-    Steps and guidance are the student's. Images are never resized. Batches share size, steps,
-    guidance and random device. Set ``use_distributed_sampler=False`` in a Trainer of several
-    processes (the command line does): this module gives every rank its share.
+    Steps and guidance are the student's. Images are never resized. The rows of a batch share size,
+    steps, guidance and random device. Set ``use_distributed_sampler=False`` in a Trainer of several
+    processes (the command line does): this module distributes the rows itself.
 
     Args:
-        metadata_path: CSV, JSON or JSONL of the training pairs, a file or a URL (docs/data.md).
-        val_metadata_path: CSV of held-out pairs, for validate, test and predict.
-        val_fraction: Without `val_metadata_path`: hold out about this share of the prompts.
-        base_path: Folder that files are relative to; default: the CSV's.
-        call_columns: Columns that are arguments of the pipeline's call, argument to column, such as
-            {image: edit_image} for an edit pipeline. Paths of pictures, numbers or texts.
+        metadata_path: Table of the training pairs: CSV, JSON or JSONL, a file or a URL.
+        val_metadata_path: Table of held-out pairs, for validate, test and predict.
+        val_fraction: Without `val_metadata_path`: share of the prompts to hold out, approximately.
+        base_path: Folder that files are relative to; default: the table's folder.
+        call_columns: Columns to pass to the pipeline's call, as argument: column, for example
+            {image: edit_image} for an edit pipeline. Values are paths of pictures, numbers or
+            texts.
         height: With `width`, the size in pixels that every image must have.
         width: See `height`.
-        max_pixels: Largest area of an image in pixels. Without height, width and max_pixels
-            every image is used at its own size.
+        max_pixels: Largest accepted area of an image in pixels. Without height, width and
+            max_pixels, images of any size are accepted and used at their size.
         allow_outside: Accept files that are not below base_path: absolute paths, "..", URLs.
-        batch_size: Rows a batch and process.
-        num_workers: Processes that read files; 0 reads in the training process.
-        repeat: How often an epoch passes over the training rows.
-        drop_last: Leave out training batches that the last rows of a size, step count or guidance
-            don't fill.
-        cache_dir: Folder where prompts and images are kept encoded. With it all of them are encoded
-            before training, then the encoders are let go of: they and the denoiser need not fit
-            together. Without it they are encoded when first used, and stay.
+        batch_size: Rows per batch and process.
+        num_workers: Number of worker processes that read files; 0: read in the training process.
+        repeat: Number of passes over the training rows in an epoch.
+        drop_last: Drop incomplete training batches: the last rows of each combination of size,
+            steps and guidance.
+        cache_dir: Folder for encoded prompts and images. If set, all of them are encoded before
+            training, and the encoders are freed: encoders and denoiser need not fit into memory
+            together. Otherwise they are encoded at first use, and the encoders stay.
         seed: Seed of the order of rows and of the held-out split.
 
     Raises:
@@ -92,9 +93,9 @@ class DistillDataModule(pl.LightningDataModule):
         self.val_set: PairDataset | None = None
 
     def setup(self, stage: str) -> None:
-        """Read and check the tables that `stage` (fit, validate, test, predict) needs."""
+        """Read and check the tables needed in `stage` (fit, validate, test or predict)."""
         if stage == "fit" and self.metadata_path is None:
-            raise ValueError("data.metadata_path is not set: the CSV of the training pairs")
+            raise ValueError("data.metadata_path is not set: the table of the training pairs")
         if self.val_metadata_path is not None:
             self.val_set = PairDataset(self._read(self.val_metadata_path))
         if self.metadata_path is not None and (stage == "fit" or self.val_set is None):
@@ -118,7 +119,7 @@ class DistillDataModule(pl.LightningDataModule):
         return read_metadata(path, self.base_path, self.call_columns, **self.limits())
 
     def limits(self) -> dict[str, Any]:
-        """Return what rows have to keep to, arguments of `read_metadata`."""
+        """Return the limits on rows, as arguments of `read_metadata`."""
         names = ("height", "width", "max_pixels", "allow_outside")
         return {name: getattr(self, name) for name in names}
 
@@ -142,7 +143,7 @@ class DistillDataModule(pl.LightningDataModule):
         loader = self._loader(self.train_set, train=True)
         if len(loader.batch_sampler) == 0:
             raise ValueError(
-                f"data.drop_last leaves no batch: no size, step count and guidance has "
+                f"data.drop_last leaves no batch: no combination of size, steps and guidance has "
                 f"{self.batch_size} rows for each process (data.batch_size)"
             )
         return loader
@@ -156,7 +157,7 @@ class DistillDataModule(pl.LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Return a loader of the held-out rows, a plain one: Lightning rebuilds it to predict."""
+        """Return a plain loader of the held-out rows, since Lightning re-creates it for predict."""
         assert self.val_set is not None, "call setup('predict') first"
         plan = self._loader(self.val_set, train=False).batch_sampler.plan()
         return DataLoader(PlannedBatches(self.val_set, plan), batch_size=None)

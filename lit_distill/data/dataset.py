@@ -1,4 +1,4 @@
-"""Rows of a metadata table with their images or latents, read on access."""
+"""The rows of a metadata table as a torch dataset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_distill.data.batch import open_pictures
-from lit_distill.data.filesystem import opened
+from lit_distill.data.filesystem import open_file
 from lit_distill.data.images import read_image
 
 LATENTS_KEY = "latents"
@@ -20,16 +20,16 @@ LATENTS_KEY = "latents"
 TRAJECTORY_KEY = "trajectory"
 
 SIGMAS_KEY = "sigmas"
-"""Names of tensors in a file of the ``latents`` column: the final latents; where they were made
-with store_trajectory, also the states between the student's steps, (steps - 1, ...), and the noise
-level of each, (steps - 1,)."""
+"""Names of the tensors in a file of the ``latents`` column. With store_trajectory there are three:
+the final latents, the states between the student's steps, (steps - 1, ...), and the noise levels of
+these states, (steps - 1,). Otherwise only the final latents."""
 
 
 class PairDataset(Dataset[dict[str, Any]]):
-    """The rows of a checked table, with their images or latents read on access.
+    """The rows of a checked table; images and latents are read on access.
 
     Attributes:
-        encoded: Reads what the VAE has made of an image file, once that is kept somewhere.
+        encoded: Returns the stored VAE encoding of an image file; None: images are not encoded yet.
     """
 
     def __init__(self, table: pd.DataFrame) -> None:
@@ -43,15 +43,15 @@ class PairDataset(Dataset[dict[str, Any]]):
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row; exact latents are preferred to the image they decode to."""
+        """Return one row; if it has exact latents, they are loaded instead of the image."""
         row = self.record(index)
         image, encoded, tensors = None, None, {}
         if row["latents"]:
             try:
-                with opened(row["latents"]) as stream:
+                with open_file(row["latents"]) as stream:
                     tensors = load(stream.read())
                     tensors[LATENTS_KEY]
-            except Exception as error:  # safetensors raises its own kinds, without the file's name
+            except Exception as error:  # safetensors' errors do not name the file
                 raise ValueError(
                     f"row {row['row']}: {row['latents']} holds no tensor "
                     f"{LATENTS_KEY!r} in safetensors format: {error}"
@@ -71,26 +71,26 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     @property
     def prompts(self) -> Any:  # noqa: ANN401
-        """All rows' prompts, an array."""
+        """The prompts of all rows, as an array."""
         return self.columns["prompt"]
 
     def record(self, index: int) -> dict[str, Any]:
-        """Return one row as it is in the table: files are paths."""
+        """Return one row of the table, with paths instead of files."""
         return {name: column[index] for name, column in self.columns.items()}
 
     def image_sizes(self) -> list[dict[str, Any]]:
-        """Return a row of every size among those whose target is an image."""
+        """Return one row of each size, among rows whose target is an image."""
         names = ("image", "latents", "height", "width")
         rows = zip(*(self.columns[name].tolist() for name in names), strict=True)
-        first: dict[tuple[int, int], int] = {}
+        examples: dict[tuple[int, int], int] = {}
         for index, (image, latents, height, width) in enumerate(rows):
             if image and not latents:
-                first.setdefault((height, width), index)
-        return [self.record(index) for index in first.values()]
+                examples.setdefault((height, width), index)
+        return [self.record(index) for index in examples.values()]
 
     def buckets(self) -> list[np.ndarray]:
-        """Return the indices of rows that may share a batch, one array a bucket."""
+        """Return the indices of rows that may share a batch, one array per bucket."""
         keys = ["height", "width", "num_inference_steps", "cfg_scale", "rand_device", "call_key"]
-        kind = np.where(self.table["latents"] != "", 2, np.where(self.table["image"] != "", 1, 0))
-        groups = self.table.assign(kind=kind).groupby([*keys, "kind"], sort=True)
+        target = np.where(self.table["latents"] != "", 2, np.where(self.table["image"] != "", 1, 0))
+        groups = self.table.assign(target=target).groupby([*keys, "target"], sort=True)
         return [np.sort(index) for index in groups.indices.values()]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lit_distill.data.filesystem import THREADS, opened
+from lit_distill.data.filesystem import THREADS, open_file
 from lit_distill.data.images import Picture
 
 COLUMNS = ("prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale", "height", "width")
@@ -88,7 +88,7 @@ def _contents(table: pd.DataFrame) -> list[str]:
 
 def _sha256(path: str) -> str:
     digest = hashlib.sha256()
-    with opened(path) as stream:
+    with open_file(path) as stream:
         while block := stream.read(2**20):
             digest.update(block)
     return digest.hexdigest()

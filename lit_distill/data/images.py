@@ -1,4 +1,4 @@
-"""Pictures as they are: never resized; read predictably or refused."""
+"""Reads pictures as 8-bit RGB, never resized; refuses those whose conversion would be a guess."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from lit_distill.data.filesystem import is_url, opened
+from lit_distill.data.filesystem import is_url, open_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
-# Whatever Pillow's decoders raise on bytes that are no picture.
+# What Pillow's decoders raise for files that are not pictures.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class Picture(str):
-    """Path or URL of a picture, to tell it from a text."""
+    """Path or URL of a picture; the type distinguishes it from a text."""
 
     def absolute(self) -> str:
-        """Return it as plain text that holds in any folder."""
+        """Return the absolute path, or the URL, as a plain string."""
         return str(self) if is_url(self) else str(Path(self).absolute())
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read an image as it is: never resized, EXIF rotation applied.
+    """Read an image as a tensor, with EXIF rotation applied and without resizing.
 
     Args:
         path: A file or URL that `read_picture` accepts.
@@ -43,19 +43,20 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """Read a picture as 8-bit RGB: never resized, EXIF rotation applied.
+    """Read a picture as 8-bit RGB, with EXIF rotation applied and without resizing.
 
     Args:
         path: A file or URL that Pillow reads, in 8-bit grey, palette, RGB or opaque RGBA.
 
     Raises:
-        ValueError: If it can't be read, is truncated, has more pixels than Pillow takes for safe
-            (179 million), transparent pixels or several frames, or is of a kind (CMYK, 16-bit,
-            ...) whose conversion would be a guess.
+        ValueError: If it can't be read, is truncated, has more pixels than Pillow considers safe
+            (179 million), has transparent pixels or several frames, or has a colour mode (CMYK,
+            16-bit, ...) whose conversion would be a guess.
     """
     try:
-        with opened(path) as stream, Image.open(stream) as file:
-            deep = any(mark in str(file.tile) for mark in (";16", ";32"))  # Pillow would cut it
+        with open_file(path) as stream, Image.open(stream) as file:
+            # Pillow would silently reduce these to 8 bits.
+            deep = any(mark in str(file.tile) for mark in (";16", ";32"))
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
             image: Image.Image = ImageOps.exif_transpose(file)
             image.load()
@@ -80,16 +81,18 @@ def image_size(path: str | Path) -> tuple[int, int]:
         ValueError: If it is not an image.
     """
     try:
-        with opened(path) as stream, Image.open(stream) as file:
+        with open_file(path) as stream, Image.open(stream) as file:
             width, height = file.size
-            # Not file.getexif(), which decodes a whole PNG to look for more behind its pixels.
+            # Not file.getexif(), which decodes a whole PNG to find EXIF data after its pixels.
             orientation = Image.Image.getexif(file).get(0x0112, 1)
-            turned = orientation >= 5 and file.format != "TIFF"  # whose size says so already
+            transposed = (
+                orientation >= 5 and file.format != "TIFF"
+            )  # its size is transposed already
     except _BROKEN as error:
         raise ValueError(f"not a readable image ({_reason(error)})") from error
-    return (width, height) if turned else (height, width)
+    return (width, height) if transposed else (height, width)
 
 
 def _reason(error: BaseException) -> str:
-    # Pillow names the stream that it was given, which says nothing.
+    # Pillow's message names only the stream object.
     return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)

@@ -1,4 +1,7 @@
-"""Tables of text: CSV, JSON or JSONL as it stands, and the problems that were found in one."""
+"""Reads a CSV, JSON or JSONL file as a table of text, and collects the problems of a table.
+
+No column has a meaning here; `metadata` and `teacher.prompts` define those.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lit_distill.data.filesystem import opened
+from lit_distill.data.filesystem import open_file
 
 MAX_PROBLEMS = 50
+"""Number of problems that an error lists; the others are counted."""
 
 
 class MetadataError(ValueError):
-    """A metadata table can't be used; the message lists every problem found, up to 50."""
+    """A table can't be used; the message lists all problems, up to 50."""
 
 
 class Problems:
-    """Collects what is wrong with a table, so that one error can show it all.
+    """Collects the problems of a table, so that one error can list all of them.
 
     Attributes:
-        rows: Numbers of the rows that something is wrong with.
+        rows: Numbers of the rows with a problem.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,18 +38,18 @@ class Problems:
         self._more = 0
 
     def add(self, text: str, row: int | None = None, image: str = "") -> None:
-        """Note one problem; `row` is the number that a spreadsheet shows."""
-        place = "" if row is None else f" row {row}"
-        shown = f" (image={image!r})" if image else ""
+        """Add one problem; `row` is the number that a spreadsheet shows."""
+        where = "" if row is None else f" row {row}"
+        named = f" (image={image!r})" if image else ""
         name = self.path.rpartition("/")[2]
-        self._lines.append((row or 0, f"{name}{place}{shown}: {text}"))
+        self._lines.append((row or 0, f"{name}{where}{named}: {text}"))
         if row is not None:
             self.rows.add(row)
 
-    def shown(self, rows: Any, indices: Any) -> Any:  # noqa: ANN401
-        """Return the first of `indices`, to be described; the others are counted only.
+    def add_rows(self, rows: Any, indices: Any) -> Any:  # noqa: ANN401
+        """Count bad rows and return the first of `indices`, of which messages are to be added.
 
-        A million bad rows are told as soon as fifty.
+        With messages for those only, a million bad rows are reported as fast as fifty.
         """
         self.rows.update(int(row) for row in rows)
         self._more += max(0, len(indices) - MAX_PROBLEMS)
@@ -55,41 +59,42 @@ class Problems:
         lines = [text for _, text in sorted(self._lines, key=lambda line: line[0])]
         count = len(lines) + self._more
         more = count - min(len(lines), MAX_PROBLEMS)
-        shown = lines[:MAX_PROBLEMS] + ([f"... and {more} more"] if more else [])
+        listed = lines[:MAX_PROBLEMS] + ([f"... and {more} more"] if more else [])
         title = "1 problem" if count == 1 else f"{count} problems"
-        return "\n".join([f"{title} in {self.path}:", *shown])
+        return "\n".join([f"{title} in {self.path}:", *listed])
 
     def check(self) -> None:
-        """Raise what was collected.
+        """Raise an error if there are problems.
 
         Raises:
-            MetadataError: If there was any problem.
+            MetadataError: Lists all problems.
         """
         if self._lines:
             raise MetadataError(str(self))
 
 
 def read_table(path: str | Path, problems: Problems) -> pd.DataFrame:
-    """Read a table as text, whatever its columns: types are declared by who uses them.
+    """Read a table with all columns as text.
 
-    pandas would make NaN of a prompt "NA" and floats of a column of seeds with a blank.
+    Types are not inferred: pandas would turn a prompt "NA" into NaN, and a column of seeds with an
+    empty cell into floats.
 
     Args:
-        path: .csv, .json (a list of objects) or .jsonl (an object a line); a file or a URL.
-        problems: Where duplicate columns and objects that are none are noted.
+        path: .csv, .json (a list of objects) or .jsonl (one object per line); a file or a URL.
+        problems: Collects duplicate columns and entries that are not objects.
 
     Returns:
         Columns of text, empty where not given, and ``row``: the number that a spreadsheet shows
-        (header = 1), the number of the object, or of the line.
+        (header = 1), the number of the JSON object, or the line of the JSONL file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        MetadataError: If it is not of that format.
+        MetadataError: If it is not in the format of its suffix.
     """
     suffix = Path(str(path)).suffix.lower()
     read = {".json": _read_json, ".jsonl": _read_jsonl}.get(suffix, _read_csv)
     try:
-        with opened(path) as stream:
+        with open_file(path) as stream:
             return read(stream, problems)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
@@ -103,7 +108,7 @@ def read_table(path: str | Path, problems: Problems) -> pd.DataFrame:
 
 
 def _read_csv(stream: Any, problems: Problems) -> pd.DataFrame:  # noqa: ANN401
-    # The header is read as a row like the others, else pandas renames what occurs twice.
+    # The header is read as an ordinary row because pandas would rename duplicate columns.
     table = pd.read_csv(
         stream,
         dtype=str,
@@ -121,7 +126,7 @@ def _read_csv(stream: Any, problems: Problems) -> pd.DataFrame:  # noqa: ANN401
     table = table.loc[:, [name != "" for name in header]]
     table = table.assign(row=np.arange(2, len(table) + 2))
     blank = (table["prompt"] == "") if "prompt" in table else pd.Series(False, index=table.index)
-    if blank.any():  # a look at all columns only where it can matter
+    if blank.any():  # all columns are compared only if needed, for speed
         blank &= (table.drop(columns="row") == "").all(axis=1)
     return table[~blank].reset_index(drop=True)
 
@@ -146,18 +151,22 @@ def _read_jsonl(stream: Any, problems: Problems) -> pd.DataFrame:  # noqa: ANN40
 
 
 def _loads(text: str) -> Any:  # noqa: ANN401
-    """Read JSON, its numbers as they are written: 5 is a seed, 5.0 is none."""
+    """Parse JSON with numbers as they are written: 5 is a valid seed, 5.0 is not."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) < len(pairs):
             names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"an object has {twice!r} more than once")
-        return found
+            duplicate = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"an object has {duplicate!r} more than once")
+        return record
 
     return json.loads(
-        text, parse_int=str, parse_float=str, parse_constant=str, object_pairs_hook=once
+        text,
+        parse_int=str,
+        parse_float=str,
+        parse_constant=str,
+        object_pairs_hook=without_duplicates,
     )
 
 
@@ -179,7 +188,7 @@ def _from_records(records: Iterable[tuple[int, Any]], problems: Problems) -> pd.
 
 
 def _as_text(value: Any) -> str:  # noqa: ANN401
-    """Return a JSON value as a cell: null is one that is not given."""
+    """Return a JSON value as the text of a cell; null is an empty cell."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Digests of content: texts, numbers, tensors, images, and the weights of a model."""
+"""Digests of texts, numbers, tensors, images, and of a model's weights, used as cache keys."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def fingerprint(content: Any) -> str:  # noqa: ANN401
-    """Return a digest of texts, numbers, tensors and pictures, however nested.
+    """Return a digest of nested texts, numbers, tensors and pictures.
 
     Raises:
-        TypeError: If there is something else in it.
+        TypeError: If the content has a value of another type.
     """
     digest = hashlib.sha256()
 
-    def feed(value: Any) -> None:  # noqa: ANN401
+    def update(value: Any) -> None:  # noqa: ANN401
         if isinstance(value, Tensor):
             plain = value.detach().cpu().contiguous()
             digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
@@ -28,20 +28,20 @@ def fingerprint(content: Any) -> str:  # noqa: ANN401
         elif isinstance(value, dict | list | tuple):
             digest.update(f"{type(value).__name__}{len(value)}".encode())
             for entry in value.items() if isinstance(value, dict) else value:
-                feed(entry)
+                update(entry)
         elif value is None or isinstance(value, str | int | float | bool | torch.dtype):
             digest.update(repr(value).encode() + b"\0")
         else:
-            raise TypeError(f"cannot tell the content of a {type(value).__name__}")
+            raise TypeError(f"cannot compute a digest of a {type(value).__name__}")
 
-    feed(content)
+    update(content)
     return digest.hexdigest()
 
 
 def weights_summary(module: torch.nn.Module) -> list[Any]:
-    """Return what tells one set of weights from another: names, shapes, types, a few values."""
-    facts: list[Any] = [type(module).__name__]
+    """Return a summary that identifies a model's weights: names, shapes, a few values."""
+    summary: list[Any] = [type(module).__name__]
     for name, tensor in module.state_dict().items():
         flat = tensor.flatten()
-        facts.append((name, tuple(tensor.shape), flat[:16].cpu(), flat[-16:].cpu()))
-    return facts
+        summary.append((name, tuple(tensor.shape), flat[:16].cpu(), flat[-16:].cpu()))
+    return summary

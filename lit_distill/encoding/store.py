@@ -1,4 +1,4 @@
-"""Encodings kept: in memory, or in a folder of safetensors shards that outlives the run."""
+"""A key-value store of encodings, in memory or in a folder of safetensors shards."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SHARD_BYTES = 256 * 2**20
+"""Approximate size of a shard."""
 
 MEMORY_BYTES = 4 * 2**30
+"""Size limit of a store in memory; the oldest encodings are dropped."""
 
 
 class EncodingStore:
-    """Keeps encodings (tensors, however nested) under digests of what was encoded.
+    """Stores encodings (nested tensors) under digests of what was encoded.
 
-    With a folder they are written to shards of about 256 MiB, each whole or not at all, and read
-    from there by any number of processes. Without one the latest 4 GiB are kept in memory. A key
-    says all that the encoding depends on, so a shard can't be out of date; one that can't be read
-    is removed, and what it held is encoded anew.
+    With a folder, encodings are written to shards of about 256 MiB, atomically, and can be read by
+    any number of processes. Without one, the latest 4 GiB are kept in memory. A key covers
+    everything that the encoding depends on, so a shard is never out of date. A shard that can't be
+    read is deleted, and its content is encoded again.
 
     Args:
-        folder: Where the shards are; made if missing. None: memory.
+        folder: Folder of the shards, created if missing. None: store in memory.
 
     Raises:
-        OSError: If the folder can't be made or read.
+        OSError: If the folder can't be created or read.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -48,26 +50,26 @@ class EncodingStore:
         return key in self._memory or key in self._index
 
     def __getitem__(self, key: str) -> Any:  # noqa: ANN401
-        """Return an encoding, its tensors in host memory; not to be written to."""
+        """Return an encoding, its tensors in host memory; do not modify them."""
         if key in self._memory:
-            return _unpacked(*self._memory[key])
+            return _unflatten(*self._memory[key])
         path, structure = self._index[key]
-        # A handle must not be shared with a process that was forked from this one.
-        place = (os.getpid(), path)
-        if place not in self._open:
-            self._open[place] = safe_open(path, framework="pt")
-        tensors = _Tensors(self._open[place], key)
-        return _unpacked(structure, tensors)
+        # A file handle must not be shared with forked processes.
+        handle = (os.getpid(), path)
+        if handle not in self._open:
+            self._open[handle] = safe_open(path, framework="pt")
+        tensors = _ShardTensors(self._open[handle], key)
+        return _unflatten(structure, tensors)
 
     def __setitem__(self, key: str, value: Any) -> None:  # noqa: ANN401
-        """Keep an encoding.
+        """Store an encoding.
 
         Raises:
-            TypeError: If there is something else in it than tensors, plain values, lists, tuples,
+            TypeError: If it has values other than tensors, plain values, lists, tuples,
                 dictionaries and distributions of diffusers' VAEs.
         """
         tensors: list[Tensor] = []
-        structure = _packed(value, tensors)
+        structure = _flatten(value, tensors)
         self._memory[key] = structure, tensors
         self._bytes += _size(tensors)
         if self.folder is not None and self._bytes > SHARD_BYTES:
@@ -77,7 +79,7 @@ class EncodingStore:
             self._bytes -= _size(oldest)
 
     def flush(self) -> None:
-        """Write what is new as a shard; without a folder nothing happens."""
+        """Write new encodings to a shard. Does nothing without a folder."""
         if self.folder is None or not self._memory:
             return
         entries = {key: structure for key, (structure, _) in self._memory.items()}
@@ -95,10 +97,10 @@ class EncodingStore:
             temporary.unlink(missing_ok=True)
         self._memory.clear()
         self._bytes = 0
-        self._note(path, entries)
+        self._add_shard(path, entries)
 
     def reload(self) -> None:
-        """Take up shards that other processes, or an earlier run, have written."""
+        """Find shards that were written by other processes or an earlier run."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,12 +109,12 @@ class EncodingStore:
                 continue
             try:
                 with safe_open(path, framework="pt") as shard:
-                    self._note(path, json.loads(shard.metadata()["entries"]))
+                    self._add_shard(path, json.loads(shard.metadata()["entries"]))
             except (SafetensorError, TypeError, KeyError, ValueError) as error:
-                rank_zero_warn(f"{path} can't be read ({error}): what it held is encoded anew")
+                rank_zero_warn(f"{path} can't be read ({error}): its content is encoded again")
                 path.unlink(missing_ok=True)
 
-    def _note(self, path: Path, entries: dict[str, Any]) -> None:
+    def _add_shard(self, path: Path, entries: dict[str, Any]) -> None:
         self._read.add(path)
         self._index.update({key: (path, structure) for key, structure in entries.items()})
 
@@ -120,8 +122,8 @@ class EncodingStore:
         return self.__dict__ | {"_open": {}}
 
 
-class _Tensors:
-    """The tensors of one entry, read when asked for."""
+class _ShardTensors:
+    """The tensors of one entry of a shard, read on access."""
 
     def __init__(self, shard: Any, key: str) -> None:  # noqa: ANN401
         self.shard = shard
@@ -136,48 +138,48 @@ def _size(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _packed(value: Any, tensors: list[Tensor]) -> Any:  # noqa: ANN401
-    """Return what JSON can hold of a value, and put its tensors into the list."""
+def _flatten(value: Any, tensors: list[Tensor]) -> Any:  # noqa: ANN401
+    """Append the tensors of a value to the list and return its structure, as plain JSON."""
     if isinstance(value, Tensor):
         tensors.append(value.detach().cpu())
         return {"tensor": len(tensors) - 1}
     if value is None or isinstance(value, bool | int | float | str):
         return {"plain": value}
     if type(value) in (list, tuple):
-        return {type(value).__name__: [_packed(entry, tensors) for entry in value]}
+        return {type(value).__name__: [_flatten(entry, tensors) for entry in value]}
     parameters = getattr(value, "parameters", None)
     if isinstance(parameters, Tensor):  # the distribution of a VAE
-        return {"class": _name(value), "of": _packed(parameters, tensors)}
-    if isinstance(value, dict):  # among them the outputs of diffusers' models
-        kind = "dict" if type(value) is dict else _name(value)
-        return {"class": kind, "with": {k: _packed(v, tensors) for k, v in value.items()}}
-    raise TypeError(f"cannot keep a {type(value).__name__}")
+        return {"class": _class_name(value), "of": _flatten(parameters, tensors)}
+    if isinstance(value, dict):  # includes the outputs of diffusers' models
+        kind = "dict" if type(value) is dict else _class_name(value)
+        return {"class": kind, "with": {k: _flatten(v, tensors) for k, v in value.items()}}
+    raise TypeError(f"cannot store a {type(value).__name__}")
 
 
-def _name(value: Any) -> str:  # noqa: ANN401
-    kind = type(value)
-    if not kind.__module__.startswith(("diffusers.", "transformers.")):
-        raise TypeError(f"cannot keep a {kind.__module__}.{kind.__name__}")
-    return f"{kind.__module__}:{kind.__qualname__}"
+def _class_name(value: Any) -> str:  # noqa: ANN401
+    cls = type(value)
+    if not cls.__module__.startswith(("diffusers.", "transformers.")):
+        raise TypeError(f"cannot store a {cls.__module__}.{cls.__name__}")
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _class(name: str) -> Any:  # noqa: ANN401
-    module, _, kind = name.partition(":")
+def _load_class(name: str) -> Any:  # noqa: ANN401
+    module, _, cls = name.partition(":")
     if not module.startswith(("diffusers.", "transformers.")):
-        raise ValueError(f"a cache can't hold a {name}")
-    return getattr(importlib.import_module(module), kind)
+        raise ValueError(f"a cache can't contain a {name}")
+    return getattr(importlib.import_module(module), cls)
 
 
-def _unpacked(structure: Any, tensors: Any) -> Any:  # noqa: ANN401
+def _unflatten(structure: Any, tensors: Any) -> Any:  # noqa: ANN401
     kind, content = next(iter(structure.items()))
     if kind == "tensor":
         return tensors[content]
     if kind == "plain":
         return content
     if kind in ("list", "tuple"):
-        listed = [_unpacked(entry, tensors) for entry in content]
-        return listed if kind == "list" else tuple(listed)
+        entries = [_unflatten(entry, tensors) for entry in content]
+        return entries if kind == "list" else tuple(entries)
     if "of" in structure:
-        return _class(content)(_unpacked(structure["of"], tensors))
-    entries = {k: _unpacked(v, tensors) for k, v in structure["with"].items()}
-    return entries if content == "dict" else _class(content)(**entries)
+        return _load_class(content)(_unflatten(structure["of"], tensors))
+    fields = {k: _unflatten(v, tensors) for k, v in structure["with"].items()}
+    return fields if content == "dict" else _load_class(content)(**fields)

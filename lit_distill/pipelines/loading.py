@@ -1,4 +1,4 @@
-"""Loading a diffusers pipeline by hub id, folder, or the name of the embedded one."""
+"""Loads a diffusers pipeline by hub id, folder, or the name of the embedded pipeline."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_distill.pipelines.components import _without_vae
+from lit_distill.pipelines.components import select_denoisers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
 TINY_DIGITS = "tiny-digits"
-"""Name of the embedded pipeline, usable wherever a hub id or a path is."""
+"""Name of the embedded pipeline, accepted wherever a hub id or a folder is."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,22 +27,22 @@ def load_pipeline(
     torch_dtype: torch.dtype | str = torch.float32,
     **components: Any,  # noqa: ANN401
 ) -> DiffusionPipeline:
-    """Load a pipeline as `DiffusionPipeline.from_pretrained` does; also knows ``"tiny-digits"``.
+    """Load a pipeline as `DiffusionPipeline.from_pretrained` does, or the embedded one.
 
     Args:
         name_or_path: Hub id, folder in diffusers' layout, or ``"tiny-digits"``, the embedded
-            `QwenImagePipeline` that draws 32x32 handwritten digits.
+            `QwenImagePipeline` that generates 32x32 handwritten digits.
         revision: Branch, tag or commit of the hub repository.
         torch_dtype: Data type of the weights: a `torch.dtype`, or one of ``"float32"``,
             ``"bfloat16"``, ``"float16"``.
-        **components: Components to use instead of loading them.
+        **components: Components to use instead of those of the pipeline.
 
     Returns:
         The pipeline on the CPU, every component in evaluation mode.
 
     Raises:
         ValueError: If `torch_dtype` is not one of the names above.
-        OSError: If the pipeline is neither a folder nor can be had from the hub.
+        OSError: If the pipeline is neither a folder nor available from the hub.
     """
     from diffusers import DiffusionPipeline
 
@@ -54,13 +54,13 @@ def load_pipeline(
         pipeline_source(name_or_path), revision=revision, dtype=torch_dtype, **components
     )
     if name_or_path == TINY_DIGITS:
-        # The class says 128 latent pixels for every checkpoint; this one was trained on 8.
+        # The class assumes 128 latent pixels for every checkpoint; this one was trained on 8.
         pipe.default_sample_size = 8
     return pipe
 
 
 def pipeline_source(name_or_path: str | Path) -> str:
-    """Return the hub id or the folder behind a pipeline's name."""
+    """Return the hub id or folder of a pipeline; of ``"tiny-digits"`` its folder in the package."""
     if name_or_path == TINY_DIGITS:
         return str(files("lit_distill").joinpath("assets", "tiny"))
     return str(name_or_path)
@@ -73,6 +73,6 @@ def denoiser_classes(name_or_path: str | Path, revision: str | None = None) -> d
     source = pipeline_source(name_or_path)
     index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
     names = {key: str(entry[1]) for key, entry in index.items() if isinstance(entry, list)}
-    kinds = {key: getattr(diffusers, name, None) for key, name in names.items()}
-    models = {k: v for k, v in kinds.items() if diffusers.ModelMixin in getattr(v, "__mro__", ())}
-    return _without_vae(models)
+    classes = {key: getattr(diffusers, name, None) for key, name in names.items()}
+    models = {k: v for k, v in classes.items() if diffusers.ModelMixin in getattr(v, "__mro__", ())}
+    return select_denoisers(models)

@@ -16,10 +16,10 @@ import torch
 
 from lit_distill.data.batch import Batch, split_batch
 from lit_distill.data.datamodule import DistillDataModule
-from lit_distill.data.filesystem import opened, parent
+from lit_distill.data.filesystem import open_file, parent
 from lit_distill.export.facts import student_call_kwargs
 from lit_distill.pipelines.guidance import guidance
-from lit_distill.teacher.generate import read_provenance
+from lit_distill.teacher.provenance import read_provenance
 from lit_distill.training.checkpoint_io import read_checkpoint
 from lit_distill.training.direct_distill import DirectDistill
 
@@ -87,7 +87,7 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
 def _with_checksum(path: str) -> str:
     """Return a file's path with the beginning of its SHA-256."""
     digest = hashlib.sha256()
-    with opened(path) as file:
+    with open_file(path) as file:
         while block := file.read(2**20):
             digest.update(block)
     return f"{path} (sha256 {digest.hexdigest()[:16]})"

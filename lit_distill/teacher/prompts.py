@@ -1,4 +1,4 @@
-"""What the teacher draws: prompts from a file, and the rows that they become."""
+"""Prompts from a file, and the pairs or batches that are generated from them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pandas as pd
 
 from lit_distill.data.batch import NO_TARGET, Batch, collate_calls, open_pictures
 from lit_distill.data.filesystem import parent
-from lit_distill.data.schema import Columns, call_key, read_calls
+from lit_distill.data.schema import ColumnParser, call_key, read_calls
 from lit_distill.data.table_io import Problems, read_table
 
 Size = tuple[int, int]
 
 
 class Prompt(NamedTuple):
-    """What to draw: a text, and further arguments of the pipeline's call that go with it.
+    """A prompt with its further arguments of the pipeline's call.
 
     Attributes:
         text: The prompt.
@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One row to draw: its place in the data set, its prompt, and the seed of its noise."""
+    """One row of a data set: its number, its prompt, and the seed of its noise."""
 
     number: int
     prompt: str
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
     size: Size | None = None
 
     def files(self, out: Path) -> tuple[Path, Path]:
-        """Return the paths of its image and its latents."""
+        """Return the paths of the image and the latents."""
         return (
             out / "images" / f"{self.number:06d}.png",
             out / "latents" / f"{self.number:06d}.safetensors",
@@ -48,10 +48,10 @@ class Pair(NamedTuple):
 
 
 def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -> list[Prompt]:
-    """Read prompts from a .csv, .json or .jsonl file or a text file, one a line.
+    """Read prompts from a .csv, .json or .jsonl table, or from a text file with one per line.
 
-    Tables have a field ``prompt``, and may have ``height`` and ``width`` in pixels. Rows without a
-    prompt are left out.
+    Tables have a field ``prompt`` and optionally ``height`` and ``width`` in pixels. Rows without a
+    prompt are skipped.
 
     Args:
         path: The file.
@@ -60,8 +60,8 @@ def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -
 
     Raises:
         FileNotFoundError: If there is no such file.
-        MetadataError: If it holds no prompt or lacks a field; naming every row whose size or
-            picture is of no use.
+        MetadataError: If there is no prompt or a field is missing, or a size or a picture is
+            invalid; lists all such rows.
     """
     call_columns = call_columns or {}
     problems = Problems(path)
@@ -74,19 +74,19 @@ def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -
         raise FileNotFoundError(f"{path} does not exist")
     for name in ("prompt", *call_columns.values()):
         if name not in raw:
-            found = ", ".join(repr(column) for column in raw if column != "row")
-            problems.add(f"field {name!r} is missing; found {found}")
+            present = ", ".join(repr(column) for column in raw if column != "row")
+            problems.add(f"field {name!r} is missing; found {present}")
     problems.check()
     raw = raw[raw["prompt"].str.strip() != ""].reset_index(drop=True)
     if raw.empty:
         problems.add("there is no prompt")
     optional = [name for name in ("image", "height", "width") if name not in raw]
     raw = raw.assign(**dict.fromkeys(optional, ""))
-    # Where the prompts' own pictures are is nobody's business: the data set gets copies.
-    columns = Columns(raw, problems, parent(str(path)), allow_outside=True)
-    height, width = (columns.integers(name, 1, 2**20, blank=0) for name in ("height", "width"))
-    columns.reject("width", (height == 0) != (width == 0), "given together with height")
-    calls = read_calls(columns, call_columns)
+    # Pictures may be anywhere, since the data set gets copies of them.
+    parser = ColumnParser(raw, problems, parent(str(path)), allow_outside=True)
+    height, width = (parser.integers(name, 1, 2**20, blank=0) for name in ("height", "width"))
+    parser.reject("width", (height == 0) != (width == 0), "given together with height")
+    calls = read_calls(parser, call_columns)
     problems.check()
     sizes = [(int(h), int(w)) if h else None for h, w in zip(height, width, strict=True)]
     texts = raw["prompt"].str.strip()
@@ -96,13 +96,13 @@ def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -
 def plan_pairs(
     prompts: list[Prompt], seeds_per_prompt: int, first_seed: int = 0, limit: int | None = None
 ) -> list[Pair]:
-    """Return the rows to draw: every prompt once, then every prompt again, each with its own seed.
+    """Return the pairs to generate: all prompts, then all prompts again, each with another seed.
 
     Args:
         prompts: The prompts.
-        seeds_per_prompt: How often every prompt is drawn, >= 1.
+        seeds_per_prompt: Number of pairs for each prompt, >= 1.
         first_seed: Seed of the first row; the others count up from it.
-        limit: Largest number of rows; None: all.
+        limit: Largest number of pairs; None: no limit.
 
     Raises:
         ValueError: If a number is out of range.
@@ -122,21 +122,21 @@ def plan_pairs(
 def prompt_batches(
     prompts: list[Prompt], facts: dict[str, Any], batch_size: int, first_seed: int
 ) -> list[Batch]:
-    """Return prompts as batches to draw: a prompt's seed is its number plus `first_seed`.
+    """Return prompts as batches; the seed of a prompt is its index plus `first_seed`.
 
     Args:
-        prompts: The prompts, with further arguments of the call.
-        facts: ``num_inference_steps``, ``cfg_scale`` and perhaps ``height``, ``width``.
-        batch_size: Prompts a batch, at most; a batch shares its calls' numbers.
+        prompts: The prompts.
+        facts: ``num_inference_steps``, and optionally ``cfg_scale``, ``height`` and ``width``.
+        batch_size: Largest number of prompts per batch. Numbers in calls are equal in a batch.
         first_seed: Seed of the first prompt.
 
     Raises:
-        ValueError: If the steps are not known.
+        ValueError: If the number of steps is unknown.
     """
     if "num_inference_steps" not in facts:
-        raise ValueError("num_inference_steps: the checkpoint does not say, so it must be given")
+        raise ValueError("num_inference_steps: not stored in the checkpoint, so it must be given")
     size = (facts["height"], facts["width"]) if facts.get("height") else None
-    whole: Batch = {
+    template: Batch = {
         "prompt": [],
         "seed": [],
         "rand_device": "cpu",
@@ -148,18 +148,18 @@ def prompt_batches(
         **NO_TARGET,  # type: ignore[typeddict-item]
     }
     batches: list[Batch] = []
-    for (own_size, _), alike in itertools.groupby(
+    for (prompt_size, _), group in itertools.groupby(
         enumerate(prompts), lambda row: (row[1].size, call_key(row[1].call))
     ):
-        rows = list(alike)
+        rows = list(group)
         for start in range(0, len(rows), batch_size):
-            numbers, chosen = zip(*rows[start : start + batch_size], strict=True)
+            numbers, batch = zip(*rows[start : start + batch_size], strict=True)
             batches.append(
                 {
-                    **whole,
-                    "size": own_size or size,
-                    "prompt": [prompt.text for prompt in chosen],
-                    "call": collate_calls([open_pictures(prompt.call) for prompt in chosen]),
+                    **template,
+                    "size": prompt_size or size,
+                    "prompt": [prompt.text for prompt in batch],
+                    "call": collate_calls([open_pictures(prompt.call) for prompt in batch]),
                     "seed": [first_seed + number for number in numbers],
                     "row": list(numbers),
                 }

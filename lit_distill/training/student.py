@@ -125,10 +125,10 @@ class Student:
         prompt = example.pop("prompt")
         for prompts in ([prompt], [prompt, other_prompt(prompt)]):
             with suppress(EncodingCollateError):  # which preflight is going to find
-                once.rehearse(cfg_scale=1.0, **trial_arguments(prompts, **example))
+                once.populate(cfg_scale=1.0, **trial_arguments(prompts, **example))
         once.store.flush()
         for each in sets:
-            each.encoded = partial(encoded_image, once.store, once.identity)
+            each.encoded = partial(encoded_image, once.store, once.namespace)
         self._vae = once.release(device)
 
     @staticmethod

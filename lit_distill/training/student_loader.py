@@ -15,7 +15,7 @@ from lit_distill.adapters.lora_files import read_lora
 from lit_distill.adapters.weights import load_base_pipeline, load_into_adapters, lora_config_fields
 from lit_distill.compute.precision import compute_in
 from lit_distill.compute.quantization import quantization_config
-from lit_distill.compute.sharding import _hand_out, shard
+from lit_distill.compute.sharding import broadcast_state_dict, shard
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.loading import DTYPES, denoiser_classes, load_pipeline, pipeline_source
 
@@ -154,7 +154,7 @@ def load_sharded(
     for key, denoiser in denoisers(pipe).items():
         shard(denoiser, mesh, dtypes[key])
         denoiser._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-        _hand_out(full[key].state_dict() if full else {}, denoiser)
+        broadcast_state_dict(full[key].state_dict() if full else {}, denoiser)
         full.pop(key, None)
     return pipe
 

@@ -33,7 +33,7 @@ def test_ranks_share_buckets_at_every_step():
     assert {row for plan in plans for batch in plan for row in batch} == set(range(20))
 
 
-def test_a_loader_goes_on_where_its_state_was_taken(pairs):
+def test_a_loader_resumes_at_its_saved_state(pairs):
     def loader():
         data = DistillDataModule(str(pairs / "train/metadata.csv"), batch_size=4)
         data.setup("fit")
@@ -50,7 +50,7 @@ def test_a_loader_goes_on_where_its_state_was_taken(pairs):
     assert following != rows
 
 
-def test_held_out_rows_come_from_the_first_every_time(pairs):
+def test_held_out_rows_always_start_from_the_first(pairs):
     data = DistillDataModule(None, str(pairs / "heldout/metadata.csv"), batch_size=2)
     data.setup("validate")
     loader = data.val_dataloader()
@@ -81,5 +81,5 @@ def test_an_image_of_a_size_that_the_pipeline_would_round_is_named(write, tmp_pa
     model = DirectDistill("tiny-digits", torch_dtype="float32", lora={"r": 4})
     model.configure_model()
     assert model.teacher_target(batches[2]).shape == (1, 16, 16)
-    with pytest.raises(ValueError, match=r"row 3: QwenImagePipeline can't draw 33x33 pixels"):
+    with pytest.raises(ValueError, match=r"row 3: QwenImagePipeline can't generate 33x33 pixels"):
         model.teacher_target(batches[3])

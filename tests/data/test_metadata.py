@@ -58,7 +58,7 @@ RECORD = {"image": "a.png", "prompt": "x", "rand_device": "cpu", "num_inference_
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_json_is_read_as_it_is_written(write, tmp_path, suffix):
+def test_json_numbers_are_read_as_they_are_written(write, tmp_path, suffix):
     write()
     records = [RECORD | {"seed": 9007199254740993, "cfg_scale": 1}]
     records += [RECORD | {"seed": "5", "cfg_scale": "1.5", "latents": None, "prompt": "null"}]
@@ -123,7 +123,7 @@ ROWS = [
 
 
 def png(width, height, bits, data):
-    """A file of three colours that says of itself what it likes."""
+    """A PNG file with any header over any data."""
 
     def chunk(kind, data):
         return (
@@ -136,7 +136,7 @@ def png(width, height, bits, data):
 
 @pytest.fixture
 def oddities(tmp_path):
-    """Files that are no images, or dangerous ones."""
+    """Files that are not images, or dangerous ones."""
     (tmp_path / "d").mkdir()
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
@@ -225,9 +225,9 @@ def test_all_problems_are_shown_at_once_in_the_order_of_rows(write):
     assert rows == ["2", "2", "3", "3"]
 
 
-def test_what_a_seed_draws_may_be_listed_twice_but_only_alike(write):
+def test_a_seed_may_be_listed_twice_only_with_the_same_image(write):
     assert len(read_metadata(write(GOOD, GOOD, "b.png,x,1,cpu,8,1", "b.png,x,2,cpu,4,1"))) == 4
-    header = HEADER + ",height,width"  # one seed at two sizes draws two images
+    header = HEADER + ",height,width"  # one seed at two sizes gives two images
     assert len(read_metadata(write(f"{GOOD},32,32", "b.png,x,1,cpu,4,1,32,48", header=header))) == 2
 
 
@@ -283,22 +283,22 @@ def test_images_are_not_changed_and_ambiguous_ones_refused(tmp_path):
         read_image(tmp_path / "cut.png")
 
 
-def opened(tmp_path, image, name="image.png", **options):
+def reopened(tmp_path, image, name="image.png", **options):
     image.save(tmp_path / name, **options)
     return (read_image(tmp_path / name) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def test_pictures_are_converted_predictably(tmp_path):
     grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
-    assert np.array_equal(opened(tmp_path, grey), np.repeat(np.array(grey)[..., None], 3, -1))
+    assert np.array_equal(reopened(tmp_path, grey), np.repeat(np.array(grey)[..., None], 3, -1))
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8))
     palette = colours.quantize(12)
-    assert np.array_equal(opened(tmp_path, palette), np.array(palette.convert("RGB")))
+    assert np.array_equal(reopened(tmp_path, palette), np.array(palette.convert("RGB")))
     opaque = colours.convert("RGBA")
-    assert np.array_equal(opened(tmp_path, opaque), np.array(colours))
+    assert np.array_equal(reopened(tmp_path, opaque), np.array(colours))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter
-    assert np.array_equal(opened(tmp_path, colours, exif=exif), np.rot90(np.array(colours), -1))
+    assert np.array_equal(reopened(tmp_path, colours, exif=exif), np.rot90(np.array(colours), -1))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_pictures_whose_conversion_would_be_a_guess_are_refused(tmp_path, mode, 
 
 
 def test_sixteen_bits_a_colour_are_refused_not_cut(tmp_path):
-    """Pillow reads them as 8-bit RGB without a word."""
+    """Pillow silently reads them as 8-bit RGB."""
     rows = zlib.compress((b"\0" + bytes(range(12))) * 2)
     (tmp_path / "deep.png").write_bytes(png(2, 2, 16, rows))
     assert Image.open(tmp_path / "deep.png").mode == "RGB"

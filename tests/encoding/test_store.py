@@ -36,7 +36,7 @@ def equal(one, two):
     return one == two
 
 
-def test_what_is_kept_comes_back_bit_for_bit_also_in_another_process(tmp_path):
+def test_encodings_are_restored_bit_for_bit_also_in_another_process(tmp_path):
     store, kept = EncodingStore(tmp_path), encoding()
     store["a"] = kept
     store["marker"] = None
@@ -49,25 +49,25 @@ def test_what_is_kept_comes_back_bit_for_bit_also_in_another_process(tmp_path):
     assert equal(other["a"], kept)
 
 
-def test_the_distribution_of_a_vae_can_be_kept(tmp_path):
+def test_the_distribution_of_a_vae_can_be_stored(tmp_path):
     store = EncodingStore(tmp_path)
     parameters = torch.randn(1, 8, 2, 2)
     store["z"] = AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters))
     store.flush()
     back = EncodingStore(tmp_path)["z"]
     assert torch.equal(back.latent_dist.parameters, parameters)
-    with pytest.raises(TypeError, match="cannot keep a"):
+    with pytest.raises(TypeError, match="cannot store a"):
         store["pipe"] = nn.Linear(1, 1)
 
 
-def test_a_truncated_or_foreign_shard_is_removed_not_used(tmp_path):
+def test_a_truncated_or_foreign_shard_is_deleted_not_used(tmp_path):
     store = EncodingStore(tmp_path)
     store["a"] = encoding()
     store.flush()
     path = next(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:-4])
     save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.warns(UserWarning, match="can't be read .* encoded anew"):
+    with pytest.warns(UserWarning, match="can't be read .* encoded again"):
         again = EncodingStore(tmp_path)
     assert "a" not in again
     assert not list(tmp_path.glob("*.safetensors"))
@@ -155,30 +155,35 @@ def test_training_with_and_without_the_cache_is_the_same_to_the_last_bit(
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(lit_distill.encoding.encode_once, "vae_encode", refuse)
-    monkeypatch.setattr(lit_distill.encoding.encode_once.EncodeOnce, "compute", refuse)
+    monkeypatch.setattr(lit_distill.encoding.encode_once.EncodeOnce, "encode", refuse)
     again, again_metrics = fit(table, tmp_path)
     assert again.values == plain.values
     assert again_metrics == plain_metrics
 
 
-def test_nothing_stale_is_found_again(tmp_path):
+def test_nothing_stale_is_returned(tmp_path):
     """Other weights of an encoder, other arguments and a changed file have other keys."""
 
-    def once(change=None):
+    def encoder(change=None):
         pipe = load_pipeline("tiny-digits")
         if change is not None:
             with torch.no_grad():
                 next(getattr(pipe, change).parameters()).flatten()[0] += 1
         return EncodeOnce(pipe, EncodingStore(tmp_path / "cache"))
 
-    keys = {once().key("a"), once("text_encoder").key("a"), once("vae").key("a"), once().key("b")}
+    keys = {
+        encoder().key("a"),
+        encoder("text_encoder").key("a"),
+        encoder("vae").key("a"),
+        encoder().key("b"),
+    }
     assert len(keys) == 4
-    assert once("transformer").key("a") == once().key("a")  # encodes nothing
+    assert encoder("transformer").key("a") == encoder().key("a")  # encodes nothing
     image = tmp_path / "a.png"
     Image.new("RGB", (32, 32), "red").save(image)
-    cached = once()
-    cached.image_latents(str(image))
-    encoded = partial(encoded_image, cached.store, cached.identity)
+    cached = encoder()
+    cached.cache_image(str(image))
+    encoded = partial(encoded_image, cached.store, cached.namespace)
     assert encoded(str(image)).shape == (4, 1, 8, 8)
     Image.new("RGB", (32, 32), "blue").save(image)
     os.utime(image, ns=(0, 0))

@@ -142,7 +142,7 @@ def test_an_edit_pipeline_samples_its_rows_with_their_pictures(folder, tmp_path)
     [
         (
             lambda s: (s.pop(FIRST_PLAIN.format("A")), s.pop(FIRST_PLAIN.format("B"))),
-            "did not arrive",
+            "is missing",
         ),
         (lambda s: s[FIRST_PLAIN.format("B")].mul_(1.5), "differs by 5.0e-01"),
         (
@@ -152,7 +152,7 @@ def test_an_edit_pipeline_samples_its_rows_with_their_pictures(folder, tmp_path)
                     FIRST_PLAIN.format("B").replace("attn.to_q", "img_mod.1"): torch.ones(192, 4),
                 }
             ),
-            "img_mod.1 arrived, but was not trained",
+            "img_mod.1 was loaded, but was not trained",
         ),
     ],
 )

@@ -56,7 +56,7 @@ def parameters(pipe):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_draws_its_own_images_with_one_call_a_step(name):
+def test_samples_equal_the_pipelines_with_one_call_per_step(name):
     pipe = trainable(name)
     with guidance(pipe, 1.0, 1, {}) as given:
         expected = pipe(**call(name), **given, generator=generators(), output_type="pil")[0]
@@ -96,10 +96,10 @@ def test_gradient_equals_finite_differences(name):
         with torch.no_grad():
             for p, v in zip(moved, direction, strict=True):
                 p.add_(v, alpha=step)
-            drawn = rollout(pipe, **call(name, steps=2), generator=generators())
+            latents = rollout(pipe, **call(name, steps=2), generator=generators())
             for p, v in zip(moved, direction, strict=True):
                 p.sub_(v, alpha=step)
-        return (drawn.double() * weights).sum().item()
+        return (latents.double() * weights).sum().item()
 
     # Many families round sigmas or embeddings to single precision: too small a step drowns in it.
     steps = (1e-2, 3e-2) if coarse else (3e-4, 1e-3, 3e-3)
@@ -126,10 +126,10 @@ def test_preflight_finds_what_is_wrong_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_encoding_ahead_and_letting_go_of_the_encoders_changes_nothing(name, tmp_path):
+def test_encoding_ahead_and_releasing_the_encoders_changes_nothing(name, tmp_path):
     pipe = build(name)
 
-    def draw_all():
+    def sample_all():
         singles = [
             rollout(pipe, **call(name, [prompt]), generator=generators(1, first), cfg_scale=scale)
             for first, prompt in enumerate(PROMPTS)
@@ -138,25 +138,25 @@ def test_encoding_ahead_and_letting_go_of_the_encoders_changes_nothing(name, tmp
         return torch.cat(singles)
 
     with torch.no_grad():
-        own = draw_all()
-        once = EncodeOnce(pipe, EncodingStore(tmp_path))
+        expected = sample_all()
+        encoder = EncodeOnce(pipe, EncodingStore(tmp_path))
         for prompts in ([PROMPTS[0]], [PROMPTS[1]], PROMPTS):
             for scale in (1.0, 3.0):
                 with contextlib.suppress(EncodingCollateError):
                     given = call(name, prompts) | {"generator": generators(len(prompts))}
-                    once.rehearse(cfg_scale=scale, **given)
-        once.store.flush()
-        once.release(torch.device("cpu"))
+                    encoder.populate(cfg_scale=scale, **given)
+        encoder.store.flush()
+        encoder.release(torch.device("cpu"))
         left = [c for c in pipe.components.values() if isinstance(c, torch.nn.Module)]
         count = sum(p.numel() for c in left for p in c.parameters())
         assert count == sum(p.numel() for d in denoisers(pipe).values() for p in d.parameters())
-        assert torch.equal(draw_all(), own)
+        assert torch.equal(sample_all(), expected)
         if "rollout_batch_size" in FOUND.get(name, {}):
             with pytest.raises(EncodingCollateError, match=r"set model\.rollout_batch_size: 1"):
                 rollout(pipe, **call(name, PROMPTS), generator=generators(2))
         else:
             both = rollout(pipe, **call(name, PROMPTS), generator=generators(2))
-            torch.testing.assert_close(both, own[::2], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(both, expected[::2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ALL)

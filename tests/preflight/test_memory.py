@@ -105,7 +105,7 @@ def test_auto_is_settled_before_training_and_noted(pairs, tmp_path, monkeypatch,
 
 def test_auto_without_data_to_settle_it_is_refused():
     model = DirectDistill("tiny-digits", checkpointing="auto")
-    with pytest.raises(ValueError, match="auto is chosen when a training with DistillDataModule"):
+    with pytest.raises(ValueError, match="auto is resolved when training with DistillDataModule"):
         rollout(
             load_pipeline("tiny-digits"),
             prompt=["a"],
@@ -113,9 +113,9 @@ def test_auto_without_data_to_settle_it_is_refused():
             generator=[torch.Generator()],
             checkpointing=model.hparams["checkpointing"],
         )
-    with pytest.raises(ValueError, match="does not count with offloading"):
+    with pytest.raises(ValueError, match="does not support offloading"):
         DirectDistill("tiny-digits", checkpointing="auto", offload_activations=True)
-    with pytest.raises(ValueError, match="with checkpointing nested there is nothing to move"):
+    with pytest.raises(ValueError, match="and checkpointing nested stores none"):
         DirectDistill("tiny-digits", checkpointing="nested", offload_activations=True)
 
 

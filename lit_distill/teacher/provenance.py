@@ -1,0 +1,149 @@
+"""provenance.json: how the pairs of a folder were generated, recorded and compared on resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_distill.data.filesystem import open_file
+from lit_distill.encoding.fingerprint import fingerprint, weights_summary
+from lit_distill.pipelines.components import denoisers
+from lit_distill.pipelines.hooks import read_schedule
+from lit_distill.teacher.pair_writer import PairWriter, write_atomically
+from lit_distill.teacher.prompts import Pair
+from lit_distill.teacher.teacher import Teacher
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+PROVENANCE_FILE = "provenance.json"
+
+PIPELINE_KEY = "drawn_with"
+"""Key of the facts about the loaded pipeline, `pipeline_facts`."""
+
+PACKAGES = ("lit-distill", "torch", "diffusers", "transformers", "lightning")
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any] | None:
+    """Return how the pairs of a folder or URL were generated; None if that is not recorded."""
+    try:
+        with open_file(f"{folder}/{PROVENANCE_FILE}") as stream:
+            provenance: dict[str, Any] = json.load(stream)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return provenance
+
+
+def recorded_teacher(provenance: dict[str, Any], **changes: Any) -> Teacher:  # noqa: ANN401
+    """Return the teacher of a provenance file, with some settings changed."""
+    names = {field.name for field in fields(Teacher)}
+    return Teacher(**{k: v for k, v in provenance.items() if k in names} | changes)
+
+
+def record_settings(writer: PairWriter, *, write: bool) -> None:
+    """Record the teacher and the pairs of a data set, or compare them with what is recorded.
+
+    Args:
+        writer: The data set.
+        write: Whether this process writes; the others only compare.
+
+    Raises:
+        ValueError: If the folder holds pairs with other settings; names the differences.
+        OSError: If the folder can't be written.
+    """
+    teacher, out = writer.teacher, writer.out
+    rows = [[*pair, teacher.size(pair)] for pair in writer.with_input_paths(writer.pairs)]
+    facts = asdict(teacher) | {
+        "rows": len(rows),
+        "rows_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+    }
+    versions = {name: version(name) for name in PACKAGES}
+    # A folder without latents is not compared: the settings of a first attempt may have failed.
+    recorded = read_provenance(out) if any(out.glob("latents/[!.]*")) else None
+    if recorded is not None:
+        _compare(out, recorded, facts)
+        before = recorded.get("versions")
+        if before != versions:
+            rank_zero_warn(f"{out} was started with {before}, now {versions}: bits may differ")
+    if write:
+        writer.create_folders()
+        if recorded is None:
+            _write_provenance(out, facts | {"versions": versions})
+
+
+def record_pipeline(out: Path, facts: dict[str, Any]) -> None:
+    """Record the facts about the loaded pipeline, or compare them with those recorded.
+
+    Raises:
+        ValueError: If the recorded pipeline was another one; names the differences.
+    """
+    recorded = read_provenance(out) or {}
+    if PIPELINE_KEY in recorded:
+        _compare(out, recorded[PIPELINE_KEY], facts)
+    else:
+        _write_provenance(out, recorded | {PIPELINE_KEY: facts})
+
+
+def pipeline_facts(
+    teacher: Teacher, pipe: DiffusionPipeline, examples: Sequence[Pair]
+) -> dict[str, Any]:
+    """Return what a loaded pipeline samples with, as plain JSON.
+
+    Args:
+        teacher: The settings of the teacher.
+        pipe: Its pipeline, `teacher.load()`.
+        examples: One pair of each size.
+
+    Returns:
+        The scheduler's class and configuration; for each size, the timesteps and sigmas that the
+        pipeline sets; a digest of the denoisers' weights.
+    """
+    config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
+    schedules = {}
+    for pair in examples:
+        size = teacher.size(pair)
+        name = "default" if size is None else f"{size[0]}x{size[1]}"
+        # Six digits, since the last ones depend on the device and on versions.
+        schedules[name] = {
+            kind: [float(f"{value:.6g}") for value in values.tolist()]
+            for kind, values in read_schedule(pipe, partial(teacher.sample, pipe, [pair])).items()
+        }
+    facts = {
+        "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
+        "schedules": schedules,
+        "denoiser_sha256": fingerprint([weights_summary(d) for d in denoisers(pipe).values()]),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return plain
+
+
+def _write_provenance(out: Path, provenance: dict[str, Any]) -> None:
+    text = json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(out / PROVENANCE_FILE, text.encode())
+
+
+def _compare(out: Path, recorded: dict[str, Any], facts: dict[str, Any]) -> None:
+    differences = [
+        f"{name} was {_shorten(recorded.get(name))}, now {_shorten(value)}"
+        for name, value in facts.items()
+        if recorded.get(name) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"{out} holds pairs made with other settings ({'; '.join(differences)}); write to "
+            "another folder, or delete this one"
+        )
+
+
+def _shorten(value: Any) -> str:  # noqa: ANN401
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
