@@ -34,13 +34,13 @@ def test_a_last_step_with_nothing_to_do_is_warned_of_once_the_prompt_is_encoded(
     placed = []
     place = Student.place
     monkeypatch.setattr(Student, "place", lambda *args: (placed.append(True), place(*args)))
-    compute = EncodeOnce.compute
+    original = EncodeOnce.encode
 
     def encode(*args):
         assert placed
-        return compute(*args)
+        return original(*args)
 
-    monkeypatch.setattr(EncodeOnce, "compute", encode)
+    monkeypatch.setattr(EncodeOnce, "encode", encode)
     model = DirectDistill("tiny-digits", torch_dtype="float32", lora={"r": 4}, scheduler=scheduler)
     data = DistillDataModule(str(pairs / "train/metadata.csv"), batch_size=8)
     trainer(max_steps=1, default_root_dir=tmp_path).fit(model, datamodule=data)
