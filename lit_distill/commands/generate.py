@@ -65,13 +65,13 @@ def generate(
         store_trajectory: Also keep the teacher's states at the noise levels of the student's
             steps, for training with model.trajectory.
     """
-    settings = model.hparams
+    settings = model.settings
     teacher = Teacher(
-        model=settings["teacher_model"] or settings["pretrained_model_name_or_path"],
-        lora=settings["teacher_lora"],
-        revision=None if settings["teacher_model"] else settings["revision"],
-        torch_dtype=settings["torch_dtype"],
-        call_kwargs=model.call_kwargs,
+        model=settings.teacher_model or settings.model_name(),
+        lora=settings.teacher_lora,
+        revision=None if settings.teacher_model else settings.revision,
+        torch_dtype=settings.torch_dtype,
+        call_kwargs=settings.call_kwargs or {},
         call_columns=datamodule.call_columns if datamodule else {},
         num_inference_steps=num_inference_steps,
         cfg_scale=cfg_scale,
@@ -82,8 +82,8 @@ def generate(
         rand_device=rand_device,
         student_num_inference_steps=student_num_inference_steps,
         student_cfg_scale=student_cfg_scale,
-        student_scheduler=settings["scheduler"],
-        student_sigmas=settings["sigmas"],
+        student_scheduler=settings.scheduler,
+        student_sigmas=settings.sigmas,
         store_trajectory=store_trajectory,
     )
     rows = read_prompts(prompts, teacher.call_columns)

@@ -35,7 +35,7 @@ def preflight(
     size = {name: value for name, value in sides.items() if value is not None}
     call = {"prompt": prompt, "num_inference_steps": num_inference_steps, **size}
     report = run_preflight(model.student, trainer, **call)
-    if model.hparams["quantization"]:
+    if model.settings.quantization:
         report.findings.append(quantization_error(model.student, trainer, **call))
     print(report)
     report.raise_failures()

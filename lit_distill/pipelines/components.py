@@ -93,6 +93,13 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:
     return found
 
 
+def denoiser_device(pipe: DiffusionPipeline) -> torch.device:
+    """Return the device that the pipeline's denoisers are on."""
+    denoiser = next(iter(denoisers(pipe).values()))
+    device: torch.device = next(denoiser.parameters()).device
+    return device
+
+
 def _without_vae(models: dict[str, Any]) -> dict[str, Any]:
     order: tuple[str, ...] = ("transformer", "transformer_2", "unet")
     named = {k: models[k] for k in order if k in models}

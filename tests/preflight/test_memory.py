@@ -10,7 +10,7 @@ from lit_distill import DirectDistill, DistillDataModule, load_pipeline, rollout
 from lit_distill.adapters.inject import make_trainable
 from lit_distill.compute.fused_lora import FusedLoraLinear, use_fused_lora
 from lit_distill.preflight import memory as measured
-from lit_distill.preflight.memory import GIB, MODES_BY_SPEED, LiveBytes, choose
+from lit_distill.preflight.memory import GIB, MODES_BY_SPEED, LiveBytes, choose_checkpointing
 from lit_distill.preflight.probe import Probe
 from lit_distill.training import autoconfigure
 
@@ -66,16 +66,16 @@ def test_need_of_all_steps_is_known_from_two(trial, mode):
 
 def needs(trial, monkeypatch, free, modes=MODES_BY_SPEED, times=1.0):
     monkeypatch.setattr(measured, "free_bytes", lambda device: free)
-    return choose(trial, CPU, modes, times, 4)
+    return choose_checkpointing(trial, CPU, modes, times, 4)
 
 
 def test_auto_takes_the_fastest_that_fits_and_says_why(trial, monkeypatch):
     everything = needs(trial, monkeypatch, 10 * GIB)
     assert everything.mode == "none" and everything.fits
-    assert re.fullmatch(r"GiB needed: none [\d.e-]+; free on cpu: 10", everything.why)
+    assert re.fullmatch(r"GiB needed: none [\d.e-]+; free on cpu: 10", everything.reason)
     nothing = needs(trial, monkeypatch, 0)
     assert not nothing.fits
-    found = dict(re.findall(r"(\w+) ([\d.e-]+)[,;]", nothing.why))
+    found = dict(re.findall(r"(\w+) ([\d.e-]+)[,;]", nothing.reason))
     assert list(found) == list(MODES_BY_SPEED)
     sizes = {mode: float(size) * GIB for mode, size in found.items()}
     assert nothing.mode == min(sizes, key=sizes.get)
@@ -87,7 +87,7 @@ def test_auto_takes_the_fastest_that_fits_and_says_why(trial, monkeypatch):
     assert needs(trial, monkeypatch, 10 * GIB, modes=("step", "block")).mode == "block"
 
 
-def test_auto_is_settled_before_training_and_noted(pairs, tmp_path, monkeypatch, caplog):
+def test_auto_is_decided_before_training_and_noted(pairs, tmp_path, monkeypatch, caplog):
     said = []
     monkeypatch.setattr(autoconfigure, "rank_zero_info", said.append)
     model = DirectDistill(
@@ -98,7 +98,7 @@ def test_auto_is_settled_before_training_and_noted(pairs, tmp_path, monkeypatch,
     )
     trainer.fit(model, DistillDataModule(str(pairs / "train/metadata.csv"), batch_size=2))
     assert model.hparams["checkpointing"] == "none"
-    assert said[0].startswith("model.checkpointing: auto takes none; GiB needed: none ")
+    assert said[0].startswith("model.checkpointing: auto chooses none; GiB needed: none ")
     checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)
     assert checkpoint["hyper_parameters"]["checkpointing"] == "none"
 

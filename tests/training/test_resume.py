@@ -148,7 +148,7 @@ def test_settings_that_differ_from_the_checkpoint_are_kept_and_named(checkpoint,
         warnings.simplefilter("always")
         trainer = fit(model, pairs, tmp_path, checkpoint, max_steps=3, batch_size=2)
     said = "\n".join(str(warning.message) for warning in caught)
-    assert "lr=0.0001 differs from the checkpoint's 0.001; going on with 0.0001" in said
+    assert "lr=0.0001 differs from the checkpoint's 0.001; continuing with 0.0001" in said
     assert "betas=(0.5, 0.9) differs from the checkpoint's (0.9, 0.999)" in said
     assert "num_warmup_steps=3 differs from the checkpoint's 2" in said
     assert "num_training_steps=20 differs from the checkpoint's 2" in said

@@ -252,8 +252,8 @@ def test_metrics_of_the_command_line_travel_with_the_checkpoint(pairs, rows, tmp
     assert "frechet" in model.validator.evaluation.describe()
     objects = module(metrics={"psnr": PeakSignalNoiseRatio(data_range=1.0)})
     assert objects.hparams["metrics"] is None
-    assert "psnr" in objects.held_out.evaluation.describe()
-    assert "ssim" not in objects.held_out.evaluation.describe()
+    assert "psnr" in objects.validator.evaluation.describe()
+    assert "ssim" not in objects.validator.evaluation.describe()
 
 
 def test_two_processes_report_what_one_reports(fitted, rows, tmp_path):
