@@ -47,13 +47,13 @@ def generate(
         prompts: Text file with one prompt a line, or .csv, .json or .jsonl with a field prompt,
             and height and width where sizes differ.
         out: Local folder to write to.
-        seeds_per_prompt: Number of images for each prompt, each with a seed of its own.
+        seeds_per_prompt: Number of images for each prompt, each with a different seed.
         num_inference_steps: Steps of the teacher.
         cfg_scale: Classifier-free guidance of the teacher, 1 = off. Its negative prompt:
             model.call_kwargs '{negative_prompt: blurry}'.
-        scheduler: A scheduler class of diffusers, such as UniPCMultistepScheduler, configured as
-            the pipeline's scheduler is; default: the pipeline's own.
-        height: Height in pixels of prompts without one; default: the pipeline's own.
+        scheduler: A scheduler class of diffusers, such as UniPCMultistepScheduler, with the
+            configuration of the pipeline's scheduler; default: the pipeline's scheduler.
+        height: Height in pixels of prompts without one; default: the pipeline's default.
         width: Width in pixels; set together with height.
         batch_size: Prompts per batch and process.
         first_seed: Seed of the first row; the others count up from it. Use other seeds for

@@ -67,7 +67,7 @@ class Report:
     Attributes:
         pipeline: Name of the pipeline's class.
         findings: One entry for each check.
-        settings: Arguments of `DirectDistill` that avoid what is avoidable: ``checkpointing``,
+        settings: Arguments of `DirectDistill` that avoid the avoidable: ``checkpointing``,
             ``freeze``, ``train_mode``, ``rollout_batch_size``.
         keep_gradient: Checkpointing modes that do not change the gradient.
     """
@@ -238,7 +238,7 @@ class _Checks(Probe):
             observed = f"that of {bad[0]} and {len(bad) - 1} others is not finite"
             return Finding(check, "failed", observed, "Try torch_dtype bfloat16 or float32.")
         if len(dead) == len(names):
-            return Finding(check, "failed", "none does", "Is what is trained used at all?")
+            return Finding(check, "failed", "none does", "Does the pipeline use what is trained?")
         observed = f"{len(names) - len(dead)} of {len(names)} do"
         if gradientless:
             others = len(gradientless) - 1

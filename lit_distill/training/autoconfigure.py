@@ -1,4 +1,4 @@
-"""Runs preflight before training, and decides the settings that it finds wrong or left open."""
+"""Runs preflight before training, and decides the settings that are wrong or left open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run records of its student in a checkpoint."""
+"""What a checkpoint records about its student beside weights and settings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = 4
-"""Number of held-out rows that a checkpoint remembers, to be drawn when it is exported."""
+"""Number of held-out rows that a checkpoint records, to be sampled when it is exported."""
 
 
 def training_facts(trainer: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return what a training run knows of its student, in plain types, for its checkpoint.
+    """Return what a checkpoint records about the student and its data, in plain types.
 
     Args:
-        trainer: A Lightning trainer; with a `DistillDataModule`, the facts name the data.
+        trainer: A Lightning trainer; with a `DistillDataModule`, the facts describe the data.
     """
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     facts: dict[str, Any] = {"global_step": trainer.global_step, "metrics": metrics}
@@ -64,6 +64,6 @@ def _example(row: pd.Series) -> dict[str, Any]:
 
 
 def _teacher(table: pd.DataFrame) -> dict[str, str]:
-    """Return the teacher's settings as `lit-distill generate` noted them in the table."""
+    """Return the teacher's settings as `lit-distill generate` wrote them to the table."""
     columns = ("teacher_model", "teacher_num_inference_steps", "teacher_cfg_scale")
     return {name: str(table[name].iloc[0]) for name in columns if name in table}

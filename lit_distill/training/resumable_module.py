@@ -73,7 +73,7 @@ class ResumableModule(pl.LightningModule):
         checkpoint["lit_distill"] = {"version": lit_distill.__version__, **self.resume.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over a checkpoint's records, and warn of settings that differ from its own.
+        """Take over a checkpoint's records, and warn of settings that differ from it.
 
         Raises:
             ValueError: If training can't resume from the checkpoint.

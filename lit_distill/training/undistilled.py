@@ -1,4 +1,4 @@
-"""The pretrained weights, in the place of the student's."""
+"""The pretrained weights, used in place of the student's."""
 
 from __future__ import annotations
 

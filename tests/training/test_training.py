@@ -149,7 +149,7 @@ def test_model_flops_are_those_of_the_matrices(pairs, tmp_path):
     monitor = TrainingMonitor()
     model = module(lora=None, grad_steps=1, scheduler={"shift_terminal": None})
     fit(model, pairs, tmp_path, callbacks=[monitor])
-    ((tokens, flops),) = monitor._known.values()
+    ((tokens, flops),) = monitor._counts.values()
     assert tokens == 4 * 16
     # 2 operations a weight and token at least, 13 prompt tokens beside 16 of the image; forward in
     # 4 steps, backward twice that through one of them.
@@ -166,12 +166,12 @@ def test_flops_of_compiled_blocks_are_counted_with_their_attention(pairs, monkey
     rows.setup("fit")
     batch = next(iter(rows.train_dataloader()))
     monitor = TrainingMonitor()
-    monitor._begun = 0.0
+    monitor._started = 0.0
     monitor._count(model, batch)  # encodes the prompts
-    monitor._known.clear()
+    monitor._counts.clear()
     compiled = monitor._count(model, batch)[1]
     monkeypatch.setattr("lit_distill.training.throughput.CPU_ATTENTION", {})
-    monitor._known.clear()
+    monitor._counts.clear()
     attention = compiled - monitor._count(model, batch)[1]
     # Scores and their sum over 29 tokens of 64 channels; 4 layers, 4 steps, backward as much.
     assert attention == 2 * 2 * 29**2 * 64 * 4 * 4 * 2
