@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
-from runs import fit, module
+from short_training import fit, module
 
 from lit_distill import DirectDistill
 from lit_distill.training.settings import Settings
