@@ -42,7 +42,7 @@ class ResumeState:
         self.resumed, self.optimizer, self.scheduler = {}, None, None
 
     def choose_seed(self, trainer: pl.Trainer) -> None:
-        """Take the process's seed, the same on all processes, unless a checkpoint has one."""
+        """Take process 0's seed on every process, unless a checkpoint has one."""
         if self.seed is None:
             self.seed = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
 

@@ -177,6 +177,6 @@ def check_rows(settings: Settings, data: DistillDataModule) -> None:
             steps = rows.columns["num_inference_steps"]
             for index in (steps != count).nonzero()[0][:1]:
                 raise ValueError(
-                    f"row {rows.columns['row'][index]} has num_inference_steps {steps[index]}, but "
+                    f"row {rows.columns['row'][index]} is for {steps[index]} steps, but "
                     f"model.{name} has {count}; they must be equal"
                 )
