@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lit_distill.errors import did_you_mean
 
@@ -30,7 +31,36 @@ def override_scheduler_config(pipe: DiffusionPipeline, fields: dict[str, Any] | 
                 f"model.scheduler: {type(scheduler).__name__} has no field "
                 f"{did_you_mean(name, scheduler.config)}"
             )
-    return type(scheduler).from_config({**scheduler.config, **(fields or {})})
+    if not fields:
+        return copy_scheduler(scheduler)
+    # Without the list of fields that were left at their default: `from_config` would drop what the
+    # pipeline or `fields` has put into them since.
+    config = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    return type(scheduler).from_config({**config, **fields})
+
+
+class _Detached(TorchFunctionMode):
+    """Copies tensors without their graph: `copy.deepcopy` refuses those that have one."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # noqa: ANN401
+        if function is Tensor.__deepcopy__:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return function(*args, **(kwargs or {}))
+
+
+def copy_scheduler(scheduler: Any) -> Any:  # noqa: ANN401
+    """Return an independent copy of a scheduler, without the graph of its last run.
+
+    Not `from_config`: pipelines and users change a scheduler after it was made (Stable Diffusion
+    writes ``steps_offset`` into its configuration, ``set_shift`` an attribute).
+    """
+    fresh = copy.copy(scheduler)
+    with _Detached():
+        fresh.__dict__ = copy.deepcopy(scheduler.__dict__, {id(scheduler): fresh})
+    return fresh
 
 
 @contextmanager

@@ -7,11 +7,12 @@ unknown pipeline needs none.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lit_distill.pipelines.components import call_parameters
+from lit_distill.pipelines.components import call_parameters, denoisers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -45,6 +46,60 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     return next(lines, Family())
 
 
+def scale_argument(pipe: DiffusionPipeline) -> str | None:
+    """Return the call argument that carries the scale of classifier-free guidance, if one does.
+
+    ``true_cfg_scale`` where the pipeline has it, else ``guidance_scale``, unless that is an input
+    of the network (`scale_is_an_input`).
+    """
+    accepted = call_parameters(pipe)
+    if "true_cfg_scale" in accepted:
+        return "true_cfg_scale"
+    return "guidance_scale" if "guidance_scale" in accepted - _embedded(pipe) else None
+
+
+def scale_is_an_input(pipe: DiffusionPipeline) -> bool:
+    """Return whether the pipeline feeds ``guidance_scale`` to its network as an input.
+
+    Guidance-distilled models (FLUX, LCM) take the scale as an embedding, like the timestep. It is
+    not classifier-free guidance then: no negative prompt, no second call of the denoiser.
+    """
+    return "guidance_scale" in _embedded(pipe)
+
+
+def _embedded(pipe: DiffusionPipeline) -> set[str]:
+    accepted = call_parameters(pipe)
+    if "guidance_scale" not in accepted:
+        return set()
+    models = denoisers(pipe).values()
+    # Configurations of distilled models: transformers have the first field, UNets the second.
+    if "true_cfg_scale" in accepted or any(
+        model.config.get("guidance_embeds") or model.config.get("time_cond_proj_dim") is not None
+        for model in models
+    ):
+        return {"guidance_scale"}
+    # A network that could take the scale, in a pipeline without any negative prompt (FluxFill).
+    takes = any("guidance" in inspect.signature(type(m).forward).parameters for m in models)
+    negative = any(name.startswith("negative_prompt") for name in accepted)
+    return {"guidance_scale"} if takes and not negative else set()
+
+
+def describe_guidance(pipe: DiffusionPipeline) -> str:
+    """Return a sentence on what `cfg_scale` sets, and on what ``guidance_scale`` means."""
+    argument = scale_argument(pipe)
+    if argument is not None:
+        seen = f"cfg_scale sets {argument}"
+    elif _guiders(pipe):
+        seen = f"cfg_scale sets the pipeline's {', '.join(_guiders(pipe))}"
+    else:
+        seen = "there is no classifier-free guidance: cfg_scale is 1"
+    if scale_is_an_input(pipe):
+        call = inspect.signature(inspect.unwrap(type(pipe).__call__))
+        default = call.parameters["guidance_scale"].default
+        seen += f"; guidance_scale is an input of the network, {default} unless in call_kwargs"
+    return seen
+
+
 @contextmanager
 def guidance(
     pipe: DiffusionPipeline, cfg_scale: float, batch_size: int, call_kwargs: dict[str, Any]
@@ -52,10 +107,10 @@ def guidance(
     """Give the pipeline classifier-free guidance of `cfg_scale` until the context is left.
 
     The scale is the textbook one in every family: ``negative + cfg_scale * (positive - negative)``,
-    1 = off, one denoiser call a step. It goes to ``true_cfg_scale`` where the pipeline has that
-    argument (its ``guidance_scale`` is then an input of the network and left alone), else to
-    ``guidance_scale``, else to the pipeline's guiders (`diffusers.guiders`), fresh ones, because
-    some keep tensors of the last run.
+    1 = off, one denoiser call a step. It goes to the argument that `scale_argument` names, else to
+    the pipeline's guiders (`diffusers.guiders`), fresh ones, because some keep tensors of the last
+    run. A ``guidance_scale`` that is an input of the network is left alone: it is the pipeline's
+    default, or what `call_kwargs` sets.
 
     Args:
         pipe: The pipeline.
@@ -67,22 +122,26 @@ def guidance(
         The call arguments that the pipeline is to be called with besides.
 
     Raises:
-        ValueError: If `cfg_scale` is below 1, the pipeline has no guidance and `cfg_scale` is not
-            1, the argument is set by hand as well, or the family is refused.
+        ValueError: If `cfg_scale` is below 1, the pipeline has no classifier-free guidance and
+            `cfg_scale` is not 1, the argument is set by hand as well, or the family is refused.
     """
     if not cfg_scale >= 1:
         raise ValueError(f"cfg_scale must be a number >= 1 (1 = no guidance), got {cfg_scale!r}")
     name, quirk = type(pipe).__name__, family_of(pipe)
     if quirk.refused:
         raise ValueError(f"{name} cannot be distilled: {quirk.refused}")
-    accepted = call_parameters(pipe)
-    argument = next((a for a in ("true_cfg_scale", "guidance_scale") if a in accepted), None)
+    argument = scale_argument(pipe)
     guiders = _guiders(pipe)
     if argument in call_kwargs:
         raise ValueError(
             f"{argument} of {name} is set through cfg_scale; remove it from call_kwargs"
         )
     if argument is None and not guiders and cfg_scale != 1:
+        if scale_is_an_input(pipe):
+            raise ValueError(
+                f"{name} has no classifier-free guidance: cfg_scale must be 1, got {cfg_scale}. Its "
+                "guidance_scale is an input of the network; set it in call_kwargs"
+            )
         raise ValueError(f"{name} takes no guidance scale: cfg_scale must be 1, got {cfg_scale}")
     kwargs: dict[str, Any] = {argument: quirk.scale(cfg_scale)} if argument else {}
     # With true_cfg_scale a missing negative prompt switches guidance off, with only a warning.

@@ -6,12 +6,13 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lit_distill.pipelines.components import denoisers
+from lit_distill.pipelines.components import copy_scheduler, denoisers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -88,7 +89,7 @@ class LoopState:
 def observed_scheduler(
     pipe: DiffusionPipeline, on_step: StepCallback | None = None
 ) -> Iterator[LoopState]:
-    """Give the pipeline a fresh scheduler and watch its steps.
+    """Give the pipeline a copy of its scheduler and watch its steps.
 
     Args:
         pipe: The pipeline; its own scheduler comes back on exit.
@@ -98,12 +99,15 @@ def observed_scheduler(
         The counter, updated at every step.
     """
     own = pipe.scheduler
-    fresh = type(own).from_config(own.config)
+    fresh = copy_scheduler(own)
     step = fresh.step
+    unbound = getattr(step, "__func__", lambda _, *args, **kwargs: step(*args, **kwargs))
     steps = LoopState(fresh)
 
-    @functools.wraps(step)  # pipelines look for `eta` and `generator` in the signature
-    def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    @functools.wraps(unbound)  # pipelines look for `eta` and `generator` in the signature
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if self is not fresh:  # a copy that the pipeline made, for the sound of its video
+            return unbound(self, *args, **kwargs)
         if steps.total == 1 and not torch.isfinite(fresh.timesteps).all():
             raise ValueError(
                 f"{type(fresh).__name__} has no one-step schedule with shift_terminal="
@@ -123,7 +127,7 @@ def observed_scheduler(
         steps.calls_a_step = steps.calls_a_step or steps.calls
         return output
 
-    fresh.step = watched
+    fresh.step = MethodType(watched, fresh)
     pipe.scheduler = fresh
     try:
         yield steps
