@@ -39,6 +39,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+OTHER_KINDS: dict[str, Any] = {"pag_scale": 0.0}
+"""Call arguments of other kinds of guidance that enlarge the batch, and what switches each off."""
+
+
 def family_of(pipe: DiffusionPipeline) -> Family:
     """Return the family's line in the table, found by its class or one it derives from."""
     names = [cls.__name__ for cls in type(pipe).__mro__]
@@ -109,7 +113,8 @@ def guidance(
     The scale is the textbook one in every family: ``negative + cfg_scale * (positive - negative)``,
     1 = off, one denoiser call a step. It goes to the argument that `scale_argument` names, else to
     the pipeline's guiders (`diffusers.guiders`), fresh ones, because some keep tensors of the last
-    run. A ``guidance_scale`` that is an input of the network is left alone: it is the pipeline's
+    run. With 1, other kinds of guidance are off too, unless `call_kwargs` sets their scale
+    (``pag_scale``). A ``guidance_scale`` that is an input of the network is left alone: it is the pipeline's
     default, or what `call_kwargs` sets.
 
     Args:
@@ -144,6 +149,9 @@ def guidance(
             )
         raise ValueError(f"{name} takes no guidance scale: cfg_scale must be 1, got {cfg_scale}")
     kwargs: dict[str, Any] = {argument: quirk.scale(cfg_scale)} if argument else {}
+    if cfg_scale == 1:
+        unset = OTHER_KINDS.keys() & call_parameters(pipe) - call_kwargs.keys()
+        kwargs |= {name: OTHER_KINDS[name] for name in unset}
     # With true_cfg_scale a missing negative prompt switches guidance off, with only a warning.
     default = " " if argument == "true_cfg_scale" else None
     negative = call_kwargs.get("negative_prompt", default)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_distill.pipelines.components import copy_scheduler, denoisers
+from lit_distill.pipelines.components import copy_scheduler, denoisers, replaced_components
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -60,6 +60,7 @@ class LoopState:
 
     Attributes:
         scheduler: The pipeline's scheduler in this run.
+        announced: Number of steps that the pipeline told its progress bar.
         done: Steps that the scheduler has made; in a on_step, before the one that it sees.
         calls: Calls of a denoiser, not counting recomputation.
         calls_a_step: Those in the first step, once it is done.
@@ -70,14 +71,24 @@ class LoopState:
 
     def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
         self.scheduler = scheduler
+        self.announced: int | None = None
         self.done = 0
         self.calls = 0
         self.calls_a_step = 0
 
     @property
     def total(self) -> int:
-        """Number of `scheduler.step` calls in the whole run; known once the schedule is set."""
-        return len(self.scheduler.timesteps)
+        """Number of `scheduler.step` calls in the whole run; known once the schedule is set.
+
+        A pipeline that starts from an image skips the first steps of the schedule. It tells so to
+        its scheduler, its progress bar, or both.
+        """
+        skipped = 0
+        steps = getattr(self.scheduler, "num_inference_steps", None)
+        if steps is not None and self.announced is not None:
+            skipped = max(0, steps - self.announced) * self.scheduler.order
+        begin = getattr(self.scheduler, "begin_index", None) or 0
+        return len(self.scheduler.timesteps) - max(skipped, begin)
 
     @property
     def at_last_call(self) -> bool:
@@ -127,12 +138,33 @@ def observed_scheduler(
         steps.calls_a_step = steps.calls_a_step or steps.calls
         return output
 
+    bar = pipe.progress_bar
+
+    def heard(iterable: Any = None, total: int | None = None, **options: Any) -> Any:  # noqa: ANN401
+        steps.announced = total if iterable is None else len(iterable)
+        return bar(iterable=iterable, total=total, **options)
+
     fresh.step = MethodType(watched, fresh)
     pipe.scheduler = fresh
     try:
-        yield steps
+        with replaced_components(pipe, progress_bar=heard):
+            yield steps
     finally:
         pipe.scheduler = own
+
+
+@contextmanager
+def optional_tail(steps: LoopState) -> Iterator[None]:
+    """Ignore errors of a pipeline after its last step, whose output is all that is needed.
+
+    Pixel-space pipelines (DeepFloyd IF) turn their images into arrays, which fails with gradients;
+    others (Kandinsky) refuse to return latents when they are done.
+    """
+    try:
+        yield
+    except Exception:
+        if not steps.done or steps.done != steps.total:
+            raise
 
 
 class _ScheduleIsSet(Exception):  # noqa: N818
@@ -164,6 +196,26 @@ def read_schedule(pipe: DiffusionPipeline, sample: Callable[[], Any]) -> dict[st
         stack.enter_context(suppress(_ScheduleIsSet))
         sample()
     return seen
+
+
+@contextmanager
+def counted_batches(pipe: DiffusionPipeline) -> Iterator[list[int]]:
+    """Note the batch size of every call of a denoiser, in the list that is yielded."""
+    batches: list[int] = []
+
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            # The latents come first, as a tensor or a list of a tensor for each sample.
+            given = (value for value in (*args, *kwargs.values()) if isinstance(value, list | Tensor))
+            batches.append(len(next(given)))
+            return forward(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for denoiser in denoisers(pipe).values():
+            stack.enter_context(replaced_forward(denoiser, counting(denoiser.forward)))
+        yield batches
 
 
 @contextmanager

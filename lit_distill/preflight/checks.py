@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lit_distill.adapters.inject import set_training_mode
 from lit_distill.compute.activation_checkpointing import MODES_BY_MEMORY, Checkpointing
 from lit_distill.pipelines.components import denoisers
-from lit_distill.pipelines.guidance import guidance
+from lit_distill.pipelines.guidance import describe_guidance, guidance
 from lit_distill.pipelines.hooks import LoopState, no_progress_bar, observed_scheduler
 from lit_distill.preflight.probe import Probe, difference, norms_difference
 
@@ -111,7 +111,8 @@ def preflight(
     3. A batch of two prompts of different length equals two draws of one.
     4. Checkpointing leaves the gradient as it is, each mode by itself.
     5. Every trainable parameter gets a gradient, and a finite one.
-    6. The last steps that `grad_steps` leaves to the gradient change the latents enough.
+    6. What `cfg_scale` sets is reported, and whether ``guidance_scale`` means something else.
+    7. The last steps that `grad_steps` leaves to the gradient change the latents enough.
 
     Args:
         pipe: The pipeline, its trainable parameters requiring gradients.
@@ -140,6 +141,7 @@ def preflight(
     usable = report.settings.get("checkpointing", checkpointing)
     mode = report.keep_gradient[0] if usable == "auto" else usable
     report.findings.append(checks.every_parameter_is_reached(mode, report.settings))
+    report.findings.append(Finding("the kind of guidance", "ok", describe_guidance(pipe)))
     if grad_steps is not None and grad_steps < num_inference_steps:
         report.findings.append(checks.last_steps_matter(grad_steps))
     return report

@@ -1,0 +1,349 @@
+"""Tries every pipeline that diffusers' own tests can build, with tiny random weights.
+
+    python benchmarks/families_sweep.py CHECKOUT [-k PART] [--out FILE]
+
+CHECKOUT is a clone of https://github.com/huggingface/diffusers; its ``get_dummy_components`` make
+the pipelines, nothing is downloaded. For each: does the rollout equal `pipe()` bit for bit, does the
+gradient reach the output of every step, is there one denoiser call a step without guidance, at the
+batch's size, and does `cfg_scale` guide on the textbook scale or is it refused. Writes
+results/families_sweep.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import importlib
+import inspect
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import diffusers
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+
+from offline_models import match_tokens, stand_ins  # noqa: E402
+from tiny_pipelines import _revive  # noqa: E402
+
+from lit_distill.pipelines.components import call_parameters, denoisers  # noqa: E402
+from lit_distill.pipelines.guidance import describe_guidance, guidance, scale_argument  # noqa: E402
+from lit_distill.pipelines.hooks import counted_batches  # noqa: E402
+from lit_distill.pipelines.rollout import run_pipeline  # noqa: E402
+
+SECONDS = 240
+"""Time limit of one test module."""
+
+OURS = {"generator", "output_type", "return_dict", "num_inference_steps", "latents", "callback"}
+
+
+OTHERS = ("pag_scale", "stg_scale", "modality_scale", "audio_guidance_scale")
+"""Other kinds of guidance, which are left at their defaults."""
+
+PLAIN = {"cfg_normalization": False, "enable_cfg_renorm": False}
+"""What is switched off, for it rescales the guided prediction."""
+
+
+class NotBuilt(Exception):
+    """The test's components can't be made here."""
+
+
+def find_testers(module: Any) -> list[Any]:
+    """Return the classes of a test module that build a pipeline, one for each pipeline."""
+    found: dict[str, Any] = {}
+    for thing in vars(module).values():
+        ours = isinstance(thing, type) and thing.__module__ == module.__name__
+        pipeline = getattr(thing, "pipeline_class", None) if ours else None
+        if isinstance(pipeline, type) and hasattr(thing, "get_dummy_components"):
+            found.setdefault(pipeline.__name__, thing)
+    return list(found.values())
+
+
+class Trial:
+    """One pipeline and the arguments of a small call."""
+
+    def __init__(self, tester: Any) -> None:
+        self.cls = tester.pipeline_class
+        try:
+            test = tester() if "methodName" not in inspect.signature(tester).parameters else tester("run")
+            torch.manual_seed(0)
+            with stand_ins():
+                components = test.get_dummy_components()
+            match_tokens(components)
+            torch.manual_seed(0)
+            for component in components.values():
+                if isinstance(component, nn.Module):
+                    _revive(component.float().eval())
+            self.pipe = self.cls(**components)
+            takes = inspect.signature(test.get_dummy_inputs).parameters
+            self.inputs = test.get_dummy_inputs(*(["cpu"] if "device" in takes else []))
+        except Exception as error:
+            raise NotBuilt(described(error)) from error
+        self.pipe.set_progress_bar_config(disable=True)
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False)
+
+        self.repeats = True
+        for output_type in ("latent", "pt", "np"):  # the first that the pipeline has
+            self.output_type = output_type
+            try:
+                self.expected = self.plain()
+                again = zip(tree_leaves(self.expected), tree_leaves(self.plain(seed=1)), strict=True)
+                self.repeats = all(difference(a, b) == 0 for a, b in again)
+                break
+            except Exception as error:
+                self.error = error
+
+    def call(self) -> dict[str, Any]:
+        """Return the call's arguments but for the guidance scale and what `rollout` sets."""
+        given = {k: v for k, v in self.inputs.items() if k not in OURS}
+        for name in (scale_argument(self.pipe), *OTHERS):
+            given.pop(name, None)
+        if isinstance(given.get("prompt"), str):
+            given["prompt"] = [given["prompt"] or "a red cat"]
+        if isinstance(given.get("negative_prompt"), str):
+            given["negative_prompt"] = [given["negative_prompt"]]
+        for name in PLAIN.keys() & call_parameters(self.pipe):
+            given[name] = PLAIN[name]
+        if "mask_image" in given:  # many are black, so that nothing is painted
+            given["mask_image"] = Image.new("L", (32, 32), 255)
+        return copy.deepcopy(given)
+
+    def steps(self) -> dict[str, Any]:
+        """Return the number of steps."""
+        return {"num_inference_steps": max(2, self.inputs.get("num_inference_steps", 2))}
+
+    def plain(self, seed: int = 0) -> Any:
+        """Return what `pipe()` returns as latents; `seed` is the global one."""
+        torch.manual_seed(seed)
+        call = self.call()
+        with guidance(self.pipe, 1.0, 1, call) as given:
+            given = {k: v for k, v in (call | given).items() if k != "negative_prompt"}
+            return self.pipe(
+                **given,
+                **self.steps(),
+                generator=[generator()],
+                output_type=self.output_type,
+                return_dict=False,
+            )[0]
+
+    def run(self, cfg_scale: float, grad: bool = False) -> Run:
+        """Run the rollout."""
+        return Run(self, cfg_scale, grad)
+
+
+class Run:
+    """A rollout: its states, the scheduler's inputs, what it returned, its denoiser's batches."""
+
+    def __init__(self, trial: Trial, cfg_scale: float, grad: bool) -> None:
+        pipe, self.states, self.predictions = trial.pipe, [], []
+        torch.manual_seed(0)
+        call = trial.call()
+        step = type(pipe.scheduler).step
+
+        @functools.wraps(step)
+        def noted(scheduler: Any, model_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self.predictions.append(model_output)
+            return step(scheduler, model_output, *args, **kwargs)
+
+        with ExitStack() as stack, torch.set_grad_enabled(grad):
+            stack.enter_context(mock.patch.object(type(pipe.scheduler), "step", noted))
+            self.batches = stack.enter_context(counted_batches(pipe))
+            self.loop, self.output = run_pipeline(
+                pipe,
+                **call,
+                **trial.steps(),
+                generator=[generator()],
+                output_type="latent" if grad else trial.output_type,
+                cfg_scale=cfg_scale,
+                on_step=self.note,
+            )
+
+    def note(self, loop: Any, latents: Tensor) -> Tensor:
+        """Keep a state."""
+        self.states.append(latents)
+        return latents
+
+
+def generator() -> torch.Generator:
+    """Return a generator with one seed."""
+    return torch.Generator().manual_seed(0)
+
+
+def described(error: BaseException) -> str:
+    """Return an error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def try_pipeline(tester: Any) -> dict[str, Any]:
+    """Return what holds for one pipeline."""
+    row: dict[str, Any] = {"pipeline": tester.pipeline_class.__name__, "test": tester.__module__}
+    try:
+        trial = Trial(tester)
+    except NotBuilt as error:
+        return row | {"verdict": "not built", "why": str(error)}
+    if not hasattr(trial, "expected"):
+        return row | {"verdict": "pipe() fails", "why": described(trial.error)}
+    try:
+        row["guidance"] = describe_guidance(trial.pipe)
+        row |= check(trial)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        row |= {"verdict": "fails", "why": f"{described(error)} ({Path(where.filename).name}:{where.lineno})"}
+        return row
+    holds = all(row[key] is True for key in ("equal", "gradient", "one_call"))
+    holds = holds and row["cfg"].startswith(("textbook", "refused"))
+    return row | {"verdict": "holds" if holds else "fails"}
+
+
+def check(trial: Trial) -> dict[str, Any]:
+    """Return the checks of the module's docstring."""
+    row: dict[str, Any] = {}
+    one = trial.run(1.0)
+    pairs = list(zip(tree_leaves(trial.expected), tree_leaves(one.output), strict=True))
+    row["equal"] = all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
+    if not row["equal"]:
+        row["difference"] = max(difference(a, b) for a, b in pairs)
+    row["result"] = relation(one.loop.latents, tree_leaves(one.output)[0])
+    row["repeats"] = trial.repeats
+    row["total"] = one.loop.total
+    row["steps"], row["calls"], row["batch"] = one.loop.done, one.loop.calls, max(one.batches)
+    row["one_call"] = one.loop.calls <= one.loop.done and row["batch"] == len(one.loop.latents)
+    if not row["one_call"]:
+        row["why"] = f"{row['calls']} calls of batch {row['batch']} in {row['steps']} steps"
+    row |= guides(trial, one)
+    for denoiser in denoisers(trial.pipe).values():
+        denoiser.requires_grad_(True)
+    trained = trial.run(1.0, grad=True)
+    row["grad_moves"] = difference(trained.loop.latents, one.loop.latents)
+    row["gradient"] = reaches_every_step(trained)
+    return row
+
+
+def relation(latents: Tensor, output: Any) -> str:
+    """Return how what the pipeline returns is made of the last step's output."""
+    output = torch.as_tensor(output)
+    if output.shape == latents.shape and torch.equal(output, latents):
+        return "the same"
+    if output.numel() != latents.numel():
+        return f"{list(output.shape)} of {list(latents.shape)}"
+    same = torch.equal(output.flatten().sort().values, latents.flatten().sort().values)
+    return "permuted" if same else "another"
+
+
+def difference(a: Any, b: Any) -> float:
+    """Return the largest difference."""
+    a, b = (torch.as_tensor(each).detach().float() for each in (a, b))
+    return (a - b).abs().max().item()
+
+
+def reaches_every_step(run: Run) -> bool:
+    """Return whether the gradient of the result reaches the output of every step, and is finite."""
+    final = run.loop.latents
+    states = [state for state in run.states[:-1]]
+    if not final.requires_grad or not all(state.requires_grad for state in states):
+        return False
+    weights = torch.randn(final.shape, generator=generator())
+    gradients = torch.autograd.grad((final.float() * weights).sum(), [*states, final], allow_unused=True)
+    return all(g is not None and g.isfinite().all() and g.any() for g in gradients)
+
+
+def guides(trial: Trial, one: Run) -> dict[str, Any]:
+    """Return whether `cfg_scale` is on the textbook scale, by the states after the first step."""
+    try:
+        two = trial.run(2.0)
+    except ValueError as error:
+        if "cfg_scale" in str(error):
+            return {"cfg": f"refused: {error}"}
+        raise
+    three = trial.run(3.0)
+    # Of the network's guided predictions in the first step: schedulers may clip what they make of it.
+    first, second, third = (run.predictions[0].double() for run in (one, two, three))
+    there = (second - first).norm() / first.norm()
+    back = ((third - second) - (second - first)).norm() / (second - first).norm().clamp(min=1e-30)
+    row = {"cfg_calls": len(two.batches), "cfg_batch": max(two.batches), "moved": there.item()}
+    row["nonlinear"] = back.item()
+    if there < 1e-6:
+        return row | {"cfg": "does nothing"}
+    if back < 1e-2:
+        return row | {"cfg": "textbook"}
+    norms = [run.predictions[0].double().norm(dim=-1) for run in (one, two, three)]
+    kept = all(torch.allclose(norm, norms[0], rtol=1e-3) for norm in norms)
+    return row | {"cfg": "textbook, rescaled by the pipeline" if kept else "another scale"}
+
+
+def try_module(name: str) -> list[dict[str, Any]]:
+    """Return what holds for the pipelines of one test module."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    diffusers.utils.logging.set_verbosity(50)
+    try:
+        with stand_ins():
+            module = importlib.import_module(name)
+    except BaseException as error:
+        return [{"pipeline": name, "test": name, "verdict": "not built", "why": described(error)}]
+    torch.use_deterministic_algorithms(False)
+    return [try_pipeline(tester) for tester in find_testers(module)]
+
+
+def worker(name: str, queue: Any) -> None:
+    queue.put(try_module(name))
+
+
+def limited(name: str) -> list[dict[str, Any]]:
+    """Return `try_module`'s rows from a process that may fail or hang."""
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=worker, args=(name, queue))
+    process.start()
+    end = time.monotonic() + SECONDS
+    while process.is_alive() and queue.empty() and time.monotonic() < end:
+        time.sleep(0.05)
+    if not queue.empty():
+        rows = queue.get()
+    else:
+        rows = [{"pipeline": name, "test": name, "verdict": "not built", "why": "took too long, or died"}]
+    process.kill()
+    process.join()
+    return rows
+
+
+def main() -> None:
+    """Try all pipelines, print a line for each, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("-k", default="", help="part of a test module's name")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/families_sweep.json")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(arguments.checkout))
+    files = sorted((arguments.checkout / "tests/pipelines").glob("*/test_*.py"))
+    names = [".".join(f.relative_to(arguments.checkout).with_suffix("").parts) for f in files]
+    rows: list[dict[str, Any]] = []
+    with stand_ins():
+        importlib.import_module("tests.pipelines.test_pipelines_common")
+    for name in names:
+        if arguments.k in name:
+            for row in limited(name):
+                rows.append(row)
+                print(row["verdict"], json.dumps(row), flush=True)
+    arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    verdicts = [row["verdict"] for row in rows]
+    print({verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))})
+
+
+if __name__ == "__main__":
+    main()
