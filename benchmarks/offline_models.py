@@ -6,14 +6,13 @@ encoders come from `tests/helpers/tiny_pipeline_parts.py`, of the classes that t
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import tiny_pipeline_parts as parts
+import tiny_pipelines_embedded as embedded
 import torch
 import transformers as tf
 
@@ -93,45 +92,8 @@ def _roberta(cls: type, **options: Any) -> Any:
     return parts.byte_tokenizer(*tokens, pad_token="<pad>", model_max_length=77, **special)
 
 
-def chatglm_tokenizer() -> Any:
-    """Return Kolors' tokenizer, with a SentencePiece model of a few letters."""
-    import sentencepiece
-    from diffusers.pipelines.kolors import ChatGLMTokenizer
-
-    folder = Path(tempfile.mkdtemp())
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 20),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=40,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return ChatGLMTokenizer(str(folder / "tokenizer.model"))
-
-
 def _chatglm(cls: type, **options: Any) -> Any:
-    if "Tokenizer" in cls.__name__:
-        return chatglm_tokenizer()
-    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
-
-    config = ChatGLMConfig(
-        num_layers=2,
-        padded_vocab_size=128,
-        hidden_size=8,
-        ffn_hidden_size=16,
-        kv_channels=4,
-        num_attention_heads=2,
-        multi_query_attention=True,
-        multi_query_group_num=1,
-        seq_length=64,
-        add_qkv_bias=True,
-        rmsnorm=True,
-        original_rope=True,
-    )
-    model = ChatGLMModel(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)  # its constructor leaves them as they are
-    return model
+    return embedded.chatglm_tokenizer() if "Tokenizer" in cls.__name__ else embedded.chatglm()
 
 
 def _siglip(cls: type, **options: Any) -> Any:

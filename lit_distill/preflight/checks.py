@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lit_distill.adapters.inject import set_training_mode
 from lit_distill.compute.activation_checkpointing import MODES_BY_MEMORY, Checkpointing
 from lit_distill.pipelines.components import denoisers
-from lit_distill.pipelines.guidance import describe_guidance, guidance
-from lit_distill.pipelines.hooks import LoopState, no_progress_bar, observed_scheduler
+from lit_distill.pipelines.guidance import describe_guidance
+from lit_distill.pipelines.hooks import LoopState, counted_batches, observed_scheduler
 from lit_distill.preflight.probe import Probe, difference, norms_difference
 
 if TYPE_CHECKING:
@@ -159,8 +159,10 @@ class _Checks(Probe):
     def draws_what_the_pipeline_draws(self) -> list[Finding]:
         check = "the rollout draws what pipe() draws"
         try:
-            expected = self._plain()
-            steps, found = self.sample()
+            expected = self.plain()
+            with counted_batches(self.pipe) as batches:
+                steps, found = self.sample()
+                found = torch.as_tensor(found)
         except Exception as error:  # whatever the pipeline throws is what the user has to see
             return [Finding(check, "failed", _described(error))]
         if torch.equal(found, expected):
@@ -172,17 +174,13 @@ class _Checks(Probe):
             equality = Finding(
                 check, "failed", f"two draws of a seed differ by {apart:.0e}", remedy
             )
-        return [equality, self._one_call_a_step(steps)]
+        return [equality, self._one_call_a_step(steps, max(batches, default=1))]
 
-    def _plain(self) -> Any:  # noqa: ANN401
-        """Return what the plain pipe() does."""
-        with no_progress_bar(self.pipe), guidance(self.pipe, 1.0, 1, self.call_kwargs) as given:
-            return self.pipe(**self.arguments(), **given, return_dict=False)[0]
-
-    def _one_call_a_step(self, steps: LoopState) -> Finding:
+    def _one_call_a_step(self, steps: LoopState, batch: int) -> Finding:
         check = "without guidance one denoiser call a step"
         seen = f"{steps.calls} calls in {steps.done} steps"
-        if steps.calls <= steps.done:
+        seen += f", each for {batch} samples instead of one" if batch > 1 else ""
+        if steps.calls <= steps.done and batch == 1:
             return Finding(check, "ok", seen)
         remedy = (
             "Switch off its other kinds of guidance in model.call_kwargs, or add a line to "
@@ -253,7 +251,7 @@ class _Checks(Probe):
             return latents
 
         with observed_scheduler(self.pipe, note):
-            self._plain()
+            self.plain()
         moved = [(after - before).norm().item() for before, after in pairwise(path)]
         # The first step's share is not known without the noise; the others are compared with all
         # that comes after it, which can only flatter them.

@@ -12,6 +12,7 @@ import diffusers as df
 import tiny_pipelines_images as images
 import tiny_pipelines_more as more
 from tiny_pipeline_parts import family, kl_vae
+from torch import nn
 
 
 @family(height=16, width=16)
@@ -38,11 +39,10 @@ def SanaSprint() -> Any:
     return df.SanaSprintPipeline(**parts)
 
 
-def Kolors() -> Any:
-    """Not a family of `tiny_pipelines.FAMILIES`, because it needs sentencepiece."""
+def chatglm_tokenizer() -> Any:
+    """Kolors' tokenizer with a SentencePiece model of a few letters."""
     import sentencepiece
-    from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
-    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+    from diffusers.pipelines.kolors import ChatGLMTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(
@@ -52,8 +52,15 @@ def Kolors() -> Any:
             hard_vocab_limit=False,
             minloglevel=2,
         )
-        tokenizer = ChatGLMTokenizer(str(Path(folder) / "tokenizer.model"))
-    encoder = ChatGLMConfig(
+        return ChatGLMTokenizer(str(Path(folder) / "tokenizer.model"))
+
+
+def chatglm() -> Any:
+    """Kolors' text encoder, of width 8."""
+    from diffusers.pipelines.kolors import ChatGLMModel
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+
+    config = ChatGLMConfig(
         num_layers=2,
         padded_vocab_size=128,
         hidden_size=8,
@@ -67,6 +74,14 @@ def Kolors() -> Any:
         rmsnorm=True,
         original_rope=True,
     )
+    model = ChatGLMModel(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)  # its constructor leaves them as they are
+    return model
+
+
+def Kolors() -> Any:
+    """Not a family of `tiny_pipelines.FAMILIES`, because it needs sentencepiece."""
     return df.KolorsPipeline(
         unet=images._unet(
             attention_head_dim=(2, 4),
@@ -78,7 +93,7 @@ def Kolors() -> Any:
             projection_class_embeddings_input_dim=6 * 8 + 8,
         ),
         vae=kl_vae(4, scaling_factor=0.13025),
-        text_encoder=ChatGLMModel(encoder),
-        tokenizer=tokenizer,
+        text_encoder=chatglm(),
+        tokenizer=chatglm_tokenizer(),
         scheduler=df.EulerDiscreteScheduler(**images._SD_NOISE, timestep_spacing="leading"),
     )
