@@ -6,8 +6,10 @@ encoders come from `tests/helpers/tiny_pipeline_parts.py`, of the classes that t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,6 +34,10 @@ def _clip(cls: type, **options: Any) -> Any:
 
 def _qwen(cls: type, **options: Any) -> Any:
     tokenizer = parts.qwen_tokenizer()
+    if "3VLForConditional" in cls.__name__:
+        return _qwen3_vl(tokenizer)
+    if "ForConditional" in cls.__name__:
+        return parts.qwen_vl(tokenizer)
     if "Processor" not in cls.__name__:
         return tokenizer
     processor = parts.qwen_processor(tokenizer)
@@ -42,6 +48,15 @@ def _qwen(cls: type, **options: Any) -> Any:
         fresh.vision_start_token, fresh.vision_end_token = "<|vision_start|>", "<|vision_end|>"
         return fresh
     return processor
+
+
+def _qwen3_vl(tokenizer: Any) -> Any:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2}
+    vision |= {"patch_size": 14, "out_hidden_size": 16, "deepstack_visual_indexes": [0]}
+    text = parts.decoder(tokenizer) | {"rope_parameters": rope}
+    config = tf.Qwen3VLConfig(text_config=text, vision_config=vision)
+    return tf.Qwen3VLForConditionalGeneration(config)
 
 
 def _gemma(cls: type, **options: Any) -> Any:
@@ -112,6 +127,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "tiny-random-umt5": _t5,
     "tiny-random-clip": _clip,
     "tiny-random-Qwen2VL": _qwen,
+    "tiny-random-Qwen3VL": _qwen,
     "Qwen3-Embedding": _qwen,
     "dummy-gemma": _gemma,
     "tiny-gemma3": _gemma,
@@ -156,14 +172,8 @@ def _base(name: str) -> Any:
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
-def match_tokens(components: dict[str, Any]) -> None:
-    """Fit the text encoders to the stand-in tokenizers: their size, and the tokens of images."""
-    for key, encoder in components.items():
-        tokenizer = components.get(key.replace("text_encoder", "tokenizer"))
-        if key.startswith("text_encoder") and hasattr(tokenizer, "get_vocab"):
-            embedding = encoder.get_input_embeddings()
-            if embedding is not None and embedding.num_embeddings < len(tokenizer):
-                encoder.resize_token_embeddings(len(tokenizer))
+def match_image_tokens(components: dict[str, Any]) -> None:
+    """Let vision-language models look for the image tokens of the stand-in tokenizers."""
     tokenizers = [getattr(c, "tokenizer", c) for c in components.values()]
     tokenizers = [t for t in tokenizers if hasattr(t, "convert_tokens_to_ids")]
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
@@ -176,3 +186,34 @@ def match_tokens(components: dict[str, Any]) -> None:
                 for field, token in names.items():
                     if token in vocab and hasattr(config, field):
                         setattr(config, field, vocab[token])
+
+
+def resize_for_cosmos() -> None:
+    """Give Cosmos' transformer the one function that it takes from torchvision, if that is missing."""
+    if tf.utils.is_torchvision_available():
+        return
+    from diffusers.models.controlnets import controlnet_cosmos
+    from diffusers.models.transformers import transformer_cosmos
+
+    def resize(image: torch.Tensor, size: list[int], interpolation: Any) -> torch.Tensor:
+        return torch.nn.functional.interpolate(image, size=size, mode="nearest")
+
+    stand_in = SimpleNamespace(
+        functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST=None)
+    )
+    for module in (transformer_cosmos, controlnet_cosmos):
+        module.transforms = stand_in
+
+
+def small_edits() -> None:
+    """Let Qwen-Image's edit pipelines work at 64x64 pixels instead of a million."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
+
+    for module in (edit, edit_plus):
+        original = module.calculate_dimensions
+        module.calculate_dimensions = functools.partial(_small, original)
+
+
+def _small(original: Any, area: int, ratio: float) -> Any:
+    return original(min(area, 64 * 64), ratio)

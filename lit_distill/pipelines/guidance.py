@@ -30,17 +30,35 @@ class Family(NamedTuple):
     refused: str | None = None
 
 
+def _above_two(cfg_scale: float) -> float:
+    if 1 < cfg_scale <= 2:
+        raise ValueError(f"this family has no guidance with a cfg_scale up to 2, got {cfg_scale}")
+    return cfg_scale - 1
+
+
 # Keyed by what the names of a family's pipeline classes begin with.
 FAMILIES: dict[str, Family] = {
     # These add s * (positive - negative) to the positive prediction instead of the negative one.
     "ZImage": Family(scale=lambda cfg_scale: cfg_scale - 1),
     "Krea2": Family(scale=lambda cfg_scale: cfg_scale - 1),
+    # So do these, which leave guidance off up to 1 on their scale.
+    "Kandinsky3": Family(scale=_above_two),
+    "Cosmos3": Family(),
+    "Cosmos": Family(scale=_above_two),
     "OmniGen": Family(refused="its guidance cannot be switched off"),
 }
 
 
-OTHER_KINDS: dict[str, Any] = {"pag_scale": 0.0}
-"""Call arguments of other kinds of guidance that enlarge the batch, and what switches each off."""
+OTHER_KINDS: dict[str, Any] = {
+    "pag_scale": 0.0,
+    # LTX-2
+    "stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "audio_guidance_scale": 1.0,
+    "audio_stg_scale": 0.0,
+    "audio_modality_scale": 1.0,
+}
+"""Call arguments of other kinds of guidance, on by default, and the values that mean off."""
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:

@@ -61,6 +61,7 @@ class LoopState:
     Attributes:
         scheduler: The pipeline's scheduler in this run.
         announced: Number of steps that the pipeline told its progress bar.
+        index: The scheduler's own count, where it has one.
         done: Steps that the scheduler has made; in a on_step, before the one that it sees.
         calls: Calls of a denoiser, not counting recomputation.
         calls_a_step: Those in the first step, once it is done.
@@ -72,6 +73,7 @@ class LoopState:
     def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
         self.scheduler = scheduler
         self.announced: int | None = None
+        self.index: int | None = None
         self.done = 0
         self.calls = 0
         self.calls_a_step = 0
@@ -86,7 +88,7 @@ class LoopState:
         skipped = 0
         steps = getattr(self.scheduler, "num_inference_steps", None)
         if steps is not None and self.announced is not None:
-            skipped = max(0, steps - self.announced) * self.scheduler.order
+            skipped = max(0, steps - self.announced) * getattr(self.scheduler, "order", 1)
         begin = getattr(self.scheduler, "begin_index", None) or 0
         return len(self.scheduler.timesteps) - max(skipped, begin)
 
@@ -127,6 +129,10 @@ def observed_scheduler(
             )
         output = step(*args, **kwargs)
         latents = output[0]
+        index = getattr(fresh, "step_index", None)
+        if index is not None and index == steps.index:  # Cosmos goes back and makes a step again
+            steps.done -= 1
+        steps.index = index
         if on_step is not None:
             latents = on_step(steps, latents)
             if isinstance(output, tuple):
