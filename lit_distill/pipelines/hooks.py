@@ -59,7 +59,8 @@ class LoopState:
     """Where a running pipeline is.
 
     Attributes:
-        scheduler: The pipeline's scheduler in this run.
+        pipe: The pipeline.
+        scheduler: Its scheduler in this run.
         announced: Number of steps that the pipeline told its progress bar.
         index: The scheduler's own count, where it has one.
         done: Steps that the scheduler has made; in a on_step, before the one that it sees.
@@ -70,7 +71,8 @@ class LoopState:
 
     latents: Tensor
 
-    def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
+    def __init__(self, pipe: DiffusionPipeline, scheduler: Any) -> None:  # noqa: ANN401
+        self.pipe = pipe
         self.scheduler = scheduler
         self.announced: int | None = None
         self.index: int | None = None
@@ -82,15 +84,16 @@ class LoopState:
     def total(self) -> int:
         """Number of `scheduler.step` calls in the whole run; known once the schedule is set.
 
-        A pipeline that starts from an image skips the first steps of the schedule. It tells so to
-        its scheduler, its progress bar, or both.
+        Pipelines leave steps of the schedule out: the first ones when they start from an image, the
+        last one in Sana-Sprint. They tell so to the scheduler, the progress bar, or to themselves.
         """
         skipped = 0
         steps = getattr(self.scheduler, "num_inference_steps", None)
         if steps is not None and self.announced is not None:
             skipped = max(0, steps - self.announced) * getattr(self.scheduler, "order", 1)
         begin = getattr(self.scheduler, "begin_index", None) or 0
-        return len(self.scheduler.timesteps) - max(skipped, begin)
+        total = len(self.scheduler.timesteps) - max(skipped, begin)
+        return min(total, getattr(self.pipe, "_num_timesteps", total))
 
     @property
     def at_last_call(self) -> bool:
@@ -115,7 +118,8 @@ def observed_scheduler(
     fresh = copy_scheduler(own)
     step = fresh.step
     unbound = getattr(step, "__func__", lambda _, *args, **kwargs: step(*args, **kwargs))
-    steps = LoopState(fresh)
+    steps = LoopState(pipe, fresh)
+    pipe.__dict__.pop("_num_timesteps", None)  # of the run before
 
     @functools.wraps(unbound)  # pipelines look for `eta` and `generator` in the signature
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -135,10 +139,7 @@ def observed_scheduler(
         steps.index = index
         if on_step is not None:
             latents = on_step(steps, latents)
-            if isinstance(output, tuple):
-                output = (latents, *output[1:])
-            else:
-                output.prev_sample = latents
+            output = _with_latents(output, latents)
         steps.latents = latents
         steps.done += 1
         steps.calls_a_step = steps.calls_a_step or steps.calls
@@ -157,6 +158,24 @@ def observed_scheduler(
             yield steps
     finally:
         pipe.scheduler = own
+
+
+def _with_latents(output: Any, latents: Tensor) -> Any:  # noqa: ANN401
+    """Return a scheduler's output with other latents.
+
+    LCM's pipelines decode the denoised prediction beside them, which is the same in the last step.
+    """
+    before = output[0]
+    entries = output.to_tuple() if hasattr(output, "to_tuple") else output
+    changed = (
+        latents if each is before or (isinstance(each, Tensor) and torch.equal(each, before)) else each
+        for each in entries
+    )
+    if isinstance(output, tuple):
+        return tuple(changed)
+    for name, each in zip(output.keys(), changed, strict=True):
+        output[name] = each
+    return output
 
 
 @contextmanager
