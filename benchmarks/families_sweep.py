@@ -3,11 +3,13 @@
     python benchmarks/families_sweep.py CHECKOUT [-k PART] [--out FILE]
 
 CHECKOUT is a clone of https://github.com/huggingface/diffusers; its ``get_dummy_components`` make
-the pipelines, nothing is downloaded. For each: does the rollout equal `pipe()` bit for bit, does the
-gradient reach the output of every step, is there one denoiser call a step without guidance, at the
-batch's size, and does `cfg_scale` guide on the textbook scale or is it refused. Writes
+the pipelines, nothing is downloaded. For each: does the rollout equal `pipe()` bit for bit, does
+the gradient reach the output of every step, is there one denoiser call a step without guidance, at
+the batch's size, and does `cfg_scale` guide on the textbook scale or is it refused. Writes
 results/families_sweep.json.
 """
+
+# ruff: noqa: ANN401
 
 from __future__ import annotations
 
@@ -37,12 +39,12 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
-from offline_models import (
+from offline_models import (  # noqa: E402
     match_image_tokens,
     resize_for_cosmos,
     small_edits,
     stand_ins,
-)  # noqa: E402
+)
 from tiny_pipelines import _revive  # noqa: E402
 
 from lit_distill.pipelines.components import call_parameters, denoisers  # noqa: E402
@@ -70,7 +72,7 @@ PLAIN = {
 """What is switched off, for it rescales the guided prediction."""
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """The test's components can't be made here."""
 
 
@@ -91,7 +93,11 @@ class Trial:
     def __init__(self, tester: Any) -> None:
         self.cls = tester.pipeline_class
         try:
-            test = tester() if "methodName" not in inspect.signature(tester).parameters else tester("run")
+            test = (
+                tester()
+                if "methodName" not in inspect.signature(tester).parameters
+                else tester("run")
+            )
             torch.manual_seed(0)
             with stand_ins():
                 components = test.get_dummy_components()
@@ -104,7 +110,7 @@ class Trial:
             takes = inspect.signature(test.get_dummy_inputs).parameters
             self.inputs = test.get_dummy_inputs(*(["cpu"] if "device" in takes else []))
         except Exception as error:
-            raise NotBuilt(described(error)) from error
+            raise NotBuiltError(described(error)) from error
         self.pipe.set_progress_bar_config(disable=True)
         for component in self.pipe.components.values():
             if isinstance(component, nn.Module):
@@ -115,7 +121,9 @@ class Trial:
         for self.listed, self.output_type in ways:  # the first that the pipeline knows
             try:
                 self.expected = self.plain()
-                again = zip(tree_leaves(self.expected), tree_leaves(self.plain(seed=1)), strict=True)
+                again = zip(
+                    tree_leaves(self.expected), tree_leaves(self.plain(seed=1)), strict=True
+                )
                 self.repeats = all(difference(a, b) == 0 for a, b in again)
                 break
             except Exception as error:
@@ -216,7 +224,7 @@ def try_pipeline(tester: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"pipeline": tester.pipeline_class.__name__, "test": tester.__module__}
     try:
         trial = Trial(tester)
-    except NotBuilt as error:
+    except NotBuiltError as error:
         return row | {"verdict": "not built", "why": str(error)}
     if not hasattr(trial, "expected"):
         return row | {"verdict": "pipe() fails", "why": described(trial.error)}
@@ -225,7 +233,10 @@ def try_pipeline(tester: Any) -> dict[str, Any]:
         row |= check(trial)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        row |= {"verdict": "fails", "why": f"{described(error)} ({Path(where.filename).name}:{where.lineno})"}
+        row |= {
+            "verdict": "fails",
+            "why": f"{described(error)} ({Path(where.filename).name}:{where.lineno})",
+        }
         return row
     holds = all(row[key] is True for key in ("equal", "gradient", "one_call"))
     holds = holds and row["cfg"].startswith(("textbook", "refused"))
@@ -233,7 +244,10 @@ def try_pipeline(tester: Any) -> dict[str, Any]:
         why = "two calls of pipe() with one seed differ: it draws noise outside its generator"
         return row | {"verdict": "refused", "why": why}
     if not trial.listed:
-        return row | {"verdict": "refused", "why": "takes one prompt a call: " + described(trial.error)}
+        return row | {
+            "verdict": "refused",
+            "why": "takes one prompt a call: " + described(trial.error),
+        }
     return row | {"verdict": "holds" if holds else "fails"}
 
 
@@ -290,7 +304,9 @@ def reaches_every_step(run: Run) -> bool:
     if not final.requires_grad or not all(state.requires_grad for state in states):
         return False
     weights = torch.randn(final.shape, generator=generator())
-    gradients = torch.autograd.grad((final.float() * weights).sum(), [*states, final], allow_unused=True)
+    gradients = torch.autograd.grad(
+        (final.float() * weights).sum(), [*states, final], allow_unused=True
+    )
     return all(g is not None and g.isfinite().all() and g.any() for g in gradients)
 
 
@@ -305,7 +321,7 @@ def guides(trial: Trial, one: Run) -> dict[str, Any]:
         raise
     four = trial.run(4.0)
     trial.more = {}
-    # Of the network's guided predictions in the first step: schedulers may clip what they make of it.
+    # The network's guided predictions in the first step: schedulers may clip what they make of it.
     first, third, fourth = (run.prediction.double() for run in (one, three, four))
     there = (third - first).norm() / first.norm()
     bend = (third - first) / 2 - (fourth - third)
@@ -338,6 +354,7 @@ def try_module(name: str) -> list[dict[str, Any]]:
 
 
 def worker(name: str, queue: Any) -> None:
+    """Put the rows of `try_module` into a queue."""
     queue.put(try_module(name))
 
 
@@ -353,7 +370,14 @@ def limited(name: str) -> list[dict[str, Any]]:
     if not queue.empty():
         rows = queue.get()
     else:
-        rows = [{"pipeline": name, "test": name, "verdict": "not built", "why": "took too long, or died"}]
+        rows = [
+            {
+                "pipeline": name,
+                "test": name,
+                "verdict": "not built",
+                "why": "took too long, or died",
+            }
+        ]
     process.kill()
     process.join()
     return rows

@@ -42,9 +42,8 @@ def override_scheduler_config(pipe: DiffusionPipeline, fields: dict[str, Any] | 
 class _Detached(TorchFunctionMode):
     """Copies tensors without their graph: `copy.deepcopy` refuses those that have one."""
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # noqa: ANN401
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Copy a tensor, or call `function` as it is."""
         if function is Tensor.__deepcopy__:
             tensor, memo = args
             return memo.setdefault(id(tensor), tensor.detach().clone())

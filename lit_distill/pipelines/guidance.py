@@ -132,8 +132,8 @@ def guidance(
     1 = off, one denoiser call a step. It goes to the argument that `scale_argument` names, else to
     the pipeline's guiders (`diffusers.guiders`), fresh ones, because some keep tensors of the last
     run. With 1, other kinds of guidance are off too, unless `call_kwargs` sets their scale
-    (``pag_scale``). A ``guidance_scale`` that is an input of the network is left alone: it is the pipeline's
-    default, or what `call_kwargs` sets.
+    (``pag_scale``). A ``guidance_scale`` that is an input of the network is left alone: it is the
+    pipeline's default, or what `call_kwargs` sets.
 
     Args:
         pipe: The pipeline.
@@ -162,8 +162,8 @@ def guidance(
     if argument is None and not guiders and cfg_scale != 1:
         if scale_is_an_input(pipe):
             raise ValueError(
-                f"{name} has no classifier-free guidance: cfg_scale must be 1, got {cfg_scale}. Its "
-                "guidance_scale is an input of the network; set it in call_kwargs"
+                f"{name} has no classifier-free guidance: cfg_scale must be 1, got {cfg_scale}. "
+                "Its guidance_scale is an input of the network; set it in call_kwargs"
             )
         raise ValueError(f"{name} takes no guidance scale: cfg_scale must be 1, got {cfg_scale}")
     kwargs: dict[str, Any] = {argument: quirk.scale(cfg_scale)} if argument else {}

@@ -168,7 +168,9 @@ def _with_latents(output: Any, latents: Tensor) -> Any:  # noqa: ANN401
     before = output[0]
     entries = output.to_tuple() if hasattr(output, "to_tuple") else output
     changed = (
-        latents if each is before or (isinstance(each, Tensor) and torch.equal(each, before)) else each
+        latents
+        if each is before or (isinstance(each, Tensor) and torch.equal(each, before))
+        else each
         for each in entries
     )
     if isinstance(output, tuple):
@@ -231,7 +233,9 @@ def counted_batches(pipe: DiffusionPipeline) -> Iterator[list[int]]:
     def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             # The latents come first, as a tensor or a list of a tensor for each sample.
-            given = (value for value in (*args, *kwargs.values()) if isinstance(value, list | Tensor))
+            given = (
+                value for value in (*args, *kwargs.values()) if isinstance(value, list | Tensor)
+            )
             batches.append(len(next(given)))
             return forward(*args, **kwargs)
 

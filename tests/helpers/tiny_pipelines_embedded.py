@@ -34,7 +34,9 @@ def LatentConsistencyModel() -> Any:
 )
 def SanaSprint() -> Any:
     parts = more.Sana().components
-    parts["transformer"] = more.sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads")
+    parts["transformer"] = more.sana_transformer(
+        guidance_embeds=True, qk_norm="rms_norm_across_heads"
+    )
     parts["scheduler"] = df.SCMScheduler(prediction_type="trigflow", sigma_data=0.5)
     return df.SanaSprintPipeline(**parts)
 

@@ -83,7 +83,9 @@ def test_values_that_the_user_puts_into_the_scheduler_are_kept():
     pipe.scheduler.register_to_config(invert_sigmas=True)
     latents, expected = rollout_and_pipe(pipe, "StableDiffusion3")
     assert torch.equal(latents, expected)
-    assert not torch.equal(latents, rollout_and_pipe(build("StableDiffusion3"), "StableDiffusion3")[0])
+    assert not torch.equal(
+        latents, rollout_and_pipe(build("StableDiffusion3"), "StableDiffusion3")[0]
+    )
 
 
 def test_fields_of_model_scheduler_override_values_that_were_left_at_their_default():
@@ -112,12 +114,34 @@ def loop(scheduler):
     return latents
 
 
-SCHEDULERS = """
-CMStochasticIterative CogVideoXDDIM DDIM DDPM DEISMultistep DPMSolverMultistep DPMSolverSinglestep
-EDMDPMSolverMultistep EDMEuler EulerAncestralDiscrete EulerDiscrete FlowMatchEulerDiscrete
-FlowMatchHeunDiscrete FlowMatchLCM HeunDiscrete IPNDM KDPM2AncestralDiscrete KDPM2Discrete LCM
-LMSDiscrete PNDM SASolver SCM TCD UnCLIP UniPCMultistep
-""".split()
+SCHEDULERS = [
+    "CMStochasticIterative",
+    "CogVideoXDDIM",
+    "DDIM",
+    "DDPM",
+    "DEISMultistep",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "EDMDPMSolverMultistep",
+    "EDMEuler",
+    "EulerAncestralDiscrete",
+    "EulerDiscrete",
+    "FlowMatchEulerDiscrete",
+    "FlowMatchHeunDiscrete",
+    "FlowMatchLCM",
+    "HeunDiscrete",
+    "IPNDM",
+    "KDPM2AncestralDiscrete",
+    "KDPM2Discrete",
+    "LCM",
+    "LMSDiscrete",
+    "PNDM",
+    "SASolver",
+    "SCM",
+    "TCD",
+    "UnCLIP",
+    "UniPCMultistep",
+]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -66,7 +66,9 @@ def _gemma(cls: type, **options: Any) -> Any:
     text = tf.Gemma3TextConfig(**parts.decoder(tokenizer) | {"hidden_size": 32})
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    return tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(text_config=text, vision_config=vision))
+    return tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(text_config=text, vision_config=vision)
+    )
 
 
 def _mistral(cls: type, **options: Any) -> Any:
@@ -98,7 +100,9 @@ def _bert(cls: type, **options: Any) -> Any:
 
 
 def _bpe(cls: type, **options: Any) -> Any:
-    return parts.byte_tokenizer("<s>", "</s>", "<pad>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return parts.byte_tokenizer(
+        "<s>", "</s>", "<pad>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def _roberta(cls: type, **options: Any) -> Any:
@@ -115,8 +119,12 @@ def _siglip(cls: type, **options: Any) -> Any:
     if "Processor" in cls.__name__:
         return tf.SiglipImageProcessorPil(size={"height": 30, "width": 30})
     config = tf.SiglipVisionConfig(
-        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        image_size=30, patch_size=2,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=30,
+        patch_size=2,
     )
     return tf.SiglipVisionModel(config)
 
@@ -157,7 +165,9 @@ def stand_ins() -> Iterator[None]:
         for base in map(_base, _BASES.split()):
             original = base.__dict__["from_pretrained"].__func__
 
-            def load(cls: type, name: Any, *args: Any, _original: Any = original, **options: Any) -> Any:
+            def load(
+                cls: type, name: Any, *args: Any, _original: Any = original, **options: Any
+            ) -> Any:
                 for part, make in STAND_INS.items():
                     if part in str(name):
                         return make(cls, **options)
@@ -189,7 +199,7 @@ def match_image_tokens(components: dict[str, Any]) -> None:
 
 
 def resize_for_cosmos() -> None:
-    """Give Cosmos' transformer the one function that it takes from torchvision, if that is missing."""
+    """Give Cosmos the one function that it takes from torchvision, if that is missing."""
     if tf.utils.is_torchvision_available():
         return
     from diffusers.models.controlnets import controlnet_cosmos
