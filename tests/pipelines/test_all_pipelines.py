@@ -18,7 +18,12 @@ from torch import nn
 from lit_distill import rollout
 from lit_distill.adapters.inject import make_trainable
 from lit_distill.pipelines.components import copy_scheduler, denoisers, override_scheduler_config
-from lit_distill.pipelines.guidance import describe_guidance, guidance, scale_is_an_input
+from lit_distill.pipelines.guidance import (
+    describe_guidance,
+    family_of,
+    guidance,
+    scale_is_an_input,
+)
 from lit_distill.pipelines.hooks import counted_batches, observed_scheduler
 from lit_distill.pipelines.loading import load_pipeline, pipeline_source
 from lit_distill.pipelines.rollout import run_pipeline, sample
@@ -345,6 +350,49 @@ def test_steps_of_a_pipeline_that_starts_from_an_image_are_counted():
         **given,
     )
     assert seen == [(0, 2, True), (1, 2, True)]
+
+
+def test_the_step_that_sana_sprint_leaves_out_is_not_counted():
+    """Its schedule ends with a level that no step starts from."""
+    pipe = build("SanaSprint")
+    make_trainable(pipe, None)
+    given = call("SanaSprint") | {"generator": generators()}
+    assert rollout(pipe, **given, grad_steps=1).requires_grad
+    steps, _ = run_pipeline(pipe, **given, cfg_scale=1.0, output_type="latent")
+    assert (steps.done, steps.total) == (3, 3)
+
+
+def test_a_step_that_is_made_again_is_counted_once():
+    """Cosmos asks its scheduler for the denoised prediction first, and goes a step back."""
+    pipe = build("StableDiffusion3")
+    seen = []
+    with observed_scheduler(pipe, lambda steps, x: seen.append(steps.done) or x) as steps:
+        pipe.scheduler.set_timesteps(3)
+        for t in pipe.scheduler.timesteps:
+            pipe.scheduler.step(torch.zeros(1, 2), t, torch.zeros(1, 2))
+            pipe.scheduler._step_index -= 1
+            pipe.scheduler.step(torch.zeros(1, 2), t, torch.ones(1, 2))
+        assert (steps.done, steps.total) == (3, 3)
+    assert seen == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("Kandinsky3Pipeline", 3.0),
+        ("Cosmos2TextToImagePipeline", 3.0),
+        ("Cosmos3OmniPipeline", 4.0),
+        ("ZImagePipeline", 3.0),
+        ("Flux2KleinPipeline", 4.0),
+    ],
+)
+def test_families_that_add_the_difference_to_the_prompts_own_prediction(name, scale):
+    family = family_of(type(name, (), {})())
+    assert family.scale(4.0) == scale
+    if name.startswith(("Kandinsky3", "Cosmos2")):  # they leave guidance off up to 1 on their scale
+        assert family.scale(1.0) == 0.0
+        with pytest.raises(ValueError, match=r"has no guidance with a cfg_scale up to 2, got 1\.5"):
+            family.scale(1.5)
 
 
 # Loading ------------------------------------------------------------------------------------------
