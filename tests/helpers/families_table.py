@@ -36,7 +36,7 @@ OTHER_TASKS = {
     "audio": r"ace_step|audio",
     "depth, normals or intrinsic images": "marigold",
     "an image's embedding": "Prior",
-    "larger latents": "LatentUpsample",
+    "larger latents": r"LatentUpsample|LatentUpscale",
     "text": r"llada|gemma",
     "3D shapes": "shap_e",
     "images without a prompt": r"\\.(ddim|ddpm|dit|pndm|consistency_models)\\.",

@@ -183,7 +183,11 @@ def _base(name: str) -> Any:
 
 
 def match_image_tokens(components: dict[str, Any]) -> None:
-    """Let vision-language models look for the image tokens of the stand-in tokenizers."""
+    """Fit language models to the stand-in tokenizers: their size, and the tokens of images."""
+    encoder, tokenizer = components.get("text_encoder"), components.get("tokenizer")
+    if isinstance(encoder, tf.Gemma2PreTrainedModel):  # Sana's: the vocabulary has 8 tokens there
+        size = len(tokenizer), encoder.config.hidden_size
+        encoder.get_input_embeddings().weight = torch.nn.Parameter(torch.randn(size))
     tokenizers = [getattr(c, "tokenizer", c) for c in components.values()]
     tokenizers = [t for t in tokenizers if hasattr(t, "convert_tokens_to_ids")]
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
