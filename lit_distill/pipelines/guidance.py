@@ -51,6 +51,7 @@ FAMILIES: dict[str, Family] = {
 
 OTHER_KINDS: dict[str, Any] = {
     "pag_scale": 0.0,
+    "max_guidance_scale": 1.0,  # Stable Video Diffusion
     # LTX-2
     "stg_scale": 0.0,
     "modality_scale": 1.0,

@@ -39,7 +39,7 @@ OTHER_TASKS = {
     "larger latents": r"LatentUpsample|LatentUpscale",
     "text": r"llada|gemma",
     "3D shapes": "shap_e",
-    "images without a prompt": r"\\.(ddim|ddpm|dit|pndm|consistency_models)\\.",
+    "images without a prompt": r"\.(ddim|ddpm|dit|pndm|consistency_models)\.",
 }
 """Tasks that are not this package's, by a part of the test's name or the pipeline's."""
 
