@@ -18,6 +18,7 @@ from lit_distill.adapters.lora import LoRA, add_loras, differences
 from lit_distill.adapters.lora_files import read_lora
 from lit_distill.adapters.weights import extract_lora, fuse_lora, load_base_pipeline
 from lit_distill.compute.step_adapters import step_names, switch_adapter_callback
+from lit_distill.errors import InputError
 from lit_distill.export.facts import StudentFacts
 from lit_distill.export.load_student import FACTS_FILE, student_pipeline
 from lit_distill.export.lora_writer import LoRAWriter
@@ -91,13 +92,13 @@ def export_student(
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
-        ValueError: If the checkpoint can't be used, or can't be written in this format.
+        InputError: If the checkpoint can't be used, or can't be written in this format.
         ExportError: If the reloaded export differs from the student.
     """
     if format not in get_args(ExportFormat):
-        raise ValueError(f"format must be one of {', '.join(get_args(ExportFormat))}: {format!r}")
+        raise InputError(f"format must be one of {', '.join(get_args(ExportFormat))}: {format!r}")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
     format = _supported_format(format, content["hyper_parameters"])
     out_dir = Path(out_dir)
@@ -117,17 +118,17 @@ def _supported_format(format: ExportFormat, hparams: dict[str, Any]) -> ExportFo
     """Return the format to write: merged for a fully trained denoiser.
 
     Raises:
-        ValueError: If the student can't be written in this format.
+        InputError: If the student can't be written in this format.
     """
     if hparams["lora"] is None:
         if format not in ("diffusers", "merged"):
-            raise ValueError(
+            raise InputError(
                 f"format {format} is for a LoRA, but the whole denoiser was trained; use format "
                 "merged"
             )
         return "merged"
     if hparams.get("lora_per_step") and format != "diffusers":
-        raise ValueError(
+        raise InputError(
             f"format {format}: this student has a LoRA for every step (model.lora_per_step), but "
             "tools that read this format use one LoRA for all steps; use format diffusers, or "
             "train with model.lora_per_step: null"
@@ -188,7 +189,7 @@ class _Export:
         """Run all phases.
 
         Raises:
-            ValueError: If the format does not support the pipeline.
+            InputError: If the format does not support the pipeline.
             ExportError: If the reloaded export differs from the student.
         """
         self._sample_and_write()

@@ -14,6 +14,7 @@ from lit_distill.adapters.inject import make_trainable, trained_parameters
 from lit_distill.adapters.lora_files import METADATA_KEY, load_tensors, read_lora
 from lit_distill.adapters.weights import load_base_pipeline, load_into_adapters, lora_config_fields
 from lit_distill.compute.step_adapters import step_names
+from lit_distill.errors import InputError
 from lit_distill.export.facts import StudentFacts, recorded_facts
 from lit_distill.pipelines.components import denoisers, override_scheduler_config
 from lit_distill.pipelines.guidance import guidance
@@ -53,7 +54,7 @@ def load_student(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is truncated, or was not written by lit_distill.
+        InputError: If it is truncated, or was not written by lit_distill.
     """
     source = Path(source)
     facts: StudentFacts | None
@@ -102,7 +103,7 @@ def student_pipeline(
         where: Name of the checkpoint in error messages.
 
     Raises:
-        ValueError: If the weights do not fit this pipeline and these settings.
+        InputError: If the weights do not fit this pipeline and these settings.
     """
     hparams = content["hyper_parameters"]
     pipe = load_base_pipeline(hparams, torch_dtype=torch_dtype)
@@ -125,7 +126,7 @@ def student_pipeline(
 def _read_facts(folder: Path) -> StudentFacts:
     path = folder / FACTS_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} was not written by lit_distill: it has no {FACTS_FILE}")
+        raise InputError(f"{folder} was not written by lit_distill: it has no {FACTS_FILE}")
     return StudentFacts.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -139,7 +140,7 @@ def _load_export(
         raise FileNotFoundError(f"{source} holds no LoRA (a .safetensors file)")
     metadata = load_tensors(files[0])[1]
     if METADATA_KEY not in metadata:
-        raise ValueError(
+        raise InputError(
             f"{files[0]} was not written by lit_distill: its metadata name no base model; load it "
             "with pipe.load_lora_weights into a pipeline of your choice"
         )

@@ -16,6 +16,7 @@ from lit_distill.adapters.lora import Factors, LoRA
 from lit_distill.adapters.lora_files import METADATA_KEY, to_state
 from lit_distill.adapters.lora_formats import file_name, layout_of
 from lit_distill.adapters.weights import lora_config_fields
+from lit_distill.errors import InputError
 from lit_distill.export.facts import StudentFacts
 from lit_distill.pipelines.components import denoisers
 
@@ -53,7 +54,7 @@ class LoRAWriter:
             The file of each denoiser.
 
         Raises:
-            ValueError: If the format does not support the pipeline.
+            InputError: If the format does not support the pipeline.
         """
         files = {}
         for component, factors in lora.items():
@@ -93,7 +94,7 @@ class LoRAWriter:
         writer = getattr(pipe, "save_lora_weights", None)
         first = next(iter(denoisers(pipe)))
         if writer is None or f"{first}_lora_layers" not in inspect.signature(writer).parameters:
-            raise ValueError(
+            raise InputError(
                 f"{type(pipe).__name__} has no LoRA writer for its {first}; use format peft or "
                 "merged"
             )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lit_distill.errors import InputError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -28,7 +30,7 @@ def find_logs(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If there are several.
+        InputError: If there are several.
     """
     run = Path(run)
     files = [*run.rglob(EVENTS), *(file for file in run.rglob(CSV) if _is_log(file))]
@@ -39,7 +41,7 @@ def find_logs(run: str | Path) -> Path:
         )
     if len(folders) > 1:
         listed = ", ".join(map(str, folders[:5]))
-        raise ValueError(f"{run} holds the logs of {len(folders)} runs; name one of them: {listed}")
+        raise InputError(f"{run} holds the logs of {len(folders)} runs; name one of them: {listed}")
     return folders[0]
 
 
@@ -54,7 +56,7 @@ def read_logs(run: str | Path) -> dict[str, pd.Series]:
 
     Raises:
         FileNotFoundError: If there are no logs.
-        ValueError: If there are logs of several runs.
+        InputError: If there are logs of several runs.
     """
     folder = find_logs(run)
     return _read_events(folder) if any(folder.glob(EVENTS)) else _read_csv(folder / CSV)
@@ -98,7 +100,7 @@ def plot_curves(runs: dict[str, dict[str, pd.Series]], metrics: list[str] | None
         metrics: Names of the panels; None: those of `DEFAULT_METRICS` that were logged.
 
     Raises:
-        ValueError: If no run has logged one of the metrics.
+        InputError: If no run has logged one of the metrics.
     """
     from matplotlib.figure import Figure
 
@@ -107,9 +109,9 @@ def plot_curves(runs: dict[str, dict[str, pd.Series]], metrics: list[str] | None
         metrics = [name for name in DEFAULT_METRICS if name in logged] or logged
     for name in metrics:
         if name not in logged:
-            raise ValueError(f"no run has logged {name!r}; logged are {', '.join(logged)}")
+            raise InputError(f"no run has logged {name!r}; logged are {', '.join(logged)}")
     if not metrics:
-        raise ValueError("the runs have logged nothing yet")
+        raise InputError("the runs have logged nothing yet")
     columns = min(4, len(metrics))
     rows = -(-len(metrics) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.7 * rows + 0.4), layout="constrained")

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from lit_distill.data.batch import NO_TARGET, Batch
+from lit_distill.errors import InputError
 from lit_distill.evaluation.contact_sheet import to_pil
 from lit_distill.evaluation.evaluator import EvaluationBatch
 from lit_distill.evaluation.metrics import latent_mse
@@ -49,7 +50,7 @@ class ReportWriter(Callback):
         logs: str | None = None,
     ) -> None:
         if gallery < 1:
-            raise ValueError(f"gallery must be an integer >= 1, got {gallery}")
+            raise InputError(f"gallery must be an integer >= 1, got {gallery}")
         self.out = out
         self.compare = [ContenderConfig(c) if isinstance(c, str) else c for c in compare or []]
         self.undistilled = undistilled
@@ -120,7 +121,7 @@ class ReportWriter(Callback):
         """Return an empty result for every contender, the teacher first.
 
         Raises:
-            ValueError: If two contenders have the same label.
+            InputError: If two contenders have the same label.
         """
         batches = [rows.batch for rows in self.held_out]
         steps, cfg = teacher_settings(trainer, module)
@@ -140,7 +141,7 @@ class ReportWriter(Callback):
             result = ContenderResult(contender, contender.label(batches))
             keys = {other.key for other in results.values()}
             if contender.kind == "other" and result.key in keys:
-                raise ValueError(
+                raise InputError(
                     f"compare: two contenders are called {result.label!r}; give one another name"
                 )
             results.setdefault(result.label, result)

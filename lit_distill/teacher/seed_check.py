@@ -17,9 +17,10 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lit_distill.data.dataset import LATENTS_KEY
-from lit_distill.data.dataset_check import latents_header
 from lit_distill.data.filesystem import open_file, parent
 from lit_distill.data.images import read_image
+from lit_distill.data.latents_file import latents_header
+from lit_distill.errors import InputError
 from lit_distill.pipelines.loading import DTYPES
 from lit_distill.teacher.prompts import Pair
 from lit_distill.teacher.provenance import (
@@ -75,7 +76,7 @@ def check_pairing(
         As `PairChecker.check`.
 
     Raises:
-        ValueError: If no pipeline is recorded or named.
+        InputError: If no pipeline is recorded or named.
     """
     provenance = read_provenance(parent(str(path)))
     hyper: dict[str, Any] = dict(model.hparams)
@@ -94,7 +95,7 @@ def check_pairing(
             call_kwargs=hyper["call_kwargs"] or {},
         )
     else:
-        raise ValueError(
+        raise InputError(
             f"no provenance.json beside {path}: name the pipeline that generated it "
             "(--model.pretrained_model_name_or_path), and its teacher_num_inference_steps, "
             "teacher_cfg_scale and torch_dtype"

@@ -1,0 +1,137 @@
+"""Files of latents: safetensors with a checksum, verified when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lit_distill.data.dataset import LATENTS_KEY, SIGMAS_KEY, TRAJECTORY_KEY
+from lit_distill.data.filesystem import open_file
+from lit_distill.errors import InputError
+
+CHECKSUM_KEY = "lit_distill_sha256"
+"""Key of a file's metadata with the SHA-256 of its tensors: names, types, shapes and content."""
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Accepted data types of latents in safetensors files, with their size in bytes."""
+
+
+def latents_content(tensors: dict[str, Tensor]) -> bytes:
+    """Return the content of a file of latents.
+
+    Args:
+        tensors: The tensors by name, among them ``latents``.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(plain)
+    content: bytes = save(plain, metadata={CHECKSUM_KEY: _checksum(*_parse("latents", data))})
+    return content
+
+
+def read_latents(path: str) -> dict[str, Tensor]:
+    """Return the tensors of a file of latents, its checksum verified if it has one.
+
+    Raises:
+        InputError: If it is not a complete safetensors file with floats in a tensor ``latents``,
+            or its content has changed since it was written.
+        OSError: If it can't be read.
+    """
+    with open_file(path) as stream:
+        data = stream.read()
+    header, body = _parse(path, data)
+    check_header(path, header, len(body))
+    metadata = header.get("__metadata__")
+    recorded = metadata.get(CHECKSUM_KEY) if isinstance(metadata, dict) else None
+    if recorded is not None and recorded != _checksum(header, body):
+        raise InputError(f"{path} is damaged: its content does not match its checksum")
+    try:
+        tensors: dict[str, Tensor] = load(data)
+    except SafetensorError as error:
+        raise InputError(f"{path} is truncated or damaged: {error}") from error
+    return tensors
+
+
+def latents_header(path: str) -> tuple[tuple[int, ...], str]:
+    """Return the shape and the data type (such as F32) of a file of latents.
+
+    Raises:
+        InputError: If it is not a complete safetensors file with floats in a tensor ``latents``.
+    """
+    with open_file(path) as stream:
+        header, start = _read_header(path, stream)
+        size = stream.seek(0, 2) - start
+    return check_header(path, header, size)
+
+
+def check_header(path: str, header: dict[str, Any], size: int) -> tuple[tuple[int, ...], str]:
+    """Return the shape and the data type of the latents, given a header and the size of the data.
+
+    Raises:
+        InputError: As in `latents_header`.
+    """
+    try:
+        entry = header[LATENTS_KEY]
+        shape, dtype = tuple(map(_whole, entry["shape"])), str(entry["dtype"])
+        begin, stop = map(_whole, entry["data_offsets"])
+        end = max(_whole(e["data_offsets"][1]) for k, e in header.items() if k != "__metadata__")
+        expected = math.prod(shape) * FLOATS.get(dtype, 0)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} holds no tensor {LATENTS_KEY!r} in safetensors format") from error
+    if dtype not in FLOATS:
+        raise InputError(f"{path} holds latents of type {dtype}; accepted: {', '.join(FLOATS)}")
+    if size != end or stop - begin != expected:
+        raise InputError(f"{path} is truncated or damaged: {size} bytes of data, not {end}")
+    return shape, dtype
+
+
+def _whole(value: Any) -> int:  # noqa: ANN401
+    """Return a number of a header.
+
+    Raises:
+        TypeError: If it is not an integer >= 0.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError(f"{value!r} is not an integer >= 0")
+    return value
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Return which of the tensors of a file has NaN or infinite values; None if none has."""
+    for name in (LATENTS_KEY, TRAJECTORY_KEY, SIGMAS_KEY):
+        tensor = tensors.get(name, torch.empty(0))
+        if count := int((~torch.isfinite(tensor)).sum()):
+            return f"{name} with {count} of {tensor.numel()} values NaN or infinite"
+    return None
+
+
+def _read_header(path: str, stream: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Return the header, and where the data begin."""
+    length = int.from_bytes(stream.read(8), "little")
+    try:
+        # The limit of the format: other kinds of files would give absurd lengths.
+        header = json.loads(stream.read(length) if length <= 100_000_000 else b"")
+        if not isinstance(header, dict):
+            raise TypeError("no mapping")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} holds no tensor {LATENTS_KEY!r} in safetensors format") from error
+    return header, 8 + length
+
+
+def _parse(path: str, data: bytes) -> tuple[dict[str, Any], memoryview]:
+    header, start = _read_header(path, io.BytesIO(data))
+    return header, memoryview(data)[start:]
+
+
+def _checksum(header: dict[str, Any], body: memoryview) -> str:
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode())
+    digest.update(body)
+    return digest.hexdigest()
