@@ -37,12 +37,27 @@ def csv_content(table: pd.DataFrame, where: str) -> bytes:
                     f"{where}, row {row}: {name} {text!r} is not valid Unicode (half of a surrogate"
                     " pair, for example of an emoji); correct the text"
                 ) from error
+    content = _csv(table).encode()
+    _check(content, texts, where)
+    return content
+
+
+def spreadsheet_content(table: pd.DataFrame) -> bytes:
+    """Return a table as CSV in UTF-8 whose texts spreadsheets don't take for formulas."""
+
+    def plain(value: object) -> object:
+        is_formula = isinstance(value, str) and value.startswith(_FORMULA)
+        return f"'{value}" if is_formula else value
+
+    return _csv(table.map(plain).rename(columns=plain)).encode(errors="replace")
+
+
+def _csv(table: pd.DataFrame) -> str:
+    texts = table.select_dtypes("object").astype(str)
     # pandas does not quote a lone carriage return, which would begin a new row.
     special = any(texts[name].str.contains("\r", regex=False).any() for name in texts)
     quoting: Literal[0, 1] = csv.QUOTE_ALL if special else csv.QUOTE_MINIMAL
-    content = table.to_csv(index=False, lineterminator="\n", quoting=quoting).encode()
-    _check(content, texts, where)
-    return content
+    return table.to_csv(index=False, lineterminator="\n", quoting=quoting)
 
 
 def _check(content: bytes, texts: pd.DataFrame, where: str) -> None:
@@ -67,13 +82,3 @@ def _check(content: bytes, texts: pd.DataFrame, where: str) -> None:
                 f"{where}, row {row}: {name} {stored[row - 1]!r} can't be stored in a CSV file; "
                 "correct the text"
             )
-
-
-def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table for spreadsheets, with an apostrophe before texts that look like formulas."""
-
-    def plain(value: object) -> object:
-        is_formula = isinstance(value, str) and value.startswith(_FORMULA)
-        return f"'{value}" if is_formula else value
-
-    return table.map(plain).rename(columns=plain)

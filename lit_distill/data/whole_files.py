@@ -8,6 +8,7 @@ writers never share a temporary name.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -51,6 +52,13 @@ def write_file(path: str | Path, content: bytes | Callable[[BinaryIO], object]) 
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_image(path: str | Path, image: Any) -> None:  # noqa: ANN401
+    """Write a `PIL.Image.Image` as a PNG file; see `write_file`."""
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    write_file(path, content.getvalue())
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lit_distill.adapters.lora import Factors, LoRA
 from lit_distill.adapters.lora_files import METADATA_KEY, to_state
 from lit_distill.adapters.lora_formats import file_name, layout_of
 from lit_distill.adapters.weights import lora_config_fields
+from lit_distill.data.whole_files import write_file
 from lit_distill.errors import InputError
 from lit_distill.export.facts import StudentFacts
 from lit_distill.pipelines.components import denoisers
@@ -82,7 +83,7 @@ class LoRAWriter:
 
     def _save(self, state: dict[str, Tensor], path: str | Path) -> None:
         facts = json.dumps(self.facts.to_dict(), ensure_ascii=False)
-        save_file(state, path, metadata={"format": "pt", METADATA_KEY: facts})
+        write_file(path, save(state, metadata={"format": "pt", METADATA_KEY: facts}))
 
     def _save_with_diffusers(
         self, pipe: DiffusionPipeline, component: str, state: dict[str, Tensor], path: Path

@@ -101,16 +101,19 @@ def check_sample(
     where = f"prompt {pair.prompt!r}, seed {pair.seed}, in {dtype}"
     if problem := not_finite(tensors):
         other = "bfloat16 or float32" if dtype == "float16" else "float32"
+        overflow = f", or {dtype} overflows: try model.torch_dtype {other}"
         raise InputError(
             f"{where}: the teacher generates {problem}. It is not written. Its weights or its LoRA "
-            f"are damaged, or {dtype} overflows: try model.torch_dtype {other}"
+            f"are damaged{'' if dtype == 'float32' else overflow}"
         )
     frames = image if isinstance(image, list) else [image]
     if all(is_flat(frame) for frame in frames):
         cause = (
             "the pipeline's safety checker has blanked it, so remove this prompt"
             if checked
-            else f"{dtype} probably overflows in the VAE: try model.torch_dtype float32"
+            else "its VAE is damaged"
+            if dtype == "float32"
+            else f"{dtype} overflows in the VAE: try model.torch_dtype float32"
         )
         raise InputError(
             f"{where}: the teacher generates an image of a single colour. It is not written. Most "

@@ -32,9 +32,8 @@ def test_an_interrupted_run_resumes_to_the_same_files(pairs, tmp_path):
     assert whole == hashes(pairs / "heldout")
     for name in ("images/000003.png", "latents/000005.safetensors", "metadata.csv"):
         (tmp_path / name).unlink()
-    (tmp_path / "images/.000003.png.0123456789abcdef0123456789abcdef.tmp").write_text(
-        "half of an ima"
-    )
+    killed = f".000003.png.{'0123456789abcdef' * 2}.tmp"
+    (tmp_path / "images" / killed).write_text("half of an ima")
     kept = (tmp_path / "images/000000.png").stat().st_mtime_ns
     generate(tmp_path, "prompts_heldout.txt", 8, 1_000_000)
     assert hashes(tmp_path) == whole
