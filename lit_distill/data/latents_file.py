@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -47,7 +46,7 @@ def read_latents(path: str) -> dict[str, Tensor]:
     with open_file(path) as stream:
         data = stream.read()
     header, body = _parse(path, data)
-    check_header(path, header, len(body))
+    _check_header(path, header, len(body))
     metadata = header.get("__metadata__")
     recorded = metadata.get(CHECKSUM_KEY) if isinstance(metadata, dict) else None
     if recorded is not None and recorded != _checksum(header, body):
@@ -59,24 +58,8 @@ def read_latents(path: str) -> dict[str, Tensor]:
     return tensors
 
 
-def latents_header(path: str) -> tuple[tuple[int, ...], str]:
-    """Return the shape and the data type (such as F32) of a file of latents.
-
-    Raises:
-        InputError: If it is not a complete safetensors file with floats in a tensor ``latents``.
-    """
-    with open_file(path) as stream:
-        header, start = _read_header(path, stream)
-        size = stream.seek(0, 2) - start
-    return check_header(path, header, size)
-
-
-def check_header(path: str, header: dict[str, Any], size: int) -> tuple[tuple[int, ...], str]:
-    """Return the shape and the data type of the latents, given a header and the size of the data.
-
-    Raises:
-        InputError: As in `latents_header`.
-    """
+def _check_header(path: str, header: dict[str, Any], size: int) -> None:
+    """Check that a header describes latents, and as many bytes as there are."""
     try:
         entry = header[LATENTS_KEY]
         shape, dtype = tuple(map(_whole, entry["shape"])), str(entry["dtype"])
@@ -89,7 +72,6 @@ def check_header(path: str, header: dict[str, Any], size: int) -> tuple[tuple[in
         raise InputError(f"{path} holds latents of type {dtype}; accepted: {', '.join(FLOATS)}")
     if size != end or stop - begin != expected:
         raise InputError(f"{path} is truncated or damaged: {size} bytes of data, not {end}")
-    return shape, dtype
 
 
 def _whole(value: Any) -> int:  # noqa: ANN401
@@ -112,22 +94,16 @@ def not_finite(tensors: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _read_header(path: str, stream: BinaryIO) -> tuple[dict[str, Any], int]:
-    """Return the header, and where the data begin."""
-    length = int.from_bytes(stream.read(8), "little")
+def _parse(path: str, data: bytes) -> tuple[dict[str, Any], memoryview]:
+    """Return the header and the values of a file."""
+    length = int.from_bytes(data[:8], "little")
     try:
-        # The limit of the format: other kinds of files would give absurd lengths.
-        header = json.loads(stream.read(length) if length <= 100_000_000 else b"")
+        header = json.loads(data[8 : 8 + length])
         if not isinstance(header, dict):
             raise TypeError("no mapping")
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} holds no tensor {LATENTS_KEY!r} in safetensors format") from error
-    return header, 8 + length
-
-
-def _parse(path: str, data: bytes) -> tuple[dict[str, Any], memoryview]:
-    header, start = _read_header(path, io.BytesIO(data))
-    return header, memoryview(data)[start:]
+    return header, memoryview(data)[8 + length :]
 
 
 def _checksum(header: dict[str, Any], body: memoryview) -> str:

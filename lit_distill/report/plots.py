@@ -64,7 +64,7 @@ def read_logs(run: str | Path) -> dict[str, pd.Series]:
 
 def _is_log(path: Path) -> bool:
     """Return whether CSVLogger wrote the file; a report's metrics.csv has no column of steps."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         return "step" in file.readline().strip().split(",")
 
 
@@ -81,7 +81,10 @@ def _read_events(folder: Path) -> dict[str, pd.Series]:
 
 
 def _read_csv(path: Path) -> dict[str, pd.Series]:
-    table = pd.read_csv(path).set_index("step")
+    try:
+        table = pd.read_csv(path).set_index("step")
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is not a log of CSVLogger: {error}") from error
     return _cleaned({str(name): table[name].dropna() for name in table if name != "epoch"})
 
 
@@ -117,7 +120,7 @@ def plot_curves(runs: dict[str, dict[str, pd.Series]], metrics: list[str] | None
     figure = Figure(figsize=(3.6 * columns, 2.7 * rows + 0.4), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, name in zip(panels, metrics, strict=False):
-        panel.set_title(name, fontsize=10)
+        panel.set_title(name, fontsize=10, parse_math=False)
         panel.grid(alpha=0.3)
         panel.tick_params(labelsize=8)
         for number, (label, logs) in enumerate(runs.items()):
@@ -126,7 +129,8 @@ def plot_curves(runs: dict[str, dict[str, pd.Series]], metrics: list[str] | None
     for panel in panels[len(metrics) :]:
         panel.remove()
     if len(runs) > 1:
-        panels[0].legend(fontsize=8)
+        for text in panels[0].legend(fontsize=8).get_texts():
+            text.set_parse_math(False)
     return figure
 
 

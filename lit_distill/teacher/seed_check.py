@@ -13,13 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch import LightningModule
-from safetensors.torch import load
 from torch import Tensor
 
 from lit_distill.data.dataset import LATENTS_KEY
-from lit_distill.data.filesystem import open_file, parent
+from lit_distill.data.filesystem import parent
 from lit_distill.data.images import read_image
-from lit_distill.data.latents_file import latents_header
+from lit_distill.data.latents_file import read_latents
 from lit_distill.errors import InputError
 from lit_distill.pipelines.loading import DTYPES
 from lit_distill.teacher.prompts import Pair
@@ -40,9 +39,7 @@ MAX_EXPLAINED = 3
 
 # Largest relative errors of a pair that matches. Another batch size, device or version changes only
 # the last bits, but 16-bit weights amplify the difference, and JPEG is lossy.
-TOLERANCES = {"F64": 0.01, "F32": 0.01, "BF16": 0.15, "F16": 0.15, "image": 0.15}
-
-DTYPE_OF = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TOLERANCES = {"float64": 0.01, "float32": 0.01, "bfloat16": 0.15, "float16": 0.15, "image": 0.15}
 
 # The most common replacements of a pipeline's scheduler; those that it can't use are skipped.
 SCHEDULERS = (
@@ -118,11 +115,10 @@ class Target:
         self.sampled_dtype: str | None = None
         if row["latents"]:
             self.kind = "latents"
-            stored = latents_header(row["latents"])[1]
-            self.dtype = DTYPE_OF[stored]
-            self.tolerance = TOLERANCES[stored]
-            with open_file(row["latents"]) as stream:
-                self.values = load(stream.read())[LATENTS_KEY].double()
+            stored = read_latents(row["latents"])[LATENTS_KEY]
+            self.dtype = str(stored.dtype).removeprefix("torch.")
+            self.tolerance = TOLERANCES[self.dtype]
+            self.values = stored.double()
         else:
             self.kind = "image"
             self.tolerance = TOLERANCES["image"]

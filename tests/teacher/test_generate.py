@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY, generate
+from folders import hashes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -16,14 +16,6 @@ from lit_distill.data.metadata import read_metadata
 from lit_distill.data.table_io import MetadataError
 from lit_distill.pipelines.rollout import sample
 from lit_distill.teacher.prompts import plan_pairs, read_prompts
-
-
-def hashes(folder):
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 def test_an_interrupted_run_resumes_to_the_same_files(pairs, tmp_path):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import generate
+from folders import hashes
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_generate import hashes
 
 from lit_distill import load_pipeline
 from lit_distill.data.dataset_check import check_data
