@@ -13,10 +13,9 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from lit_distill.data.dataset import LATENTS_KEY
 from lit_distill.data.filesystem import THREADS
 from lit_distill.data.images import Picture, read_picture
-from lit_distill.data.latents_file import not_finite, read_latents
+from lit_distill.data.latents_file import LATENTS_KEY, not_finite, read_latents
 from lit_distill.data.metadata import parse_metadata
 from lit_distill.data.schema import add_row_problems
 from lit_distill.data.table_io import Problems

@@ -12,9 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lit_distill.data.dataset import LATENTS_KEY, SIGMAS_KEY, TRAJECTORY_KEY
 from lit_distill.data.filesystem import open_file
 from lit_distill.errors import InputError
+
+LATENTS_KEY = "latents"
+
+TRAJECTORY_KEY = "trajectory"
+
+SIGMAS_KEY = "sigmas"
+"""Names of the tensors in a file of the ``latents`` column. With store_trajectory there are three:
+the final latents, the states between the student's steps, (steps - 1, ...), and the noise levels of
+these states, (steps - 1,). Otherwise only the final latents."""
 
 CHECKSUM_KEY = "lit_distill_sha256"
 """Key of a file's metadata with the SHA-256 of its tensors: names, types, shapes and content."""

@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_distill.data.dataset import LATENTS_KEY, SIGMAS_KEY, TRAJECTORY_KEY
 from lit_distill.data.filesystem import is_url
+from lit_distill.data.latents_file import LATENTS_KEY, SIGMAS_KEY, TRAJECTORY_KEY
 from lit_distill.data.schema import call_key
 from lit_distill.data.whole_folders import locked
 from lit_distill.errors import InputError

@@ -15,10 +15,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lit_distill.data.dataset import LATENTS_KEY
 from lit_distill.data.filesystem import parent
 from lit_distill.data.images import read_image
-from lit_distill.data.latents_file import read_latents
+from lit_distill.data.latents_file import LATENTS_KEY, read_latents
 from lit_distill.errors import InputError
 from lit_distill.pipelines.loading import DTYPES
 from lit_distill.teacher.prompts import Pair

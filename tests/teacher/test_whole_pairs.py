@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lit_distill import load_pipeline
+from lit_distill.data.dataset import PairDataset
 from lit_distill.data.dataset_check import check_data
 from lit_distill.data.latents_file import latents_content, read_latents
 from lit_distill.data.metadata import read_metadata
@@ -228,6 +229,9 @@ def test_check_finds_a_flipped_bit(copy):
     path.write_bytes(flipped(path.read_bytes()))
     with pytest.raises(MetadataError, match=r"row 5 .*does not match its checksum"):
         check_data(copy / "metadata.csv")
+    rows = PairDataset(read_metadata(copy / "metadata.csv"))
+    with pytest.raises(InputError, match=r"row 5: .*does not match its checksum"):
+        rows[3]
 
 
 def test_a_frame_of_a_single_colour_is_no_blank_video():
