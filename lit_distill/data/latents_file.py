@@ -89,7 +89,7 @@ def _whole(value: Any) -> int:  # noqa: ANN401
         TypeError: If it is not an integer >= 0.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError(f"{value!r} is not an integer >= 0")
+        raise TypeError(value)
     return value
 
 
