@@ -90,7 +90,7 @@ def _made_with(folder: str) -> dict[str, Any]:
         return {}
     # It lists the whole schedule, of which only the scheduler's class is shown.
     schedule = provenance.pop(PIPELINE_KEY, {})
-    scheduler = {"drawn by": schedule["scheduler"]["class"]} if schedule else {}
+    scheduler = {"scheduler of the teacher": schedule["scheduler"]["class"]} if schedule else {}
     provenance.pop(METADATA_KEY, None)
     return {"held-out rows made with": provenance | scheduler}
 
