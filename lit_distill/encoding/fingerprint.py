@@ -64,7 +64,7 @@ def encoders_digest(pipe: DiffusionPipeline) -> str:
         if name not in networks and not hasattr(component, "set_timesteps")
     }
     size = sum(_weight_bytes(component) for component in others.values())
-    hidden = size < PROGRESS_BYTES or rank_zero_only.rank != 0
+    hidden = size < PROGRESS_BYTES or getattr(rank_zero_only, "rank", 0) != 0
     digests = {
         name: component_digests(pipe, [name])
         for name in tqdm(sorted(others), desc="Reading the encoders' weights", disable=hidden)
