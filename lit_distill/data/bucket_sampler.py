@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lit_distill.data.batch import Batch, collate
+from lit_distill.errors import InputError
 
 Rows = Dataset[dict[str, Any]]
 
@@ -119,7 +120,14 @@ class PairLoader(DataLoader[dict[str, Any]]):
             batches.position = 0
         elif batches.epoch_is_over:
             batches.epoch, batches.position = batches.epoch + 1, 0
-        for batch in super().__iter__():
+        iterator = super().__iter__()
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except InputError as error:
+                raise InputError(_message(error)) from error
             batches.position += 1
             yield batch
 
@@ -151,6 +159,12 @@ class PairLoader(DataLoader[dict[str, Any]]):
         rows_done = state["position"] * state["rows_a_batch"]
         self.batch_sampler.epoch = state["epoch"]
         self.batch_sampler.position = rows_done // order["rows_a_batch"]
+
+
+def _message(error: InputError) -> str:
+    """Return an error's message, without the traceback that a worker process adds to it."""
+    text = str(error)
+    return text.rpartition(f"{InputError.__name__}: ")[2].strip() if "Traceback" in text else text
 
 
 class PlannedBatches(Dataset[Batch]):

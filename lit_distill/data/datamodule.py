@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from lit_distill.data.batch import Batch
 from lit_distill.data.bucket_sampler import BucketBatchSampler, PairLoader, PlannedBatches
 from lit_distill.data.dataset import PairDataset
+from lit_distill.data.filesystem import is_url
 from lit_distill.data.metadata import hold_out, read_metadata
 from lit_distill.errors import InputError
 
@@ -40,7 +41,8 @@ class DistillDataModule(pl.LightningDataModule):
         repeat: Number of passes over the training rows in an epoch.
         drop_last: Drop incomplete training batches: the last rows of each combination of size,
             steps and guidance.
-        cache_dir: Folder for encoded prompts and images. If set, all of them are encoded before
+        cache_dir: Folder for encoded prompts and images, which are stored in a folder
+            ``encodings-v1`` inside it. If set, all of them are encoded before
             training, and the encoders are freed: encoders and denoiser need not fit into memory
             together. Otherwise they are encoded at first use, and the encoders stay.
         seed: Seed of the order of rows and of the held-out split.
@@ -75,6 +77,8 @@ class DistillDataModule(pl.LightningDataModule):
                 raise InputError(f"data.{name} must be >= 1, got {value}")
         if not 0 <= val_fraction < 1:
             raise InputError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
+        if cache_dir is not None and is_url(str(cache_dir)):
+            raise InputError(f"data.cache_dir must be a local folder, got {cache_dir!r}")
         self.metadata_path = metadata_path
         self.val_metadata_path = val_metadata_path
         self.val_fraction = val_fraction

@@ -61,7 +61,7 @@ def encoders_digest(pipe: DiffusionPipeline) -> str:
     others = {
         name: component
         for name, component in pipe.components.items()
-        if name not in networks and not hasattr(component, "set_timesteps")
+        if name not in networks and component is not None and component is not pipe.scheduler
     }
     size = sum(_weight_bytes(component) for component in others.values())
     hidden = size < PROGRESS_BYTES or getattr(rank_zero_only, "rank", 0) != 0
@@ -75,7 +75,8 @@ def encoders_digest(pipe: DiffusionPipeline) -> str:
     }
     settings = {name: _settings(component) for name, component in others.items()}
     versions = [version(name) for name in ("diffusers", "transformers", "torch")]
-    own = [type(pipe).__name__, plain_config(pipe), _settings(pipe)]
+    config = {k: v for k, v in plain_config(pipe).items() if k != "_class_name"}
+    own = [type(pipe).__name__, config, _settings(pipe)]
     return fingerprint([versions, own, digests, settings, read])
 
 
@@ -94,6 +95,6 @@ def _settings(component: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return the switches and numbers of a component, for example a VAE's tiling."""
     return {
         name: value
-        for name, value in sorted(vars(component).items())
+        for name, value in sorted(getattr(component, "__dict__", {}).items())
         if isinstance(value, bool | int | float) and name[0] != "_" and name != "training"
     }

@@ -85,6 +85,13 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
 
 def files_digest(component: Any) -> str:  # noqa: ANN401
     """Return the SHA-256 of what a tokenizer or processor saves: vocabulary, merges, template."""
+    if hasattr(component, "get_attributes"):  # a processor, of which parts may be missing
+        parts = {name: getattr(component, name, None) for name in component.get_attributes()}
+        digests = {k: files_digest(part) for k, part in parts.items() if part is not None}
+        plain = {
+            k: v for k, v in vars(component).items() if isinstance(v, bool | int | float | str)
+        }
+        return _digest([type(component).__name__, plain, digests])
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
