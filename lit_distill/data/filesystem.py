@@ -93,13 +93,14 @@ def file_signature(path: str) -> tuple[Any, ...]:
 
         system, inner = fsspec.url_to_fs(path)
         info = system.info(inner)
-        changed = next(info[k] for k in ("ETag", "mtime", "LastModified", "created") if k in info)
-        return path, info["size"], str(changed)
+        marks = [info[k] for k in ("ETag", "mtime", "LastModified", "created") if k in info]
+        return path, info["size"], str(marks)
     status = os.stat(path)  # noqa: PTH116 - a Path object for each row is slow
     return path, status.st_size, status.st_mtime_ns
 
 
-_digests: dict[tuple[Any, ...], str] = {}
+known_digests: dict[tuple[Any, ...], str] = {}
+"""Digests of the contents that this process has read, by path, size and modification mark."""
 
 
 def content_digest(path: str) -> str:
@@ -111,13 +112,13 @@ def content_digest(path: str) -> str:
         OSError: If it can't be read.
     """
     signature = file_signature(path)
-    if signature not in _digests:
+    if signature not in known_digests:
         digest = hashlib.sha256()
         with open_file(path) as stream:
             while block := stream.read(2**20):
                 digest.update(block)
-        _digests[signature] = digest.hexdigest()
-    return _digests[signature]
+        known_digests[signature] = digest.hexdigest()
+    return known_digests[signature]
 
 
 def content_digests(paths: Sequence[str]) -> Iterator[str]:

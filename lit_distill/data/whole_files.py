@@ -73,7 +73,7 @@ def remove_temporary_files(folder: Path, older_than: float = 0) -> None:
     """
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
-            with suppress(FileNotFoundError):  # another process has renamed or removed it
+            with suppress(OSError):  # gone by now, or not ours to remove
                 if time.time() - path.stat().st_mtime >= older_than:
                     path.unlink()
 

@@ -11,12 +11,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm.auto import tqdm
 
 from lit_distill.data.batch import NO_TARGET, Batch, collate, open_pictures
 from lit_distill.data.dataset import PairDataset
-from lit_distill.data.filesystem import content_digest, content_digests
+from lit_distill.data.filesystem import content_digest, content_digests, known_digests
 from lit_distill.data.images import Picture
 from lit_distill.encoding.collate import EncodingCollateError
 from lit_distill.encoding.encode_once import EncodeOnce, image_key
@@ -78,6 +79,7 @@ def encode_ahead(
         _encode_missing(encoder.store, share, show_progress=rank == 0)
         barrier()
         encoder.store.reload()
+    _exchange_digests()
     # Every process needs an example of how prompts of different length are collated.
     lengths = [
         (len(text), n, i) for n, d in enumerate(datasets) for i, text in enumerate(d.prompts)
@@ -139,6 +141,15 @@ def _encode_missing(store: EncodingStore, tasks: list[_Task], *, show_progress: 
                 task.encode(key)
         finally:
             store.flush()
+
+
+def _exchange_digests() -> None:
+    """Learn the digests of the images that other processes have read, which training looks up."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        digests: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(digests, known_digests)
+        for each in digests:
+            known_digests.update(each)
 
 
 def _row_is_complete(store: EncodingStore, key: str) -> bool:

@@ -63,7 +63,7 @@ class EncodeOnce:
         self.store = EncodingStore() if store is None else store
         self.released = False
         self.not_stored: str | None = None
-        self._keys: set[str] = set()  # of the encodings of a call, see populate
+        self._keys: set[str] | None = None  # of the encodings of a call, see populate
         self.namespace = "" if self.store.folder is None else encoders_digest(pipe)
         for name in ("encode_prompt", "encode_image"):
             if callable(getattr(pipe, name, None)):
@@ -98,7 +98,8 @@ class EncodeOnce:
         """
         content = {name: value for name, value in sorted(arguments.items()) if name != "device"}
         key = self.key(original.__name__, content)
-        self._keys.add(key)
+        if self._keys is not None:
+            self._keys.add(key)
         if key in self.store:
             try:
                 return self.store[key]
@@ -146,7 +147,6 @@ class EncodeOnce:
         def stop(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
             raise _ReachedError
 
-        self._keys = set()
         originals = denoisers(self.pipe)
         modules = [c for c in self.pipe.components.values() if isinstance(c, nn.Module)]
         weights = (p for m in modules if m not in originals.values() for p in m.parameters())
@@ -156,9 +156,14 @@ class EncodeOnce:
         copies = {name: weightless_copy(each, device) for name, each in originals.items()}
         for denoiser in copies.values():
             denoiser.forward = stop
-        with replaced_components(self.pipe, **copies), suppress(_ReachedError), torch.no_grad():
-            run_pipeline(self.pipe, cfg_scale=cfg_scale, output_type="latent", **arguments)
-        return self._keys
+        keys: set[str] = set()
+        self._keys = keys
+        try:
+            with replaced_components(self.pipe, **copies), suppress(_ReachedError), torch.no_grad():
+                run_pipeline(self.pipe, cfg_scale=cfg_scale, output_type="latent", **arguments)
+        finally:
+            self._keys = None
+        return keys
 
     def release(self, device: torch.device) -> Any:  # noqa: ANN401
         """Free all modules except the denoisers; weightless copies stay in the pipeline.

@@ -8,14 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+    if hasattr(signal, name)
+]
 
 
 @contextmanager
 def signals_delayed() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list that is returned; the first one acts on leaving.
+    """Collect the signals that end a process in a list; the first one takes effect on leaving.
 
-    A second signal acts at once. In another thread than the main one nothing is delayed.
+    A second signal takes effect at once. Outside the main thread nothing is delayed.
 
     Raises:
         SystemExit: If a signal was received and its handler does not end the process.

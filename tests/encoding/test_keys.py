@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_pipelines import build
 
 from lit_distill import load_pipeline
-from lit_distill.data.filesystem import content_digest
+from lit_distill.data.filesystem import content_digest, known_digests
 from lit_distill.encoding.encode_once import EncodeOnce, encoded_image
 from lit_distill.encoding.fingerprint import encoders_digest
 from lit_distill.encoding.store import EncodingStore
@@ -101,7 +101,7 @@ def test_an_image_counts_by_its_content(tmp_path):
     for color in ("red", "blue"):
         Image.new("RGB", (32, 32), color).save(image)
         os.utime(image, ns=(0, 0))
-        content_digest.__globals__["_digests"].clear()  # as in another process
+        known_digests.clear()  # as in another process
         once = EncodeOnce(load_pipeline("tiny-digits"), EncodingStore(folder))
         once.cache_image(str(image))
         once.store.flush()
