@@ -1,4 +1,5 @@
 import shutil
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -127,6 +128,15 @@ def test_a_target_of_another_shape_is_named(pairs, tmp_path, workers):
         InputError, match=expected + r"expected, as in row \d+ \(.*safetensors\): .*$"
     ):
         next(iter(data.train_dataloader()))
+
+
+def test_the_sampler_of_lightning_is_refused_with_several_processes(pairs):
+    data = DistillDataModule(str(pairs / "train/metadata.csv"))
+    data.setup("fit")
+    connector = SimpleNamespace(use_distributed_sampler=True)
+    data.trainer = SimpleNamespace(world_size=2, _accelerator_connector=connector)
+    with pytest.raises(InputError, match="set use_distributed_sampler=False in the Trainer"):
+        data.train_dataloader()
 
 
 def test_encodings_are_stored_on_this_machine():
