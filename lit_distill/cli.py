@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_distill.commands.check import check
 from lit_distill.commands.export import export
 from lit_distill.commands.generate import generate
+from lit_distill.commands.parser import CommandParser
 from lit_distill.commands.plot import plot
 from lit_distill.commands.predict import predict
 from lit_distill.commands.preflight import preflight
 from lit_distill.commands.test import test
 from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.errors import InputError
+from lit_distill.export.exporter import ExportError
+from lit_distill.preflight.checks import PreflightError
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
+
+EXPECTED_ERRORS = (InputError, PreflightError, ExportError, OSError, FloatingPointError)
+"""Errors whose message says what a user can do; anything else is a fault of the program."""
 
 
 class CommandTrainer(pl.Trainer):
@@ -95,6 +105,7 @@ def build_cli(args: ArgsType = None) -> DistillCLI:
         DirectDistill,
         DistillDataModule,
         trainer_class=CommandTrainer,
+        parser_class=CommandParser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         # The module creates the optimizer, after the pipeline is loaded.
@@ -106,5 +117,25 @@ def build_cli(args: ArgsType = None) -> DistillCLI:
 
 
 def main(args: ArgsType = None) -> None:
-    """Run the command `lit-distill`."""
-    build_cli(args)
+    """Run the command `lit-distill`.
+
+    Without `args`, as the command, it prints errors that a user can mend in a few lines and exits
+    with status 2; ``--debug`` or the environment variable LIT_DISTILL_DEBUG=1 shows the traceback.
+    With `args`, as a program calls it, it raises them.
+    """
+    if args is not None:
+        build_cli(args)
+        return
+    debug = os.environ.get("LIT_DISTILL_DEBUG", "") not in ("", "0")
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        debug = True
+    try:
+        build_cli()
+    except EXPECTED_ERRORS as error:
+        if debug:
+            raise
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(f"error: {error}", file=sys.stderr)
+            print("The traceback: --debug", file=sys.stderr)
+        sys.exit(2)

@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 
 from lit_distill.data.filesystem import open_file
+from lit_distill.errors import InputError
 
 MAX_PROBLEMS = 50
 """Number of problems that an error lists; the others are counted."""
 
 
-class MetadataError(ValueError):
+class MetadataError(InputError):
     """A table can't be used; the message lists all problems, up to 50."""
 
 
