@@ -131,7 +131,11 @@ class DistillDataModule(pl.LightningDataModule):
     def _loader(self, dataset: PairDataset, train: bool) -> PairLoader:
         trainer = self.trainer
         connector = getattr(trainer, "_accelerator_connector", None)
-        if trainer and trainer.world_size > 1 and getattr(connector, "use_distributed_sampler", 0):
+        if (
+            trainer
+            and trainer.world_size > 1
+            and getattr(connector, "use_distributed_sampler", False)
+        ):
             raise InputError(
                 "set use_distributed_sampler=False in the Trainer: the data module gives every "
                 "process its share of the rows"
