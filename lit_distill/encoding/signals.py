@@ -8,16 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
-    if hasattr(signal, name)
-]
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def signals_delayed() -> Iterator[list[int]]:
-    """Collect the signals that end a process in a list; the first one takes effect on leaving.
+    """Collect SIGINT and SIGTERM in a list; the first one takes effect on leaving.
 
     A second signal takes effect at once. Outside the main thread nothing is delayed.
 
