@@ -56,7 +56,7 @@ class PairDataset(Dataset[dict[str, Any]]):
                     f"row {row['row']}: {row['image']} is {image.shape[1]}x{image.shape[2]} (height"
                     f" x width), but the table says {row['height']}x{row['width']}"
                 )
-        targets = {"image": image, "encoded": encoded}
+        targets = {"image": image, "encoded": encoded, "file": row["latents"] or row["image"]}
         targets |= {key: tensors.get(key) for key in (LATENTS_KEY, TRAJECTORY_KEY, SIGMAS_KEY)}
         return row | targets | {"call": open_pictures(row["call"])}
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -71,11 +72,18 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def remove_temporary_files(folder: Path) -> None:
-    """Remove what a killed `write_file` has left in a folder; for its only writer to call."""
+def remove_temporary_files(folder: Path, older_than: float = 0) -> None:
+    """Remove what a killed `write_file` has left in a folder.
+
+    Args:
+        folder: The folder.
+        older_than: Age in seconds, if other processes may be writing to the folder.
+    """
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # gone by now, or not ours to remove
+                if time.time() - path.stat().st_mtime >= older_than:
+                    path.unlink()
 
 
 def sha256_of(path: str | Path) -> str:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_distill.adapters.lora_files import read_lora
 from lit_distill.data.filesystem import open_file
 from lit_distill.data.whole_files import write_file
-from lit_distill.encoding.fingerprint import fingerprint, weights_summary
+from lit_distill.encoding.fingerprint import fingerprint
 from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.hooks import read_schedule
+from lit_distill.pipelines.model_digest import model_digest
 from lit_distill.teacher.pair_writer import FOLDERS, METADATA_FILE, PairWriter
 from lit_distill.teacher.prompts import Pair
 from lit_distill.teacher.teacher import Teacher
@@ -142,7 +144,9 @@ def record_pipeline(out: Path, facts: dict[str, Any]) -> None:
     """
     recorded = read_provenance(out) or {}
     if PIPELINE_KEY in recorded:
-        _compare(out, recorded[PIPELINE_KEY], facts)
+        before = recorded[PIPELINE_KEY]
+        # Earlier versions recorded fewer facts.
+        _compare(out, before, {name: fact for name, fact in facts.items() if name in before})
     else:
         _write_provenance(out, recorded | {PIPELINE_KEY: facts})
 
@@ -159,7 +163,7 @@ def pipeline_facts(
 
     Returns:
         The scheduler's class and configuration; for each size, the timesteps and sigmas that the
-        pipeline sets; a digest of the denoisers' weights.
+        pipeline sets; digests of the denoisers and of the LoRA.
     """
     config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
     schedules = {}
@@ -174,10 +178,26 @@ def pipeline_facts(
     facts = {
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
         "schedules": schedules,
-        "denoiser_sha256": fingerprint([weights_summary(d) for d in denoisers(pipe).values()]),
+        "model_digests": _model_digests(teacher, pipe),
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return plain
+
+
+def _model_digests(teacher: Teacher, pipe: DiffusionPipeline) -> dict[str, str]:
+    """Return a digest of each denoiser and, if there is one, of the LoRA fused into them.
+
+    The sums of weights and LoRA don't count, since their last bits depend on the machine.
+    """
+    lora = read_lora(teacher.lora, pipe) if teacher.lora else {}
+    digests = {
+        name: model_digest(network, without={f"{module}.weight" for module in lora.get(name, {})})
+        for name, network in denoisers(pipe).items()
+    }
+    if lora:
+        plain = {k: {n: tuple(f) for n, f in weights.items()} for k, weights in lora.items()}
+        digests["lora"] = fingerprint(plain)
+    return digests
 
 
 def _write_provenance(out: Path, provenance: dict[str, Any]) -> None:

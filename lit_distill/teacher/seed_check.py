@@ -275,8 +275,12 @@ class PairChecker:
         if recorded is None:
             return ""
         facts = pipeline_facts(teacher, self.load(teacher), [pair])
-        names = {"denoiser_sha256": "model: its weights", "scheduler": "scheduler: its settings"}
-        changed = [text for name, text in names.items() if facts[name] != recorded.get(name)]
+        names = {"model_digests": "model: its weights", "scheduler": "scheduler: its settings"}
+        changed = [
+            text
+            for name, text in names.items()
+            if name in recorded and facts[name] != recorded[name]  # earlier versions recorded less
+        ]
         return "; ".join(f"wrong {text} are not those in provenance.json" for text in changed)
 
 
