@@ -15,7 +15,12 @@ from typing_extensions import Self
 import lit_distill
 from lit_distill.errors import InputError
 from lit_distill.training.checkpoint_io import AtomicCheckpointIO, check_state, read_checkpoint
-from lit_distill.training.resume import ResumeState, is_fitting, warn_of_changed_settings
+from lit_distill.training.resume import (
+    ResumeState,
+    is_fitting,
+    restore_order,
+    warn_of_changed_settings,
+)
 from lit_distill.training.same_inputs import dataset_digests, warn_of_changed_data
 from lit_distill.training.saved_classes import constructor_arguments, named_class
 from lit_distill.training.signals import StopOnSignal
@@ -70,6 +75,7 @@ class ResumableModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Keep this run's settings where a checkpoint has others; warn if it has other data."""
         self.resume.keep_settings()
+        restore_order(self.trainer)
         resumed = self.resume.resumed
         warn_of_changed_data(resumed.get("dataset_digest", {}), self.resume.dataset_digest)
         metrics = resumed.get("facts", {}).get("metrics", {})

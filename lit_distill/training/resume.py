@@ -217,6 +217,17 @@ def is_fitting(trainer: pl.Trainer | None) -> bool:
     return trainer is not None and trainer.state.fn == "fit"
 
 
+def restore_order(trainer: pl.Trainer) -> None:
+    """Resume the order of rows where Lightning does not: after a whole epoch, without max_steps.
+
+    It would begin with the order of the first epoch again.
+    """
+    loop = trainer.fit_loop
+    if loop._combined_loader is not None and loop._combined_loader_states_to_load:
+        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+        loop._combined_loader_states_to_load = []
+
+
 def warn_of_changed_settings(configured: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Warn of every hyperparameter that differs from the checkpoint's; the configured one is used.
 
