@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +52,38 @@ def load_pipeline(
         if torch_dtype not in DTYPES:
             raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
         torch_dtype = DTYPES[torch_dtype]
-    pipe = DiffusionPipeline.from_pretrained(
-        pipeline_source(name_or_path), revision=revision, dtype=torch_dtype, **components
-    )
+    source = pipeline_source(name_or_path)
+    options = {"revision": revision, "dtype": torch_dtype, **components}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, **options)
+    except (OSError, ValueError):
+        variant = _only_variant(source, revision)
+        if variant is None:
+            raise
+        pipe = DiffusionPipeline.from_pretrained(source, variant=variant, **options)
     if name_or_path == TINY_DIGITS:
         # The class assumes 128 latent pixels for every checkpoint; this one was trained on 8.
         pipe.default_sample_size = 8
     return pipe
+
+
+def _only_variant(source: str, revision: str | None) -> str | None:
+    """Return the variant (fp16, ...) of the weights if a pipeline has weights of one variant only.
+
+    `DiffusionPipeline.from_pretrained` looks for weights without a variant.
+    """
+    if Path(source).is_dir():
+        names = [path.name for path in Path(source).rglob("*.safetensors")]
+    else:
+        from huggingface_hub import list_repo_files
+
+        names = []
+        with suppress(Exception):  # no such repository, or no network: diffusers' error is raised
+            names = [Path(name).name for name in list_repo_files(source, revision=revision)]
+            names = [name for name in names if name.endswith(".safetensors")]
+    matches = [re.search(r"\.(\w+?)(-\d+-of-\d+)?\.safetensors$", name) for name in names]
+    variants = {match[1] if match else None for match in matches}
+    return variants.pop() if len(variants) == 1 else None
 
 
 def pipeline_source(name_or_path: str | Path) -> str:

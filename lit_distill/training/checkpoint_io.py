@@ -37,7 +37,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     """
     with _local_file(path) as file:
         _verify(file, path)
-        checkpoint = _load(file, path, mmap)
+        checkpoint: dict[str, Any] = _load(file, path, mmap)
     hyper = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
     if not isinstance(hyper, dict) or "pretrained_model_name_or_path" not in hyper:
         raise InputError(

@@ -112,8 +112,6 @@ def _metric(settings: Any) -> Any:  # noqa: ANN401
     module, _, name = str(settings["class_path"]).rpartition(".")
     kind = getattr(importlib.import_module(module), name, None)
     if not (isinstance(kind, type) and issubclass(kind, Metric)):
-        raise InputError(
-            f"the checkpoint names {settings['class_path']} as a metric, which it isn't"
-        )
+        raise InputError(f"the checkpoint's metric {settings['class_path']} is not a metric")
     arguments = {name: _metric(each) for name, each in settings.get("init_args", {}).items()}
     return kind(**arguments)

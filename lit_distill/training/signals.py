@@ -83,15 +83,16 @@ class StopOnSignal(Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         environment = trainer._accelerator_connector.cluster_environment
-        requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-        self._requeue = environment.requeue_signal if requeues else None  # type: ignore[union-attr]
+        self._requeue = None
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue = environment.requeue_signal
         signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
         for number in signals | ({self._requeue} if self._requeue else set()):
             before = signal.signal(number, self._receive)
             if before != self._receive:
                 # Not those that Lightning has installed in the meantime.
                 self._replaced.setdefault(number, before)
-        trainer._signal_connector._original_handlers.update(self._replaced)  # type: ignore[arg-type]
+        trainer._signal_connector._original_handlers.update(self._replaced)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker that reads data: Ctrl-C reaches it, too
@@ -135,12 +136,12 @@ class StopOnSignal(Callback):
         number = self.received or 0
         if trainer.world_size > 1:
             count = torch.tensor(number, device=trainer.strategy.root_device)
-            number = int(trainer.strategy.reduce(count, reduce_op="max"))  # type: ignore[arg-type]
+            number = int(trainer.strategy.reduce(count, reduce_op="max"))
         if number == 0:
             return
         if number == self._requeue:
             self.received = None
-            trainer._signal_connector._slurm_sigusr_handler_fn(number, None)  # type: ignore[arg-type]
+            trainer._signal_connector._slurm_sigusr_handler_fn(number, None)
             return
         raise self._stopped(number)
 

@@ -113,8 +113,8 @@ class Student:
 
     def digest(self) -> str:
         """Return what samples and online targets depend on beside their rows, but for training."""
-        names = ("torch_dtype", "quantization", "sigmas", "call_kwargs", "teacher_lora")
-        names += ("teacher_model", "teacher_num_inference_steps", "teacher_cfg_scale")
+        names = ["torch_dtype", "quantization", "sigmas", "call_kwargs", "teacher_lora"]
+        names += ["teacher_model", "teacher_num_inference_steps", "teacher_cfg_scale"]
         scheduler = self.pipe.scheduler
         content = [getattr(self.settings, name) for name in names]
         content += [self.base_digest, type(scheduler).__name__, plain_config(scheduler)]
