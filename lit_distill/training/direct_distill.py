@@ -192,7 +192,7 @@ class DirectDistill(ResumableModule):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
-        return configure_optimizers(self)
+        return configure_optimizers(self, self.optimizer, self.lr_scheduler)
 
     # Teacher and student
 

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_distill.errors import InputError
 from lit_distill.training.lr_scheduler import WarmupCosine
-
-if TYPE_CHECKING:
-    from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.resumable_module import ResumableModule
 
 
-def configure_optimizers(module: DirectDistill) -> Any:  # noqa: ANN401
+def configure_optimizers(
+    module: ResumableModule,
+    make_optimizer: OptimizerCallable,
+    make_scheduler: LRSchedulerCallable | None,
+) -> Any:  # noqa: ANN401
     """Return the optimizer of the trainable parameters and its schedule, as Lightning takes them.
 
     Raises:
         InputError: If the schedule follows a metric, but names none.
     """
-    optimizer = module.optimizer([p for p in module.parameters() if p.requires_grad])
+    optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad])
     module.resume.configure(optimizer)
-    if module.lr_scheduler is None:
+    if make_scheduler is None:
         return optimizer
-    scheduler = module.lr_scheduler(optimizer)
+    scheduler: Any = make_scheduler(optimizer)
     if isinstance(scheduler, WarmupCosine) and scheduler.num_training_steps is None:
         scheduler.num_training_steps = int(module.trainer.estimated_stepping_batches)
     config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}

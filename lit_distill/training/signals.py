@@ -122,7 +122,7 @@ class StopOnSignal(Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override] # noqa: ANN401
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # noqa: ANN401
         """Stop a validation during training if any process has received a signal."""
         if is_fitting(trainer):
             self.stop_if_received(trainer)
@@ -140,8 +140,9 @@ class StopOnSignal(Callback):
         if number == 0:
             return
         if number == self._requeue:
-            self.received = None
-            trainer._signal_connector._slurm_sigusr_handler_fn(number, None)
+            if trainer.training:
+                self.received = None
+                trainer._signal_connector._slurm_sigusr_handler_fn(number, None)  # type: ignore[arg-type]
             return
         raise self._stopped(number)
 

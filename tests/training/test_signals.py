@@ -7,7 +7,9 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.trainer.connectors import signal_connector
 from short_training import module
 from two_processes import QUIET, difference, weights_of
 
@@ -197,6 +199,24 @@ def test_early_stopping_resumes_at_the_end_of_an_epoch(steps, saves, pairs, tmp_
     expected = fit(tmp_path / "whole", **steps)
     fit(tmp_path, max_steps=-1, max_epochs=1)
     assert difference(fit(tmp_path, tmp_path / "last.ckpt", **steps), expected) == 0
+
+
+def test_where_slurm_requeues_the_job_it_is_saved_after_the_step(
+    pairs, tmp_path, whole, monkeypatch
+):
+    names = {"JOB_ID": 1, "NTASKS": 1, "LOCALID": 0, "PROCID": 0, "NODEID": 0, "JOB_NAME": "train"}
+    for name, value in names.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    commands = []
+    monkeypatch.setattr(signal_connector, "call", lambda command: commands.append(command) or 0)
+    stop = At("on_before_backward", send(signal.SIGUSR1))
+    environment = SLURMEnvironment(auto_requeue=True)
+    run(pairs, tmp_path, callbacks=[stop], plugins=[environment])
+    assert commands == [["scontrol", "requeue", "1"]]
+    (saved,) = tmp_path.glob("hpc_ckpt_*.ckpt")
+    assert read_checkpoint(saved)["global_step"] == 3
+    elsewhere = saved.rename(tmp_path / "step_3.ckpt")
+    assert difference(run(pairs, tmp_path, elsewhere), whole) == 0
 
 
 class Checkpoints:
