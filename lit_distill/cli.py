@@ -12,6 +12,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_distill.commands.check import check
+from lit_distill.commands.checkpoint_settings import checkpoint_model
 from lit_distill.commands.export import export
 from lit_distill.commands.generate import generate
 from lit_distill.commands.parser import CommandParser
@@ -76,14 +77,11 @@ class DistillCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # On fit, Lightning would silently prefer the checkpoint's settings to the command line's.
         subcommand = self.config.get("subcommand")
-        if subcommand in ("fit", "export", "plot"):
+        config = self.config.get(str(subcommand), {})
+        if subcommand in (None, "fit", "export", "plot") or not config.get("ckpt_path"):
             return
-        settings = self.config[subcommand].model.init_args if subcommand else {}
-        # These describe how this machine computes, not the student.
-        machine = {k: settings[k] for k in ("attention_backend", "quantization") if k in settings}
-        super()._parse_ckpt_path()
-        for name, value in machine.items():
-            self.config[subcommand].model.init_args[name] = value
+        settings = {subcommand: {"model": checkpoint_model(config.ckpt_path, config)}}
+        self.config = self.parser.parse_object(settings, self.config)
 
     def before_fit(self) -> None:
         """Log images of held-out rows at every validation, unless an ImageGrid is configured."""
