@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from lit_distill.data.batch import open_pictures
 from lit_distill.data.filesystem import open_file
 from lit_distill.data.images import read_image
+from lit_distill.errors import InputError
 
 LATENTS_KEY = "latents"
 
@@ -52,7 +53,7 @@ class PairDataset(Dataset[dict[str, Any]]):
                     tensors = load(stream.read())
                     tensors[LATENTS_KEY]
             except Exception as error:  # safetensors' errors do not name the file
-                raise ValueError(
+                raise InputError(
                     f"row {row['row']}: {row['latents']} holds no tensor "
                     f"{LATENTS_KEY!r} in safetensors format: {error}"
                 ) from error
@@ -61,7 +62,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         elif row["image"]:
             image = read_image(row["image"])
             if tuple(image.shape[1:]) != (row["height"], row["width"]):
-                raise ValueError(
+                raise InputError(
                     f"row {row['row']}: {row['image']} is {image.shape[1]}x{image.shape[2]} (height"
                     f" x width), but the table says {row['height']}x{row['width']}"
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from lit_distill.data.images import Picture, read_picture
 from lit_distill.data.metadata import parse_metadata
 from lit_distill.data.schema import add_row_problems
 from lit_distill.data.table_io import Problems
+from lit_distill.data.text import decode, parse_json, shorten
+from lit_distill.errors import InputError
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Accepted data types of latents in safetensors files, with their size in bytes."""
@@ -88,7 +89,7 @@ def _check_pictures(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -
         path, size = task
         try:
             picture = read_picture(path)
-        except ValueError as error:
+        except InputError as error:
             return str(error)
         actual = (picture.height, picture.width)
         if size is not None and actual != size:
@@ -121,7 +122,7 @@ def _check_latents(table: pd.DataFrame, fine: np.ndarray, problems: Problems) ->
     def shape_or_problem(path: str) -> tuple[int, ...] | str:
         try:
             return latents_header(path)[0]
-        except ValueError as error:
+        except InputError as error:
             return str(error)
 
     shapes = _map_files(shape_or_problem, paths[indices].tolist(), "latents")
@@ -146,24 +147,36 @@ def latents_header(path: str) -> tuple[tuple[int, ...], str]:
     """Return the shape and the data type (such as F32) of a file of latents.
 
     Raises:
-        ValueError: If it is not a complete safetensors file with floats in a tensor ``latents``.
+        InputError: If it is not a complete safetensors file with floats in a tensor ``latents``.
     """
-    with open_file(path) as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
+    try:
+        with open_file(path) as stream:
+            length = int.from_bytes(stream.read(8), "little")
             # The limit of the format: other kinds of files would give absurd lengths.
-            header = json.loads(stream.read(length) if length <= 100_000_000 else b"")
-            entry = header[LATENTS_KEY]
-            shape, dtype = tuple(entry["shape"]), str(entry["dtype"])
-            end = max(e["data_offsets"][1] for k, e in header.items() if k != "__metadata__")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} holds no tensor {LATENTS_KEY!r} in safetensors format"
-            ) from error
-        size = stream.seek(0, 2) - 8 - length
+            header = parse_json(decode(stream.read(length) if length <= 100_000_000 else b""))
+            size = stream.seek(0, 2) - 8 - length
+        entry = header[LATENTS_KEY]
+        shape, dtype = tuple(map(_whole, entry["shape"])), str(entry["dtype"])
+        begin, stop = map(_whole, entry["data_offsets"])
+        end = max(_whole(e["data_offsets"][1]) for k, e in header.items() if k != "__metadata__")
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror or error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} holds no tensor {LATENTS_KEY!r} in safetensors format") from error
     if dtype not in FLOATS:
-        raise ValueError(f"{path} holds latents of type {dtype}; accepted: {', '.join(FLOATS)}")
-    begin, stop = entry["data_offsets"]
+        kinds = ", ".join(FLOATS)
+        raise InputError(f"{path} holds latents of type {shorten(dtype)}; accepted: {kinds}")
     if size != end or stop - begin != math.prod(shape) * FLOATS[dtype]:
-        raise ValueError(f"{path} is truncated or damaged: {size} bytes of data, not {end}")
+        raise InputError(f"{path} is truncated or damaged: {size} bytes of data, not {end}")
     return shape, dtype
+
+
+def _whole(value: Any) -> int:  # noqa: ANN401
+    """Return a number of a header.
+
+    Raises:
+        TypeError: If it is not an integer >= 0.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError(f"{value!r} is not an integer >= 0")
+    return value
