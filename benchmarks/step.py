@@ -206,7 +206,7 @@ def measure(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         attention_backend=options.attention_backend,
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.0, weight_decay=0.0),
     )
-    module.student.loader.base = lambda: make_pipeline(options)  # type: ignore[method-assign]
+    module.loader.base = lambda: make_pipeline(options)  # type: ignore[method-assign]
     steps = 1 + len(options.counters) + options.repeats
     watch, logger = Watch(), TimedLogger(folder)
     logger.watch = watch

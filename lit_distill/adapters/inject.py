@@ -183,6 +183,13 @@ def default_target_modules(denoiser: nn.Module) -> list[str]:
     return targets
 
 
+def enable_adapter_dropout(module: nn.Module) -> None:
+    """Put the dropout of a module's adapters, if they have any, into training mode."""
+    for name, layer in module.named_modules():
+        if name.endswith("lora_dropout"):
+            layer.train()
+
+
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
     """Disable the module's adapters until the context is left: bit for bit the base model.

@@ -1,4 +1,4 @@
-"""`lit-distill predict`: the student's images of prompts, or of held-out rows."""
+"""`lit-distill predict`: generates the student's images of prompts, or of held-out rows."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -101,3 +102,22 @@ def split_batch(batch: Batch, size: int | None) -> list[Batch]:
         return value[start : start + size] if isinstance(value, list | Tensor) else value
 
     return [part(batch, start) for start in range(0, rows, size)]
+
+
+def has_target(batch: Batch) -> bool:
+    """Return whether the rows hold the teacher's result: latents, or an image, perhaps encoded."""
+    return any(batch[kind] is not None for kind in ("latents", "encoded", "image"))
+
+
+def call_arguments(batch: Batch, call_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call for a batch, but for steps and guidance.
+
+    Args:
+        batch: The rows. Each sample gets its own generator, seeded with the row's seed.
+        call_kwargs: Fixed arguments of the call; those of the rows take precedence.
+    """
+    size = dict(zip(("height", "width"), batch["size"] or (), strict=False))
+    device = batch["rand_device"]
+    generators = [torch.Generator(device).manual_seed(seed) for seed in batch["seed"]]
+    rows = {"prompt": batch["prompt"], "generator": generators, **size}
+    return {**(call_kwargs or {}), **rows, **batch["call"]}

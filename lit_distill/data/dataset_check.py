@@ -19,7 +19,7 @@ from lit_distill.data.images import Picture, read_picture
 from lit_distill.data.metadata import parse_metadata
 from lit_distill.data.schema import add_row_problems
 from lit_distill.data.table_io import Problems
-from lit_distill.data.text import decode, parse_json, shorten
+from lit_distill.data.text import decode, parse_json
 from lit_distill.errors import InputError
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -165,7 +165,7 @@ def latents_header(path: str) -> tuple[tuple[int, ...], str]:
         raise InputError(f"{path} holds no tensor {LATENTS_KEY!r} in safetensors format") from error
     if dtype not in FLOATS:
         kinds = ", ".join(FLOATS)
-        raise InputError(f"{path} holds latents of type {shorten(dtype)}; accepted: {kinds}")
+        raise InputError(f"{path} holds latents of type {dtype[:40]}; accepted: {kinds}")
     if size != end or stop - begin != math.prod(shape) * FLOATS[dtype]:
         raise InputError(f"{path} is truncated or damaged: {size} bytes of data, not {end}")
     return shape, dtype

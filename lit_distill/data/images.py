@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 from torch import Tensor
 
 from lit_distill.data.filesystem import is_url, open_file
@@ -16,8 +16,10 @@ from lit_distill.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF")
-"""What Pillow may open: of its other formats, some start programs, and none is used for images."""
+assert TiffImagePlugin and WebPImagePlugin  # importing them registers their formats
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""What Pillow may open. Of its other formats some start programs, and none holds our images."""
 
 
 class Picture(str):

@@ -35,6 +35,13 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:
     return selected
 
 
+def denoiser_device(pipe: DiffusionPipeline) -> torch.device:
+    """Return the device that the pipeline's denoisers are on."""
+    denoiser = next(iter(denoisers(pipe).values()))
+    device: torch.device = next(denoiser.parameters()).device
+    return device
+
+
 def select_denoisers(models: dict[str, Any]) -> dict[str, Any]:
     """Return the denoisers among a pipeline's diffusers models, or among their classes.
 

@@ -35,6 +35,11 @@ class Trajectory(NamedTuple):
     states: Tensor
     sigmas: Tensor
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Trajectory]) -> Trajectory:
+        """Return the trajectories of parts of a batch as that of the whole batch."""
+        return cls(torch.cat([part.states for part in parts], 1), parts[0].sigmas)
+
     def at(self, sigmas: Tensor) -> Trajectory:
         """Return the states at other noise levels, interpolated linearly between two steps.
 

@@ -1,7 +1,8 @@
-"""Small draws of a pipeline, to see what larger ones are going to do."""
+"""Small samples of a pipeline, which predict how larger ones behave."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
     """Return a size of about the same shape with no side above `edge`, in multiples of 64 pixels.
 
-    The checks see at it what they would see at the full size, in a fraction of the time.
+    The checks find at this size what they would find at the full size, in a fraction of the time.
     """
     longest = max(height, width)
     if longest <= edge:
@@ -32,9 +33,9 @@ def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
 
 
 def other_prompt(prompt: str) -> str:
-    """Return the prompt of another length that is drawn beside `prompt`."""
-    first = prompt.split()[:1]
-    return first[0] if first and first != [prompt] else "a cat, sleeping"
+    """Return a prompt of another length, to be sampled beside `prompt`."""
+    words = prompt.split()
+    return words[0] if words and words[0] != prompt else "a cat, sleeping"
 
 
 def trial_arguments(
@@ -58,14 +59,14 @@ class Probe:
     Args:
         pipe: The pipeline, its trainable parameters requiring gradients.
         prompt: A typical prompt.
-        num_inference_steps: Steps of a draw.
+        num_inference_steps: Steps of a sample.
         seed: Seed of the noise.
         call_kwargs: Further arguments of the pipeline's call for one sample.
 
     Attributes:
         short: A prompt of another length.
-        single: Whether the arithmetic is float32.
-        parameters: What trains, by name.
+        is_float32: Whether the arithmetic is float32.
+        parameters: The trainable parameters, with their names.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Probe:
         self.short = other_prompt(prompt)
         self.num_inference_steps = num_inference_steps
         self.seed = seed
-        self.single = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
+        self.is_float32 = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
         self.call_kwargs = call_kwargs
         self.parameters = list(trained_parameters(pipe).items())
 
@@ -97,7 +98,7 @@ class Probe:
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str] = (), first: int = 0) -> tuple[LoopState, Any]:
-        """Draw without gradients; return the finished steps and what the pipeline returned."""
+        """Sample without gradients; return the finished loop and what the pipeline returned."""
         return run_pipeline(self.pipe, cfg_scale=1.0, **self.arguments(prompts, first))
 
     @contextmanager
@@ -107,11 +108,11 @@ class Probe:
         grad_steps: int | None = None,
         prompts: Sequence[str] = (),
     ) -> Iterator[list[Tensor | None]]:
-        """Yield every parameter's gradient of a draw; None: no gradient reached it.
+        """Yield every parameter's gradient of a sample; None: no gradient reached it.
 
-        The parameters' own gradients come back on exit.
+        The parameters' previous gradients are restored on exit.
         """
-        own = [parameter.grad for _, parameter in self.parameters]
+        previous = [parameter.grad for _, parameter in self.parameters]
         for _, parameter in self.parameters:
             parameter.grad = None
         try:
@@ -131,30 +132,30 @@ class Probe:
                 loss.backward()  # type: ignore[no-untyped-call]
             yield [parameter.grad for _, parameter in self.parameters]
         finally:
-            for (_, parameter), kept in zip(self.parameters, own, strict=True):
-                parameter.grad = kept
+            for (_, parameter), gradient in zip(self.parameters, previous, strict=True):
+                parameter.grad = gradient
 
     def gradient_norms(self, *options: Any) -> list[Tensor | None]:  # noqa: ANN401
         """Return the norm of every parameter's gradient, for the options of `gradient`.
 
-        Norms are compared, not gradients, so that a large model's are held only once.
+        Norms are compared, and not gradients, so that only one gradient of a large model is held.
         """
         with self.gradient(*options) as gradient:
             return [None if each is None else full_tensor(each.float().norm()) for each in gradient]
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Return the relative difference of two tensors; infinite where there is no number."""
-    if found.shape != expected.shape:
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the relative difference of two tensors; infinite if it is not a number."""
+    if actual.shape != expected.shape:
         return float("inf")
     norm = expected.double().norm()
-    apart = ((found.double() - expected.double()).norm() / norm.clamp(min=1e-30)).item()
-    return apart if apart == apart else float("inf")
+    error = ((actual.double() - expected.double()).norm() / norm.clamp(min=1e-30)).item()
+    return float("inf") if math.isnan(error) else error
 
 
-def norms_difference(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
-    """Return the relative difference of lists of norms; infinite if others are None."""
-    if [norm is None for norm in found] != [norm is None for norm in expected]:
+def norms_difference(actual: list[Tensor | None], expected: list[Tensor | None]) -> float:
+    """Return the relative difference of lists of norms; infinite if other entries are None."""
+    if [norm is None for norm in actual] != [norm is None for norm in expected]:
         return float("inf")
-    norms = [[norm for norm in norms if norm is not None] for norms in (found, expected)]
-    return difference(*map(torch.stack, norms)) if norms[0] else 0.0
+    norms = [[norm for norm in norms if norm is not None] for norms in (actual, expected)]
+    return relative_difference(*map(torch.stack, norms)) if norms[0] else 0.0

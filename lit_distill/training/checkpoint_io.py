@@ -1,4 +1,4 @@
-"""Checkpoint files: complete or absent, read without unpickling code, compared with the model."""
+"""Checkpoint files: written atomically, read without unpickling code, checked by the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
     Args:
         path: The file.
-        mmap: Read tensors when they are used; their checksums are not looked at then.
+        mmap: Read tensors when they are used, without verifying their checksums.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -30,7 +30,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
         if not mmap:
-            with zipfile.ZipFile(path) as archive:  # torch does not look at checksums
+            with zipfile.ZipFile(path) as archive:  # torch does not verify checksums
                 if damaged := archive.testzip():
                     raise ValueError(f"its part {damaged} is damaged")
         checkpoint: dict[str, Any] = torch.load(
@@ -47,17 +47,17 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def check_state(found: Any, expected: Any, where: str) -> None:  # noqa: ANN401
-    """Compare the names in a checkpoint's state dict with the trainable parameters.
+def check_state(state: Any, expected: Any, where: str) -> None:  # noqa: ANN401
+    """Check that a checkpoint's state dict has exactly the trainable parameters.
 
     Raises:
-        ValueError: If they differ, naming examples of what is missing and what is not known.
+        ValueError: If it has not, naming examples of missing and unknown parameters.
     """
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    for name in sorted(set(expected) & set(found)):
-        if found[name].shape != expected[name].shape:
+    missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    for name in sorted(set(expected) & set(state)):
+        if state[name].shape != expected[name].shape:
             raise ValueError(
-                f"{where} does not fit this model: {name} is {tuple(found[name].shape)} in it and "
+                f"{where} does not fit this model: {name} is {tuple(state[name].shape)} in it and "
                 f"{tuple(expected[name].shape)} here. Use the LoRA settings it was trained with."
             )
     if missing or unknown:
@@ -72,11 +72,11 @@ def check_state(found: Any, expected: Any, where: str) -> None:  # noqa: ANN401
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files that are complete or absent, and are read without unpickling code.
+    """Writes checkpoint files atomically, and reads them without unpickling code.
 
-    Lightning writes to the system's temporary folder and moves the file: onto another disk that is
-    a copy, and a process killed meanwhile leaves half a checkpoint under the final name. It also
-    holds the file in memory as a whole, which this does not.
+    Lightning writes to the system's temporary folder and moves the file. If that is another disk,
+    the move is a copy, and a process killed meanwhile leaves half a checkpoint under the final
+    name. Lightning also holds the whole file in memory, which this does not.
     """
 
     def save_checkpoint(
@@ -104,7 +104,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Any = None,  # noqa: ANN401
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Return the checkpoint on the CPU, or raise an error that says what is wrong with it."""
+        """Return the checkpoint on the CPU, as `read_checkpoint` does."""
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return read_checkpoint(path)

@@ -1,68 +1,123 @@
-"""What the settings of a `DirectDistill` must keep to, and the rows with them."""
+"""The hyperparameters of a `DirectDistill`: typed, immutable, and validated in one place."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from lit_distill.compute.activation_checkpointing import check_mode
+from lit_distill.compute.activation_checkpointing import Checkpointing, check_mode
 from lit_distill.pipelines.loading import DTYPES
 
 if TYPE_CHECKING:
     from lit_distill.data.datamodule import DistillDataModule
 
 
-def check_settings(given: Mapping[str, Any], init_lora: str | None) -> None:
-    """Refuse what can't be, before anything is loaded.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Hyperparameters, as the arguments of `DirectDistill` of the same names describe them.
 
-    Args:
-        given: Hyperparameters of `DirectDistill`.
-        init_lora: Its LoRA to go on from.
+    Preflight and `init_lora` decide some of them. They never change an instance: they make a
+    changed copy (`dataclasses.replace`), and the copy is validated too.
 
     Raises:
-        ValueError: Naming settings that are out of range, or exclude each other.
+        ValueError: If a setting is out of range, or settings exclude each other.
     """
-    if given["torch_dtype"] not in DTYPES:
+
+    pretrained_model_name_or_path: str | None
+    revision: str | None
+    torch_dtype: str
+    lora: dict[str, Any] | None
+    init_lora: str | None
+    lora_per_step: int | None
+    teacher_lora: str | None
+    teacher_model: str | None
+    scheduler: dict[str, Any] | None
+    sigmas: list[float] | None
+    trajectory: bool
+    checkpointing: Checkpointing | Literal["auto"]
+    offload_activations: bool
+    grad_steps: int | None
+    teacher_num_inference_steps: int
+    teacher_cfg_scale: float
+    call_kwargs: dict[str, Any] | None
+    freeze: list[str]
+    train_mode: list[str]
+    rollout_batch_size: int | None
+    preflight: bool
+    compile: bool
+    attention_backend: str | None
+    quantization: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        _check_lora_per_step(self)
+        _check_teacher(self)
+        _check_quantization(self)
+
+    @classmethod
+    def select(cls, values: Mapping[str, Any]) -> Settings:
+        """Return the settings among `values`, which holds a value for each of them."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether a LoRA is trained, and not the whole denoiser."""
+        return self.lora is not None or bool(self.init_lora)
+
+    def model_name(self) -> str:
+        """Return the hub id or folder of the pretrained pipeline.
+
+        Raises:
+            ValueError: If it is not set.
+        """
+        if not self.pretrained_model_name_or_path:
+            raise ValueError(
+                "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
+                "layout, or tiny-digits"
+            )
+        return self.pretrained_model_name_or_path
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of them, in plain types, by name.
+
+        Without `init_lora`, which only says where training begins: a checkpoint holds the weights
+        and the fields of the LoRA itself.
+        """
+        return {name: value for name, value in asdict(self).items() if name != "init_lora"}
+
+
+def _check_ranges(settings: Settings) -> None:
+    if settings.torch_dtype not in DTYPES:
         raise ValueError(
-            f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {given['torch_dtype']!r}"
+            f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {settings.torch_dtype!r}"
         )
-    if given["checkpointing"] != "auto" or given["offload_activations"]:
-        check_mode(given["checkpointing"], given["offload_activations"])
-    batch_size, sigmas = given["rollout_batch_size"], given["sigmas"]
+    if settings.checkpointing != "auto" or settings.offload_activations:
+        check_mode(settings.checkpointing, settings.offload_activations)
+    batch_size, sigmas = settings.rollout_batch_size, settings.sigmas
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"model.rollout_batch_size must be >= 1, got {batch_size}")
     if sigmas is not None and not (sigmas and _falling([*sigmas, 0.0])):
         raise ValueError(f"model.sigmas must be positive and falling, got {sigmas}")
-    if given["trajectory"] and given["grad_steps"] is not None:
+    if settings.trajectory and settings.grad_steps is not None:
         raise ValueError(
             "model.trajectory and model.grad_steps: set one; with trajectory no gradient goes "
             "through more than one step"
         )
-    if given["lora_per_step"] is not None:
-        lora = given["lora"] is not None or init_lora is not None
-        _check_lora_per_step(given["lora_per_step"], lora, given["grad_steps"])
-    if given["teacher_lora"] and given["teacher_model"]:
-        raise ValueError(
-            "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "
-            "LoRA, fuse the LoRA into the model first"
-        )
-    if given["quantization"] and given["lora"] is None and not init_lora:
-        raise ValueError(
-            "model.quantization: quantised weights can't be trained, and model.lora is null (full "
-            "training); set model.lora, for example {r: 32}"
-        )
-    if given["quantization"] and given["teacher_lora"]:
-        raise ValueError(
-            "model.quantization and model.teacher_lora: a LoRA can't be fused into quantised "
-            "weights; fuse it before, and name the merged folder as the pretrained model"
-        )
 
 
-def _check_lora_per_step(count: int, lora: bool, grad_steps: int | None) -> None:
+def _falling(values: list[float]) -> bool:
+    return all(left > right for left, right in itertools.pairwise(values))
+
+
+def _check_lora_per_step(settings: Settings) -> None:
+    count, grad_steps = settings.lora_per_step, settings.grad_steps
+    if count is None:
+        return
     if count < 1:
         raise ValueError(f"model.lora_per_step must be >= 1, got {count}")
-    if not lora:
+    if not settings.trains_lora:
         raise ValueError(
             "model.lora_per_step: model.lora is null (full training); set it, for example {r: 32}"
         )
@@ -73,18 +128,48 @@ def _check_lora_per_step(count: int, lora: bool, grad_steps: int | None) -> None
         )
 
 
-def _falling(values: list[float]) -> bool:
-    return all(left > right for left, right in itertools.pairwise(values))
+def _check_teacher(settings: Settings) -> None:
+    if settings.teacher_lora and settings.teacher_model:
+        raise ValueError(
+            "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "
+            "LoRA, fuse the LoRA into the model first"
+        )
 
 
-def check_rows(settings: Mapping[str, Any], data: DistillDataModule) -> None:
-    """See, before anything is loaded, that the rows are such as these settings can train on.
+def _check_quantization(settings: Settings) -> None:
+    if settings.quantization and not settings.trains_lora:
+        raise ValueError(
+            "model.quantization: quantised weights can't be trained, and model.lora is null (full "
+            "training); set model.lora, for example {r: 32}"
+        )
+    if settings.quantization and settings.teacher_lora:
+        raise ValueError(
+            "model.quantization and model.teacher_lora: a LoRA can't be fused into quantised "
+            "weights; fuse it before, and name the merged folder as the pretrained model"
+        )
+
+
+def check_precision(precision: str) -> None:
+    """Check that a trainer's precision keeps trained weights in float32.
 
     Raises:
-        ValueError: Naming a row of another number of steps than model.sigmas or
+        ValueError: If it does not.
+    """
+    if precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision is {precision}, in which most steps round to nothing; use "
+            "bf16-mixed (trained weights are float32, model.torch_dtype sets the arithmetic)"
+        )
+
+
+def check_rows(settings: Settings, data: DistillDataModule) -> None:
+    """Check that these settings can train on the rows, before anything is loaded.
+
+    Raises:
+        ValueError: Naming a row whose number of steps is not that of model.sigmas or
             model.lora_per_step.
     """
-    counts = {"sigmas": len(settings["sigmas"] or ()), "lora_per_step": settings["lora_per_step"]}
+    counts = {"sigmas": len(settings.sigmas or ()), "lora_per_step": settings.lora_per_step}
     for rows in (data.train_set, data.val_set):
         for name, count in counts.items():
             if rows is None or not count:
@@ -92,6 +177,6 @@ def check_rows(settings: Mapping[str, Any], data: DistillDataModule) -> None:
             steps = rows.columns["num_inference_steps"]
             for index in (steps != count).nonzero()[0][:1]:
                 raise ValueError(
-                    f"row {rows.columns['row'][index]} is to be drawn in {steps[index]} steps, but "
-                    f"model.{name} has {count}; they must be as many"
+                    f"row {rows.columns['row'][index]} is for {steps[index]} steps, but "
+                    f"model.{name} has {count}; they must be equal"
                 )

@@ -340,7 +340,7 @@ def test_the_code_of_the_card_samples_the_student_in_plain_diffusers(trained, tm
     pipe.transformer.set_adapters("step_1")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "lit_distill.compute.step_adapters.StepAdapters.at",
+            "lit_distill.compute.step_adapters.StepAdapters.bind_step",
             lambda self, step, total, call: call,
         )
         other = np.asarray(pipe(prompt, generator=torch.manual_seed(3)).images[0], int)

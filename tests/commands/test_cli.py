@@ -109,5 +109,5 @@ def test_preflight_prints_what_it_saw(capsys):
     main(["preflight", *tiny, "--model.lora", "{r: 4}", "--trainer.logger", "false"])
     assert time.monotonic() - started < 30  # about 2 s where nothing else runs
     found = capsys.readouterr().out
-    assert "QwenImagePipeline:\n  ok         the rollout draws what pipe() draws" in found
+    assert "QwenImagePipeline:\n  ok         the rollout generates what pipe() generates" in found
     assert "model.freeze: ['transformer.transformer_blocks.3.attn.to_add_out.*'" in found

@@ -107,17 +107,17 @@ ROWS = [
     (["../a.png,x,1,cpu,4,1"], r"image must be inside of .*\(or set data.allow_outside: true\)"),
     (["/etc/hosts,x,1,cpu,4,1"], "image must be inside of .* got '/etc/hosts'"),
     (["s3://bucket/a.png,x,1,cpu,4,1"], "image must be inside of .* got 's3://bucket/a.png'"),
-    (["text.png,x,1,cpu,4,1"], "image: not a readable image"),
-    (["empty.png,x,1,cpu,4,1"], "image: not a readable image"),
-    (["bomb.png,x,1,cpu,4,1"], "image: not a readable image .*exceeds limit"),
-    (["chunk.png,x,1,cpu,4,1"], "image: not a readable image .*[Tt]oo large|exceed"),
+    (["text.png,x,1,cpu,4,1"], "image: .*text.png is not a readable image: of no known format"),
+    (["empty.png,x,1,cpu,4,1"], "image: .*empty.png is not a readable image: of no known"),
+    (["bomb.png,x,1,cpu,4,1"], "image: .*bomb.png is not a readable image: .*exceeds limit"),
+    (["chunk.png,x,1,cpu,4,1"], "image: .*chunk.png is not a readable image: .*([Tt]oo large|exceed)"),
     ([GOOD, "twin.png,x,1,cpu,4,1"], "row 3 .*another image or latents than in row 2"),
     (
         ["a.png,x,1,cpu,4,1,7"],
-        "not a CSV file in UTF-8: Expected 6 fields in line 2, saw 7.*quotes",
+        "metadata.csv row 2: has 7 values, but the header has 6 columns; .* need quotes",
     ),
-    ([GOOD, "a.png,x, y,1,cpu,4,1"], "Expected 6 fields in line 3, saw 7"),
-    (['a.png,"x,1,cpu,4,1'], "not a CSV file in UTF-8: EOF inside string"),
+    ([GOOD, "a.png,x, y,1,cpu,4,1"], "metadata.csv row 3: has 7 values, but the header has 6 columns"),
+    (['a.png,"x,1,cpu,4,1'], "metadata.csv row 2: has a quote that is never closed"),
     ([], "the table has no rows"),
 ]
 
@@ -156,7 +156,7 @@ def test_a_bad_value_is_named_with_its_row(write, oddities, rows, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not a CSV file in UTF-8: No columns"),
+        ("", "not a CSV file in UTF-8: it is empty"),
         (f"{HEADER},image\n{GOOD},b.png\n", "column 'image' occurs 2 times"),
         (f"{HEADER}, seed\n{GOOD},2\n", "column 'seed' occurs 2 times"),
         (

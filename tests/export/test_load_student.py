@@ -113,13 +113,13 @@ def test_teacher_model_is_the_teacher(exports, folder):
 
 
 def test_a_modified_scheduler_is_exported(folder, tmp_path):
-    model = module(folder("QwenImage"), scheduler={"shift_terminal": None})
     options = {"teacher_num_inference_steps": 4, "teacher_cfg_scale": 1.0}
+    model = module(folder("QwenImage"), scheduler={"shift_terminal": None}, **options)
     base = module(folder("QwenImage"), **options)
     usual = base.sample(batch())[0]
     away(model)
     assert not torch.allclose(model.sample(batch(), undistilled=True)[0], usual, atol=1e-2)
-    model.hparams.update(options)  # the teacher keeps the base's scheduler
+    # The teacher keeps the base's scheduler.
     torch.testing.assert_close(model.teacher_target(batch()), usual)
     content = checkpoint_of(model)
     content["lit_distill"]["facts"] |= {"num_inference_steps": 1}

@@ -46,4 +46,4 @@ FAMILIES = {name: functools.partial(build, name) for name in BUILDERS}
 """Builder of each family's pipeline, with seed 0."""
 
 CALL_KWARGS = {name: call_kwargs for name, (_, call_kwargs) in BUILDERS.items()}
-"""Arguments of each family's smallest sensible draw, besides prompt, steps and generator."""
+"""Arguments of each family's smallest sensible sample, besides prompt, steps and generator."""

@@ -1,4 +1,4 @@
-"""Tiny pipelines of more families that draw images."""
+"""Tiny pipelines of more image families."""
 
 # ruff: noqa: N802
 

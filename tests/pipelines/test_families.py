@@ -113,9 +113,9 @@ def test_preflight_finds_what_is_wrong_and_nothing_else(name):
     make_trainable(pipe, None)
     report = preflight(pipe, checkpointing="block", **call(name) | {"prompt": PROMPTS[1]})
     report.raise_failures()
-    assert report.findings[0].seen == "equal bit for bit"
+    assert report.findings[0].observed == "equal bit for bit"
     if "checkpointing" not in FOUND.get(name, {}):
-        assert report.findings[3].seen == "fine: nested, step, block, selective, none"
+        assert report.findings[3].observed == "fine: nested, step, block, selective, none"
     settings = dict(report.settings)
     patterns = settings.pop("freeze", [])
     expected = dict(FOUND.get(name, {}))

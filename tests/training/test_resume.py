@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from short_runs import adamw, fit, module
+from short_training import adamw, fit, module
 from two_processes import Signal, difference, train
 
 from lit_distill.training.checkpoint_io import AtomicCheckpointIO
@@ -12,7 +12,7 @@ from lit_distill.training.lr_scheduler import WarmupCosine
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda s: s.name)
-def test_a_signal_saves_and_training_goes_on_exactly(number, pairs, tmp_path):
+def test_a_signal_saves_and_training_resumes_exactly(number, pairs, tmp_path):
     whole = train(pairs, tmp_path / "whole.ckpt", "auto", 1, {"r": 4, "lora_dropout": 0.1}, 5)
     saver = ModelCheckpoint(tmp_path, filename="stopped", save_on_exception=True)
     handlers = signal.getsignal(number)
@@ -126,7 +126,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:model.lora:UserWarning")  # said before it is refused
+@pytest.mark.filterwarnings("ignore:model.lora:UserWarning")  # warned of before it is refused
 @pytest.mark.parametrize("kind", SPOILT)
 def test_a_spoilt_or_foreign_checkpoint_is_refused_by_name(
     kind, checkpoint, pairs, tmp_path, capsys
@@ -147,19 +147,19 @@ def test_settings_that_differ_from_the_checkpoint_are_kept_and_named(checkpoint,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit(model, pairs, tmp_path, checkpoint, max_steps=3, batch_size=2)
-    said = "\n".join(str(warning.message) for warning in caught)
-    assert "lr=0.0001 differs from the checkpoint's 0.001; going on with 0.0001" in said
-    assert "betas=(0.5, 0.9) differs from the checkpoint's (0.9, 0.999)" in said
-    assert "num_warmup_steps=3 differs from the checkpoint's 2" in said
-    assert "num_training_steps=20 differs from the checkpoint's 2" in said
-    assert "data: rows_a_batch=2 differs from the checkpoint's 4" in said
+    warned = "\n".join(str(warning.message) for warning in caught)
+    assert "lr=0.0001 differs from the checkpoint's 0.001; continuing with 0.0001" in warned
+    assert "betas=(0.5, 0.9) differs from the checkpoint's (0.9, 0.999)" in warned
+    assert "num_warmup_steps=3 differs from the checkpoint's 2" in warned
+    assert "num_training_steps=20 differs from the checkpoint's 2" in warned
+    assert "data: rows_a_batch=2 differs from the checkpoint's 4" in warned
     group = trainer.optimizers[0].param_groups[0]
     assert group["betas"] == (0.5, 0.9)
     assert group["lr"] == pytest.approx(1e-4)  # at the top: 3 steps of warm-up are made
     assert trainer.train_dataloader.batch_sampler.position == 2 * 2 + 1
 
 
-def test_settings_that_agree_are_not_talked_about(checkpoint, pairs, tmp_path):
+def test_settings_that_agree_are_not_reported(checkpoint, pairs, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = module(lr_scheduler=lambda optimizer: WarmupCosine(optimizer, 2, 2))
