@@ -110,13 +110,19 @@ ROWS = [
     (["text.png,x,1,cpu,4,1"], "image: .*text.png is not a readable image: of no known format"),
     (["empty.png,x,1,cpu,4,1"], "image: .*empty.png is not a readable image: of no known"),
     (["bomb.png,x,1,cpu,4,1"], "image: .*bomb.png is not a readable image: .*exceeds limit"),
-    (["chunk.png,x,1,cpu,4,1"], "image: .*chunk.png is not a readable image: .*([Tt]oo large|exceed)"),
+    (
+        ["chunk.png,x,1,cpu,4,1"],
+        "image: .*chunk.png is not a readable image: .*([Tt]oo large|exceed)",
+    ),
     ([GOOD, "twin.png,x,1,cpu,4,1"], "row 3 .*another image or latents than in row 2"),
     (
         ["a.png,x,1,cpu,4,1,7"],
         "metadata.csv row 2: has 7 values, but the header has 6 columns; .* need quotes",
     ),
-    ([GOOD, "a.png,x, y,1,cpu,4,1"], "metadata.csv row 3: has 7 values, but the header has 6 columns"),
+    (
+        [GOOD, "a.png,x, y,1,cpu,4,1"],
+        "metadata.csv row 3: has 7 values, but the header has 6 columns",
+    ),
     (['a.png,"x,1,cpu,4,1'], "metadata.csv row 2: has a quote that is never closed"),
     ([], "the table has no rows"),
 ]
