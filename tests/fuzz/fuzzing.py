@@ -64,8 +64,11 @@ def time_limit():
         signal.signal(signal.SIGALRM, before)
 
 
-def attempt(read, path, *arguments, **options):
-    """Return the reader's result, or `REFUSED` after a permitted error; all else is a failure."""
+def attempt(read, path, *arguments, beside=(), **options):
+    """Return the reader's result, or `REFUSED` after a permitted error; all else is a failure.
+
+    The error names the file at `path`, or one of those `beside` it that are read with it.
+    """
     try:
         with time_limit(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -73,7 +76,8 @@ def attempt(read, path, *arguments, **options):
     except (InputError, OSError) as error:
         message = str(error)
         message.encode()  # it can be printed
-        assert str(path) in message, f"the message does not name the file: {message!r}"
+        named = any(str(each) in message for each in (path, *beside))
+        assert named, f"the message does not name the file: {message!r}"
         assert len(message) < 50_000, f"a message of {len(message)} characters"
         return REFUSED
 
