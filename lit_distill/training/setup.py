@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 
 from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.training import fsdp_strategy  # noqa: F401 (registers strategy fsdp2)
 from lit_distill.training.autoconfigure import autoconfigure
 from lit_distill.training.encode_dataset import encode_dataset
 from lit_distill.training.placement import Placement
