@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import select_denoisers
 
 if TYPE_CHECKING:
@@ -41,14 +42,14 @@ def load_pipeline(
         The pipeline on the CPU, every component in evaluation mode.
 
     Raises:
-        ValueError: If `torch_dtype` is not one of the names above.
+        InputError: If `torch_dtype` is not one of the names above.
         OSError: If the pipeline is neither a folder nor available from the hub.
     """
     from diffusers import DiffusionPipeline
 
     if isinstance(torch_dtype, str):
         if torch_dtype not in DTYPES:
-            raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
+            raise InputError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
         torch_dtype = DTYPES[torch_dtype]
     pipe = DiffusionPipeline.from_pretrained(
         pipeline_source(name_or_path), revision=revision, dtype=torch_dtype, **components

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lit_distill.errors import InputError
+from lit_distill.training.settings import wrong_types
 
 STATE_PREFIX = "denoisers."
 """Where a checkpoint's state dict holds the denoisers: ``denoisers.transformer.<parameter>``."""
@@ -23,40 +28,98 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a checkpoint of `DirectDistill`.
+        InputError: If it is not a checkpoint of `DirectDistill`, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    _verify_archive(path, checksums=not mmap)
     try:
-        if not mmap:
-            with zipfile.ZipFile(path) as archive:  # torch does not verify checksums
-                if damaged := archive.testzip():
-                    raise ValueError(f"its part {damaged} is damaged")
-        checkpoint: dict[str, Any] = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=mmap
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged storages; an error follows
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch raises several kinds for a foreign file
+        if "Weights only load failed" in str(error):
+            names = re.findall(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+            what = f" ({names[0]})" if names else ""
+            raise InputError(
+                f"checkpoint {path} holds Python objects{what} that could run code when they are "
+                "loaded; only tensors and plain values are read"
+            ) from error
+        raise InputError(f"checkpoint {path} can't be read: {error}") from error
+    _check_content(checkpoint, path)
+    return dict(checkpoint)
+
+
+def _verify_archive(path: Path, checksums: bool) -> None:
+    """Check that a file is a whole archive as torch writes it; torch itself reads past damage.
+
+    Raises:
+        InputError: If it is not; tells a truncated file from another kind of file.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise InputError(
+            f"checkpoint {path} is empty: the process was killed or the disk was full while it was "
+            "written; use another checkpoint"
         )
-    except Exception as error:  # torch raises several kinds for a truncated or foreign file
-        raise ValueError(f"checkpoint {path} is truncated or not a checkpoint: {error}") from error
-    hyper = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
-    if "pretrained_model_name_or_path" not in hyper:
-        raise ValueError(
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    if start != b"PK\x03\x04":
+        raise InputError(f"checkpoint {path} is not a checkpoint: {size} bytes of another format")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            names = [part.filename for part in parts]
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise ValueError("its parts are compressed")
+            if len(set(names)) < len(names) or sum(part.file_size for part in parts) > size:
+                raise ValueError("its parts overlap")
+            if checksums and (damaged := archive.testzip()):
+                raise ValueError(f"its part {damaged} is damaged")
+    except Exception as error:  # zipfile raises several kinds
+        raise InputError(
+            f"checkpoint {path} is truncated or damaged: {error}; use another checkpoint"
+        ) from error
+    if not any(name.endswith("data.pkl") for name in names):
+        raise InputError(f"checkpoint {path} is a zip archive, but not a checkpoint")
+
+
+def _check_content(checkpoint: Any, path: Path) -> None:  # noqa: ANN401
+    """Check that a checkpoint has the parts of ours, each of its type.
+
+    Raises:
+        InputError: If it has not.
+    """
+    hyper = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(hyper, dict) or "pretrained_model_name_or_path" not in hyper:
+        raise InputError(
             f"checkpoint {path} was not written by lit_distill: its hyper_parameters name no "
             "pretrained_model_name_or_path"
         )
-    return checkpoint
+    state = checkpoint.get("state_dict")
+    tensors = isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values())
+    ours = checkpoint.get("lit_distill", {})
+    facts = ours.get("facts", {}) if isinstance(ours, dict) else None
+    if not tensors or not isinstance(facts, dict):
+        part = "lit_distill" if tensors else "state_dict"
+        raise InputError(
+            f"checkpoint {path} is damaged: its {part} is not as lit_distill writes it"
+        )
+    for name, problem in wrong_types(hyper).items():
+        raise InputError(f"checkpoint {path} is damaged: its hyper_parameters.{name} {problem}")
 
 
 def check_state(state: Any, expected: Any, where: str) -> None:  # noqa: ANN401
     """Check that a checkpoint's state dict has exactly the trainable parameters.
 
     Raises:
-        ValueError: If it has not, naming examples of missing and unknown parameters.
+        InputError: If it has not, naming examples of missing and unknown parameters.
     """
     missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     for name in sorted(set(expected) & set(state)):
         if state[name].shape != expected[name].shape:
-            raise ValueError(
+            raise InputError(
                 f"{where} does not fit this model: {name} is {tuple(state[name].shape)} in it and "
                 f"{tuple(expected[name].shape)} here. Use the LoRA settings it was trained with."
             )
@@ -68,7 +131,7 @@ def check_state(state: Any, expected: Any, where: str) -> None:  # noqa: ANN401
         lines += [f"  missing: {name}" for name in missing[:3]]
         lines += [f"  unknown: {name}" for name in unknown[:3]]
         lines.append("Use the pipeline, the LoRA settings or full training it was trained with.")
-        raise ValueError("\n".join(lines))
+        raise InputError("\n".join(lines))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -105,6 +168,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Return the checkpoint on the CPU, as `read_checkpoint` does."""
-        if "://" in str(path):
+        path = str(path).removeprefix("file://")
+        if "://" in path:
             return super().load_checkpoint(path, map_location, weights_only=True)
         return read_checkpoint(path)

@@ -38,7 +38,7 @@ COUNTS = {
     "lora settings": 1500,
     "checkpoint bytes": 2000,
     "checkpoint content": 1500,
-    "student": 300,
+    "student": 150,
 }
 """Number of inputs of each test."""
 
@@ -289,7 +289,8 @@ def json_copy(value):
 def json_text(value):
     """JSON with what Python can't write: repeated keys and lone surrogates."""
     if isinstance(value, dict):
-        return "{%s}" % ", ".join(f"{json.dumps(str(k))}: {json_text(v)}" for k, v in value.items())
+        pairs = (f"{json.dumps(str(k))}: {json_text(v)}" for k, v in value.items())
+        return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list):
-        return "[%s]" % ", ".join(json_text(v) for v in value)
+        return "[" + ", ".join(json_text(v) for v in value) + "]"
     return json.dumps(value)

@@ -3,12 +3,9 @@
 import io
 
 import numpy as np
-import pytest
 from fuzzing import REFUSED, attempt, files, fuzz
-from hypothesis import strategies as st
 from PIL import Image
 
-from lit_distill.data.dataset_check import latents_header
 from lit_distill.data.images import image_size, read_picture
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)

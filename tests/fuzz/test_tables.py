@@ -1,4 +1,4 @@
-"""Tables of pairs and of prompts: mutated ones are read as an independent reader does, or refused."""
+"""Tables of pairs and of prompts: read as an independent reader reads them, or refused."""
 
 import csv
 import io
