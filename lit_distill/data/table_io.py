@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,9 @@ def _read_csv(text: str, problems: Problems) -> pd.DataFrame:
     problems.check()
     if header is None:
         raise ValueError("it is empty")
-    for name in sorted({name for name in header if name and header.count(name) > 1}):
-        problems.add(f"column {name!r} occurs {header.count(name)} times; keep one of them")
+    for name, count in sorted(Counter(header).items()):
+        if name and count > 1:
+            problems.add(f"column {shorten(name)} occurs {count} times; keep one of them")
     columns = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
     if any(columns.pop("", ())):
         problems.add("the header has a column without a name, but rows have values in it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 
@@ -50,8 +51,7 @@ def parse_json(text: str, **options: Any) -> Any:  # noqa: ANN401
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) < len(pairs):
-            names = [name for name, _ in pairs]
-            duplicate = next(name for name in names if names.count(name) > 1)
+            duplicate, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             raise ValueError(f"an object has {shorten(duplicate)} more than once")
         return record
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_distill.adapters.weights import load_base_pipeline
 from lit_distill.data.batch import collate_calls, open_pictures
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import (
     override_scheduler_config,
     replaced_components,
@@ -82,6 +83,11 @@ class Teacher:
                 raise ValueError(f"{name} must be >= 1 (1 = off), got {getattr(self, name)}")
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height={self.height}, width={self.width}: set both or neither")
+        if double := set(self.call_kwargs) & set(self.call_columns):
+            raise InputError(
+                f"{sorted(double)[0]!r} is both in model.call_kwargs and in data.call_columns: one "
+                "value for all rows, or a column with one for each"
+            )
 
     def size(self, pair: Pair) -> Size | None:
         """Return the (height, width) at which a pair is generated; None: the pipeline's default."""

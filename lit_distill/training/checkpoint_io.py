@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_distill.errors import InputError
-from lit_distill.training.settings import wrong_types
+from lit_distill.training.settings import Settings, wrong_types
 
 STATE_PREFIX = "denoisers."
 """Where a checkpoint's state dict holds the denoisers: ``denoisers.transformer.<parameter>``."""
@@ -106,7 +106,7 @@ def _check_content(checkpoint: Any, path: Path) -> None:  # noqa: ANN401
         raise InputError(
             f"checkpoint {path} is damaged: its {part} is not as lit_distill writes it"
         )
-    for name, problem in wrong_types(hyper).items():
+    for name, problem in wrong_types(Settings, hyper).items():
         raise InputError(f"checkpoint {path} is damaged: its hyper_parameters.{name} {problem}")
 
 

@@ -89,22 +89,30 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name != "init_lora"}
 
 
-def wrong_types(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings among `values` that are not of their type, each with the problem."""
+def wrong_types(cls: type, values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the values that are not of the type that a dataclass gives their name.
+
+    Args:
+        cls: The dataclass.
+        values: Values for some of its fields, by name; other names are ignored.
+
+    Returns:
+        The problem, by name.
+    """
     problems = {}
-    for name, hint in get_type_hints(Settings).items():
+    for name, hint in get_type_hints(cls).items():
         accepted = _classes(hint)
         if name not in values:
             continue
         value = values[name]
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-            kinds = " or ".join(dict.fromkeys(cls.__name__ for cls in accepted))
+            kinds = " or ".join(dict.fromkeys(kind.__name__ for kind in accepted))
             problems[name] = f"must be {kinds}, got {value!r:.100}"
     return problems
 
 
 def _classes(hint: Any) -> tuple[type, ...]:  # noqa: ANN401
-    """Return the classes of the values that a type hint of `Settings` accepts."""
+    """Return the classes of the values that a type hint accepts."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return tuple(cls for part in get_args(hint) for cls in _classes(part))

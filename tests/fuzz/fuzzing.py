@@ -26,13 +26,13 @@ SECONDS = 10
 
 COUNTS = {
     "csv": 2500,
-    "json": 2000,
+    "json": 1500,
     "jsonl": 1000,
-    "metadata": 1500,
+    "metadata": 1000,
     "prompts": 1500,
     "png": 2500,
     "pictures": 2000,
-    "latents": 1000,
+    "latents": 1500,
     "lora bytes": 1500,
     "lora tensors": 1500,
     "lora settings": 1500,

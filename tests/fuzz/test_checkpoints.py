@@ -23,6 +23,10 @@ def student():
     model = module()
     model.configure_model()
     facts = {"num_inference_steps": 4, "cfg_scale": 1.0, "height": 32, "width": 32}
+    facts["examples"] = [
+        {"prompt": "a red seven", "seed": 3, "rand_device": "cpu", "num_inference_steps": 4}
+        | {"cfg_scale": 1.0, "height": 32, "width": 32, "call": {}, "pictures": {}}
+    ]
     content = {
         "state_dict": dict(model.state_dict()),
         "hyper_parameters": dict(model.hparams),
@@ -156,7 +160,7 @@ def test_students(student, tmp_path, monkeypatch):
         if isinstance(settings, dict):
             torch.save(content | settings, path)
             # The fields of a LoRA and of a scheduler are named as users write them.
-            attempt(load_student, path, beside=["lora", "LoRA", "model.", "torch_dtype"])
+            attempt(load_student, path, beside=["lora", "LoRA", "model.", "torch_dtype", "facts"])
 
     path.write_bytes(saved(content))
     pipe = load_student(path)

@@ -3,9 +3,12 @@
 import io
 
 import numpy as np
+import torch
 from fuzzing import REFUSED, attempt, files, fuzz
 from PIL import Image
+from safetensors.torch import load, save
 
+from lit_distill.data.dataset_check import latents_header
 from lit_distill.data.images import image_size, read_picture
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -47,6 +50,26 @@ def test_other_formats(tmp_path):
             assert picture.mode == "RGB" and size == (picture.height, picture.width)
 
     fuzz("pictures", check, data=files(*samples))
+
+
+def test_latents(tmp_path):
+    """A header of latents is that of the file, as safetensors reads it."""
+    path = tmp_path / "a.safetensors"
+    tensors = {"latents": torch.randn(4, 3), "sigmas": torch.randn(3)}
+    samples = [save(tensors), save({"latents": torch.randn(2, 2, dtype=torch.float16)})]
+
+    def check(data):
+        path.write_bytes(data)
+        header = attempt(latents_header, path)
+        if header is REFUSED:
+            return
+        try:
+            expected = load(data)["latents"]
+        except Exception:  # stricter than a look at the header
+            return
+        assert header[0] == tuple(expected.shape)
+
+    fuzz("latents", check, data=files(*samples))
 
 
 def _turned():
