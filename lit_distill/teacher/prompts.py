@@ -87,10 +87,11 @@ def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -
     raw = raw[raw["prompt"].str.strip() != ""].reset_index(drop=True)
     if raw.empty:
         problems.add("there is no prompt")
-    for name in set(raw) - {"row", *COLUMNS, *call_columns.values()}:
-        if (raw[name] != "").any():
+    used = {"row", *COLUMNS, *call_columns.values()}
+    for column in raw:
+        if column not in used and (raw[column] != "").any():
             problems.add(
-                f"field {shorten(name)} is not used: remove it, or name the argument of the "
+                f"field {shorten(column)} is not used: remove it, or name the argument of the "
                 "pipeline's call that it is for, as in data.call_columns '{negative_prompt: "
                 "negative_prompt}'"
             )

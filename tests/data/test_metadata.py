@@ -165,7 +165,7 @@ def test_a_bad_value_is_named_with_its_row(write, oddities, rows, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not a CSV file in UTF-8: it is empty"),
+        ("", "not a CSV file in UTF-8: it has no header"),
         (f"{HEADER},image\n{GOOD},b.png\n", "column 'image' occurs 2 times"),
         (f"{HEADER}, seed\n{GOOD},2\n", "column 'seed' occurs 2 times"),
         (
