@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +46,7 @@ def load_pipeline(
 
     Raises:
         InputError: If `torch_dtype` is not one of the names above.
+        ImportError: If the pipeline needs a package that is not installed.
         OSError: If the pipeline is neither a folder nor available from the hub.
     """
     from diffusers import DiffusionPipeline
@@ -51,13 +55,65 @@ def load_pipeline(
         if torch_dtype not in DTYPES:
             raise InputError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
         torch_dtype = DTYPES[torch_dtype]
-    pipe = DiffusionPipeline.from_pretrained(
-        pipeline_source(name_or_path), revision=revision, dtype=torch_dtype, **components
-    )
-    if name_or_path == TINY_DIGITS:
-        # The class assumes 128 latent pixels for every checkpoint; this one was trained on 8.
-        pipe.default_sample_size = 8
+    with _missing_packages_named(name_or_path, revision):
+        pipe = DiffusionPipeline.from_pretrained(
+            pipeline_source(name_or_path), revision=revision, dtype=torch_dtype, **components
+        )
+    _read_default_size(pipe)
     return pipe
+
+
+def _read_default_size(pipe: DiffusionPipeline) -> None:
+    """Set the size that the pipeline generates by default, if a component's configuration has it.
+
+    QwenImage's and other classes have one default for all checkpoints. A small model says
+    otherwise by the field ``_default_sample_size``, in latent pixels; diffusers ignores the field
+    and saves it again.
+    """
+    for component in pipe.components.values():
+        config = getattr(component, "config", None)
+        size = config.get("_default_sample_size") if isinstance(config, Mapping) else None
+        if size is not None:
+            pipe.default_sample_size = size
+
+
+@contextmanager
+def _missing_packages_named(name_or_path: str | Path, revision: str | None) -> Iterator[None]:
+    """Replace the errors of pipelines whose tokenizer needs a package by one that names it.
+
+    diffusers loads a stand-in for a class whose packages are missing, which fails in other ways;
+    transformers asks for tiktoken where SentencePiece is missing.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error).lower()
+        missing = {p for p in _required_packages(name_or_path, revision) if find_spec(p) is None}
+        if find_spec("sentencepiece") is None and ("sentencepiece" in text or "tiktoken" in text):
+            missing.add("sentencepiece")
+        if not missing:
+            raise
+        packages = " ".join(sorted(missing))
+        if missing == {"sentencepiece"}:
+            packages = "'lit-distill[tokenizers]'"
+        raise ImportError(
+            f"{name_or_path} needs {', '.join(sorted(missing))}, which is not installed; "
+            f"pip install {packages}"
+        ) from error
+
+
+def _required_packages(name_or_path: str | Path, revision: str | None) -> set[str]:
+    """Return the packages whose absence keeps diffusers from importing the pipeline's class."""
+    import diffusers
+
+    try:
+        index = diffusers.DiffusionPipeline.load_config(
+            pipeline_source(name_or_path), revision=revision
+        )
+    except (OSError, ValueError):  # the caller has the better error
+        return set()
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    return set(kind.__dict__.get("_backends", ())) if isinstance(kind, type) else set()
 
 
 def pipeline_source(name_or_path: str | Path) -> str:

@@ -70,9 +70,7 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
         if provenance is not None:
             # It lists the whole schedule, of which only the scheduler's class is shown.
             schedule = provenance.pop("drawn_with", {})
-            scheduler = (
-                {"scheduler of the teacher": schedule["scheduler"]["class"]} if schedule else {}
-            )
+            scheduler = {"scheduler": schedule["scheduler"]["class"]} if schedule else {}
             facts["held-out rows made with"] = provenance | scheduler
     names = ("lit-distill", "torch", "lightning", "torchmetrics", "diffusers", "transformers")
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in (*names, "peft"))
