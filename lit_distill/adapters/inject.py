@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_distill.compute.repeated_blocks import repeated_blocks
 from lit_distill.compute.step_adapters import share_active_adapter, step_names
-from lit_distill.errors import with_suggestions
+from lit_distill.errors import InputError, with_suggestions
 from lit_distill.pipelines.components import call_parameters, denoisers
 from lit_distill.pipelines.rollout import switch_adapters_per_step
 
@@ -42,7 +42,7 @@ def make_trainable(
             them. None: one adapter for all steps.
 
     Raises:
-        ValueError: If `lora` has an unknown field or names a module that no denoiser has, a pattern
+        InputError: If `lora` has an unknown field or names a module that no denoiser has, a pattern
             matches nothing, or plain diffusers could not switch adapters of this pipeline.
     """
     if lora_per_step:
@@ -70,7 +70,7 @@ def _check_switchable(pipe: DiffusionPipeline) -> None:
     has_callback = "callback_on_step_end" in call_parameters(pipe)
     if not has_callback or not hasattr(pipe, "load_lora_weights"):
         missing = "load_lora_weights" if has_callback else "callback_on_step_end"
-        raise ValueError(
+        raise InputError(
             f"model.lora_per_step: {type(pipe).__name__} has no {missing}, so plain diffusers "
             "could not use a LoRA for each step; train one LoRA for all steps (null)"
         )
@@ -82,7 +82,7 @@ def set_training_mode(
     """Put modules with matching names into training mode, except for their dropout.
 
     Raises:
-        ValueError: If a pattern matches no module; suggests the closest names.
+        InputError: If a pattern matches no module; suggests the closest names.
     """
     modules = {
         f"{key}.{name}": module
@@ -108,7 +108,7 @@ def freeze_parameters(pipe: DiffusionPipeline, patterns: Sequence[str]) -> None:
     """Freeze the trainable parameters whose names match one of the patterns.
 
     Raises:
-        ValueError: If a pattern matches no trainable parameter; suggests the closest names.
+        InputError: If a pattern matches no trainable parameter; suggests the closest names.
     """
     trained = trained_parameters(pipe)
     for parameter in _matching(trained, patterns, "model.freeze: no trained parameter"):
@@ -121,7 +121,7 @@ def _matching(named: dict[str, Any], patterns: Sequence[str], no_match: str) -> 
     for pattern in patterns:
         names = fnmatch.filter(named, pattern)
         if not names:
-            raise ValueError(f"{no_match} is called {with_suggestions(pattern, named)}")
+            raise InputError(f"{no_match} is called {with_suggestions(pattern, named)}")
         matching += [named[name] for name in names]
     return matching
 
@@ -132,7 +132,7 @@ def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  #
 
     accepted = inspect.signature(LoraConfig).parameters
     if unknown := set(lora) - set(accepted):
-        raise ValueError(
+        raise InputError(
             f"lora: unknown field {with_suggestions(sorted(unknown)[0], accepted)}; the fields are "
             "those of peft.LoraConfig"
         )
@@ -144,7 +144,7 @@ def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  #
         for target in fields["target_modules"]:
             if not any(name == target or name.endswith(f".{target}") for name in linears):
                 suffixes = {".".join(n.split(".")[-k:]) for n in linears for k in (1, 2, 3)}
-                raise ValueError(
+                raise InputError(
                     f"lora.target_modules: {type(denoiser).__name__} has no linear layer "
                     f"{with_suggestions(target, suffixes)}"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers
 from lit_distill.training.facts import Example
 
@@ -35,9 +37,11 @@ class StudentFacts:
         pipeline: Class of the pipeline.
         base_model: Hub id or folder of the base model.
         base_revision: Its revision on the hub.
+        base_digest: Digest of each of its denoisers; empty if unknown.
         torch_dtype: Data type of the base model's weights.
         call_kwargs: Fixed arguments of the pipeline's call.
         scheduler: Class of the scheduler.
+        scheduler_config: Its configuration; empty: that of the base model; None: unknown.
         lora: Rank and alpha; None if the whole denoiser was trained.
         lora_per_step: Number of LoRAs of a student that has one for every step.
         teacher_lora: The teacher's LoRA, which exports contain.
@@ -58,9 +62,11 @@ class StudentFacts:
     pipeline: str
     base_model: str
     base_revision: str | None = None
+    base_digest: dict[str, str] = field(default_factory=dict)
     torch_dtype: str
     call_kwargs: dict[str, Any] = field(default_factory=dict)
     scheduler: str
+    scheduler_config: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
     lora_per_step: int | None = None
     teacher_lora: str | None = None
@@ -100,6 +106,24 @@ class StudentFacts:
         known = {attribute.name for attribute in fields(cls)}
         kept = {name: value for name, value in values.items() if name in known}
         return cls(**kept | {"examples": [Example(**row) for row in kept.get("examples", ())]})
+
+    @classmethod
+    def from_json(cls, text: str, where: str | Path) -> StudentFacts:
+        """Return the facts that a file of an export holds.
+
+        Args:
+            text: The facts, as JSON.
+            where: The file, for the error.
+
+        Raises:
+            InputError: If they are damaged.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{where}: the facts of its student are damaged ({error}); export it again"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts in plain types, for JSON."""

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lit_distill.errors import with_suggestions
 
@@ -72,16 +73,19 @@ def replaced_components(pipe: DiffusionPipeline, **components: Any) -> Iterator[
 
     Args:
         pipe: The pipeline.
-        **components: The replacements, by the component's name in the pipeline.
+        **components: The replacements, by the name of the component, or of a method.
     """
-    originals = {name: getattr(pipe, name) for name in components}
+    originals = {name: pipe.__dict__[name] for name in components if name in pipe.__dict__}
     for name, component in components.items():
         replace_component(pipe, name, component)
     try:
         yield
     finally:
-        for name, component in originals.items():
-            replace_component(pipe, name, component)
+        for name in components:
+            if name in originals:
+                replace_component(pipe, name, originals[name])
+            else:  # a method: the class's own is found again
+                del pipe.__dict__[name]
 
 
 def weightless_copy(model: Any, device: torch.device) -> Any:  # noqa: ANN401
@@ -118,7 +122,35 @@ def override_scheduler_config(pipe: DiffusionPipeline, fields: dict[str, Any] | 
                 f"model.scheduler: {type(scheduler).__name__} has no field "
                 f"{with_suggestions(name, scheduler.config)}"
             )
-    return type(scheduler).from_config({**scheduler.config, **(fields or {})})
+    if not fields:
+        return copy_scheduler(scheduler)
+    # Without the list of fields that were left at their default: `from_config` would drop what the
+    # pipeline or `fields` has put into them since.
+    config = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    return type(scheduler).from_config({**config, **fields})
+
+
+class _Detached(TorchFunctionMode):
+    """Copies tensors without their graph: `copy.deepcopy` refuses those that have one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Copy a tensor, or call `function` as it is."""
+        if function is Tensor.__deepcopy__:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return function(*args, **(kwargs or {}))
+
+
+def copy_scheduler(scheduler: Any) -> Any:  # noqa: ANN401
+    """Return an independent copy of a scheduler, without the graph of its last run.
+
+    Not `from_config`: pipelines and users change a scheduler after it was made (Stable Diffusion
+    writes ``steps_offset`` into its configuration, ``set_shift`` an attribute).
+    """
+    fresh = copy.copy(scheduler)
+    with _Detached():
+        fresh.__dict__ = copy.deepcopy(scheduler.__dict__, {id(scheduler): fresh})
+    return fresh
 
 
 def use_attention(pipe: DiffusionPipeline, backend: str) -> None:

@@ -9,12 +9,13 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lit_distill.pipelines.components import denoisers, replaced_components
+from lit_distill.pipelines.components import copy_scheduler, denoisers, replaced_components
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,7 +25,10 @@ class LoopState:
     """The state of a running denoising loop.
 
     Attributes:
+        pipe: The pipeline.
         scheduler: The scheduler of this loop.
+        announced: Number of steps that the pipeline has given to its progress bar.
+        index: The scheduler's own count of steps, if it has one.
         done: Number of steps that the scheduler has finished. During a `StepCallback` the step
             that it was called for is not counted yet.
         calls: Number of denoiser calls, not counting recomputation.
@@ -34,16 +38,30 @@ class LoopState:
 
     latents: Tensor
 
-    def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
+    def __init__(self, pipe: DiffusionPipeline, scheduler: Any) -> None:  # noqa: ANN401
+        self.pipe = pipe
         self.scheduler = scheduler
+        self.announced: int | None = None
+        self.index: int | None = None
         self.done = 0
         self.calls = 0
         self.calls_per_step = 0
 
     @property
     def total(self) -> int:
-        """Total number of `scheduler.step` calls; known once the pipeline has set the timesteps."""
-        return len(self.scheduler.timesteps)
+        """Total number of `scheduler.step` calls; known once the pipeline has set the timesteps.
+
+        Pipelines leave out steps of the schedule: the first ones if they start from an image, the
+        last one in Sana-Sprint. They announce it to the scheduler, to the progress bar, or in an
+        attribute.
+        """
+        skipped = 0
+        steps = getattr(self.scheduler, "num_inference_steps", None)
+        if steps is not None and self.announced is not None:
+            skipped = max(0, steps - self.announced) * getattr(self.scheduler, "order", 1)
+        begin = getattr(self.scheduler, "begin_index", None) or 0
+        total = len(self.scheduler.timesteps) - max(skipped, begin)
+        return min(total, getattr(self.pipe, "_num_timesteps", total))
 
     @property
     def at_last_call(self) -> bool:
@@ -59,9 +77,7 @@ StepCallback = Callable[[LoopState, Tensor], Tensor]
 def observed_scheduler(
     pipe: DiffusionPipeline, on_step: StepCallback | None = None
 ) -> Iterator[LoopState]:
-    """Give the pipeline a fresh scheduler and observe its steps until the context is left.
-
-    The scheduler is fresh because multistep schedulers store tensors of the autograd graph.
+    """Give the pipeline a copy of its scheduler and observe its steps.
 
     Args:
         pipe: The pipeline; its scheduler is restored on exit.
@@ -70,34 +86,79 @@ def observed_scheduler(
     Yields:
         The state of the loop, updated at every step.
     """
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    original_step = scheduler.step
-    state = LoopState(scheduler)
+    scheduler = copy_scheduler(pipe.scheduler)
+    original = scheduler.step
+    unbound = getattr(original, "__func__", lambda _, *args, **kwargs: original(*args, **kwargs))
+    state = LoopState(pipe, scheduler)
+    pipe.__dict__.pop("_num_timesteps", None)  # of the last call
 
-    @functools.wraps(original_step)  # pipelines inspect the signature for `eta` and `generator`
-    def observed_step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    @functools.wraps(unbound)  # pipelines look for `eta` and `generator` in the signature
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if self is not scheduler:  # a copy that the pipeline made, for the sound of its video
+            return unbound(self, *args, **kwargs)
         if state.total == 1 and not torch.isfinite(scheduler.timesteps).all():
             raise ValueError(
                 f"{type(scheduler).__name__} has no one-step schedule with shift_terminal="
                 f"{scheduler.config.get('shift_terminal')}: its only timestep is not a number. "
                 "Use num_inference_steps >= 2, or set the scheduler's shift_terminal to None"
             )
-        output = original_step(*args, **kwargs)
+        output = original(*args, **kwargs)
         latents = output[0]
+        index = getattr(scheduler, "step_index", None)
+        if index is not None and index == state.index:  # Cosmos goes back and repeats a step
+            state.done -= 1
+        state.index = index
         if on_step is not None:
             latents = on_step(state, latents)
-            if isinstance(output, tuple):
-                output = (latents, *output[1:])
-            else:
-                output.prev_sample = latents
+            output = _with_latents(output, latents)
         state.latents = latents
         state.done += 1
         state.calls_per_step = state.calls_per_step or state.calls
         return output
 
-    scheduler.step = observed_step
-    with replaced_components(pipe, scheduler=scheduler):
+    progress_bar = pipe.progress_bar
+
+    def announced(iterable: Any = None, total: int | None = None, **options: Any) -> Any:  # noqa: ANN401
+        state.announced = total if iterable is None else len(iterable)
+        return progress_bar(iterable=iterable, total=total, **options)
+
+    scheduler.step = MethodType(step, scheduler)
+    with replaced_components(pipe, scheduler=scheduler, progress_bar=announced):
         yield state
+
+
+def _with_latents(output: Any, latents: Tensor) -> Any:  # noqa: ANN401
+    """Return a scheduler's output with other latents.
+
+    LCM's pipelines decode the denoised prediction beside them, which is the same in the last step.
+    """
+    before = output[0]
+    entries = output.to_tuple() if hasattr(output, "to_tuple") else output
+    changed = (
+        latents
+        if each is before or (isinstance(each, Tensor) and torch.equal(each, before))
+        else each
+        for each in entries
+    )
+    if isinstance(output, tuple):
+        return tuple(changed)
+    for name, each in zip(output.keys(), changed, strict=True):
+        output[name] = each
+    return output
+
+
+@contextmanager
+def optional_tail(state: LoopState) -> Iterator[None]:
+    """Ignore errors of a pipeline after its last step, whose output is all that is needed.
+
+    Pixel-space pipelines (DeepFloyd IF) turn their images into arrays, which fails with gradients;
+    others (Kandinsky) refuse to return latents when they are done.
+    """
+    try:
+        yield
+    except Exception:
+        if not state.done or state.done != state.total:
+            raise
 
 
 @contextmanager
@@ -178,3 +239,25 @@ def read_schedule(pipe: DiffusionPipeline, sample: Callable[[], Any]) -> dict[st
         stack.enter_context(suppress(_ScheduleIsSet))
         sample()
     return schedule
+
+
+@contextmanager
+def counted_batches(pipe: DiffusionPipeline) -> Iterator[list[int]]:
+    """Note the batch size of every call of a denoiser, in the list that is yielded."""
+    batches: list[int] = []
+
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            # The latents come first, as a tensor or a list of a tensor for each sample.
+            given = (
+                value for value in (*args, *kwargs.values()) if isinstance(value, list | Tensor)
+            )
+            batches.append(len(next(given)))
+            return forward(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for denoiser in denoisers(pipe).values():
+            stack.enter_context(replaced_forward(denoiser, counting(denoiser.forward)))
+        yield batches

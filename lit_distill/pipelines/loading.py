@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,27 +46,32 @@ def load_pipeline(
 
     Raises:
         ValueError: If `torch_dtype` is not one of the names above.
+        ImportError: If the pipeline needs a package that is not installed.
         OSError: If the pipeline is neither a folder nor available from the hub.
     """
-    from diffusers import DiffusionPipeline
-
     if isinstance(torch_dtype, str):
         if torch_dtype not in DTYPES:
             raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
         torch_dtype = DTYPES[torch_dtype]
-    source = pipeline_source(name_or_path)
-    options = {"revision": revision, "dtype": torch_dtype, **components}
+    with _missing_packages_named(name_or_path, revision):
+        pipe = _load(
+            pipeline_source(name_or_path), revision=revision, dtype=torch_dtype, **components
+        )
+    _read_default_size(pipe)
+    return pipe
+
+
+def _load(source: str, *, revision: str | None, **options: Any) -> DiffusionPipeline:  # noqa: ANN401
+    """Load a pipeline, in the only variant (fp16, ...) of its weights if that is how they are."""
+    from diffusers import DiffusionPipeline
+
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, **options)
+        return DiffusionPipeline.from_pretrained(source, revision=revision, **options)
     except (OSError, ValueError):
         variant = _only_variant(source, revision)
         if variant is None:
             raise
-        pipe = DiffusionPipeline.from_pretrained(source, variant=variant, **options)
-    if name_or_path == TINY_DIGITS:
-        # The class assumes 128 latent pixels for every checkpoint; this one was trained on 8.
-        pipe.default_sample_size = 8
-    return pipe
+    return DiffusionPipeline.from_pretrained(source, revision=revision, variant=variant, **options)
 
 
 def _only_variant(source: str, revision: str | None) -> str | None:
@@ -84,6 +91,59 @@ def _only_variant(source: str, revision: str | None) -> str | None:
     matches = [re.search(r"\.(\w+?)(-\d+-of-\d+)?\.safetensors$", name) for name in names]
     variants = {match[1] if match else None for match in matches}
     return variants.pop() if len(variants) == 1 else None
+
+
+def _read_default_size(pipe: DiffusionPipeline) -> None:
+    """Set the size that the pipeline generates by default, if a component's configuration has it.
+
+    QwenImage's and other classes have one default for all checkpoints. A small model says
+    otherwise by the field ``_default_sample_size``, in latent pixels; diffusers ignores the field
+    and saves it again.
+    """
+    for component in pipe.components.values():
+        config = getattr(component, "config", None)
+        size = config.get("_default_sample_size") if isinstance(config, Mapping) else None
+        if size is not None:
+            pipe.default_sample_size = size
+
+
+@contextmanager
+def _missing_packages_named(name_or_path: str | Path, revision: str | None) -> Iterator[None]:
+    """Replace the errors of pipelines whose tokenizer needs a package by one that names it.
+
+    diffusers loads a stand-in for a class whose packages are missing, which fails in other ways;
+    transformers asks for tiktoken where SentencePiece is missing.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error).lower()
+        missing = {p for p in _required_packages(name_or_path, revision) if find_spec(p) is None}
+        if find_spec("sentencepiece") is None and ("sentencepiece" in text or "tiktoken" in text):
+            missing.add("sentencepiece")
+        if not missing:
+            raise
+        packages = " ".join(sorted(missing))
+        if missing == {"sentencepiece"}:
+            packages = "'lit-distill[tokenizers]'"
+        raise ImportError(
+            f"{name_or_path} needs {', '.join(sorted(missing))}, which is not installed; "
+            f"pip install {packages}"
+        ) from error
+
+
+def _required_packages(name_or_path: str | Path, revision: str | None) -> set[str]:
+    """Return the packages whose absence keeps diffusers from importing the pipeline's class."""
+    import diffusers
+
+    try:
+        index = diffusers.DiffusionPipeline.load_config(
+            pipeline_source(name_or_path), revision=revision
+        )
+    except (OSError, ValueError):  # the caller has the better error
+        return set()
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    return set(kind.__dict__.get("_backends", ())) if isinstance(kind, type) else set()
 
 
 def pipeline_source(name_or_path: str | Path) -> str:

@@ -44,6 +44,7 @@ from lit_distill.pipelines.hooks import (
     LoopState,
     StepCallback,
     observed_scheduler,
+    optional_tail,
     replace_call,
     replaced_forward,
     undecorated_call,
@@ -174,6 +175,7 @@ def run_pipeline(
     check_mode(checkpointing, offload)
     # Lists are copied: Z-Image's pipeline writes its chat template into the caller's prompts.
     call_kwargs = {k: list(v) if isinstance(v, list) else v for k, v in call_kwargs.items()}
+    output: Any = (None,)
     with ExitStack() as stack:
         call_kwargs |= stack.enter_context(guidance(pipe, cfg_scale, len(generator), call_kwargs))
         if cfg_scale == 1:
@@ -182,6 +184,8 @@ def run_pipeline(
         for denoiser in denoisers(pipe).values():
             hook = _hooked_denoiser(denoiser, state, grad_steps, checkpointing, offload)
             stack.enter_context(hook)
+        if output_type == "latent":
+            stack.enter_context(optional_tail(state))
         output = undecorated_call(pipe)(
             num_inference_steps=num_inference_steps,
             generator=list(generator),

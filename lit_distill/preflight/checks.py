@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lit_distill.adapters.inject import set_training_mode
 from lit_distill.compute.activation_checkpointing import MODES_BY_MEMORY, Checkpointing
 from lit_distill.pipelines.components import denoisers
-from lit_distill.pipelines.guidance import guidance
-from lit_distill.pipelines.hooks import LoopState, no_progress_bar, observed_scheduler
+from lit_distill.pipelines.guidance import describe_guidance
+from lit_distill.pipelines.hooks import LoopState, counted_batches, observed_scheduler
 from lit_distill.preflight.probe import Probe, norms_difference, relative_difference
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def preflight(
     3. A batch of two prompts of different length equals two samples of one.
     4. No checkpointing mode changes the gradient.
     5. Every trainable parameter gets a finite gradient.
-    6. The last steps, to which `grad_steps` limits the gradient, change the latents enough.
+    6. What `cfg_scale` sets is reported, and whether ``guidance_scale`` is something else.
+    7. The last steps, to which `grad_steps` limits the gradient, change the latents enough.
 
     Args:
         pipe: The pipeline, its trainable parameters requiring gradients.
@@ -144,6 +145,7 @@ def preflight(
     usable = report.settings.get("checkpointing", checkpointing)
     mode = report.keep_gradient[0] if usable == "auto" else usable
     report.findings.append(checks.every_parameter_is_reached(mode, report.settings))
+    report.findings.append(Finding("the kind of guidance", "ok", describe_guidance(pipe)))
     if grad_steps is not None and grad_steps < num_inference_steps:
         report.findings.append(checks.last_steps_matter(grad_steps))
     return report
@@ -161,8 +163,10 @@ class _Checks(Probe):
     def rollout_equals_pipeline(self) -> list[Finding]:
         check = "the rollout generates what pipe() generates"
         try:
-            expected = self._plain_latents()
-            steps, latents = self.sample()
+            expected = self.plain()
+            with counted_batches(self.pipe) as batches:
+                steps, latents = self.sample()
+                latents = torch.as_tensor(latents)
         except Exception as exception:  # any error of the pipeline is reported to the user
             return [Finding(check, "failed", _describe(exception))]
         error = relative_difference(latents, expected)
@@ -174,17 +178,13 @@ class _Checks(Probe):
             remedy = "Train with dropout off, and with a pipeline that repeats a seed's image."
             observed = f"two samples of a seed differ by {error:.0e}"
             equality = Finding(check, "failed", observed, remedy)
-        return [equality, self._one_call_a_step(steps)]
+        return [equality, self._one_call_a_step(steps, max(batches, default=1))]
 
-    def _plain_latents(self) -> Any:  # noqa: ANN401
-        """Return the output of the plain pipe()."""
-        with no_progress_bar(self.pipe), guidance(self.pipe, 1.0, 1, self.call_kwargs) as given:
-            return self.pipe(**self.arguments(), **given, return_dict=False)[0]
-
-    def _one_call_a_step(self, steps: LoopState) -> Finding:
+    def _one_call_a_step(self, steps: LoopState, batch: int) -> Finding:
         check = "without guidance one denoiser call a step"
         observed = f"{steps.calls} calls in {steps.done} steps"
-        if steps.calls <= steps.done:
+        observed += f", each for {batch} samples instead of one" if batch > 1 else ""
+        if steps.calls <= steps.done and batch == 1:
             return Finding(check, "ok", observed)
         remedy = (
             "Switch off its other kinds of guidance in model.call_kwargs, or add a line to "
@@ -256,7 +256,7 @@ class _Checks(Probe):
             return latents
 
         with observed_scheduler(self.pipe, record):
-            self._plain_latents()
+            self.plain()
         changes = [(after - before).norm().item() for before, after in pairwise(states)]
         # The first step's change is unknown without the noise: the share may be overestimated.
         share = sum(changes[len(changes) - grad_steps :]) / max(sum(changes), 1e-30)

@@ -14,7 +14,8 @@ from lit_distill.adapters.inject import trained_parameters
 from lit_distill.compute.activation_checkpointing import Checkpointing
 from lit_distill.compute.sharding import full_tensor
 from lit_distill.pipelines.components import denoisers
-from lit_distill.pipelines.hooks import LoopState
+from lit_distill.pipelines.guidance import guidance
+from lit_distill.pipelines.hooks import LoopState, no_progress_bar
 from lit_distill.pipelines.rollout import run_pipeline
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Probe:
         short: A prompt of another length.
         is_float32: Whether the arithmetic is float32.
         parameters: The trainable parameters, with their names.
+        output_type: What the pipeline returns if nothing is trained: ``"latent"`` if it can.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Probe:
         call_kwargs: dict[str, Any],
     ) -> None:
         self.pipe = pipe
+        self.output_type = "latent"
         self.prompt = prompt
         self.short = other_prompt(prompt)
         self.num_inference_steps = num_inference_steps
@@ -92,9 +95,21 @@ class Probe:
             prompts or [self.prompt],
             seed=self.seed + first,
             num_inference_steps=self.num_inference_steps,
-            output_type="latent",
+            output_type=self.output_type,
             **self.call_kwargs,
         )
+
+    def plain(self) -> Any:  # noqa: ANN401
+        """Return the output of the plain `pipe()`: latents if it can return these, else images."""
+        try:
+            with no_progress_bar(self.pipe), guidance(self.pipe, 1.0, 1, self.call_kwargs) as given:
+                output = self.pipe(**self.arguments(), **given, return_dict=False)[0]
+        except ValueError:
+            if self.output_type == "np":
+                raise
+            self.output_type = "np"
+            return self.plain()
+        return torch.as_tensor(output)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str] = (), first: int = 0) -> tuple[LoopState, Any]:
@@ -122,7 +137,7 @@ class Probe:
                     cfg_scale=1.0,
                     checkpointing=checkpointing,
                     grad_steps=grad_steps,
-                    **self.arguments(prompts),
+                    **self.arguments(prompts) | {"output_type": "latent"},
                 )
                 latents = steps.latents.float()
                 generator = torch.Generator().manual_seed(self.seed)

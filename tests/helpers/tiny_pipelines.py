@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import tiny_pipelines_embedded  # noqa: F401
 import tiny_pipelines_images  # noqa: F401
 import tiny_pipelines_more  # noqa: F401
 import tiny_pipelines_video  # noqa: F401
