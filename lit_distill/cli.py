@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 from typing import Any
 
@@ -19,6 +20,7 @@ from lit_distill.commands.parser import CommandParser
 from lit_distill.commands.plot import plot
 from lit_distill.commands.predict import predict
 from lit_distill.commands.preflight import preflight
+from lit_distill.commands.stopped import stop_report
 from lit_distill.commands.test import test
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.errors import InputError
@@ -26,6 +28,7 @@ from lit_distill.export.exporter import ExportError
 from lit_distill.preflight.checks import PreflightError
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
+from lit_distill.training.signals import StoppedBySignal
 
 EXPECTED_ERRORS = (InputError, PreflightError, ExportError, OSError, FloatingPointError)
 """Errors whose message says what a user can do; anything else is a fault of the program."""
@@ -130,10 +133,22 @@ def main(args: ArgsType = None) -> None:
         debug = True
     try:
         build_cli()
+    except StoppedBySignal as stop:
+        _print_once(stop_report(stop, sys.argv[1:]))
+        raise
+    except KeyboardInterrupt:  # outside of what a run finishes first
+        if debug:
+            raise
+        _print_once("interrupted")
+        sys.exit(128 + signal.SIGINT)
     except EXPECTED_ERRORS as error:
         if debug:
             raise
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"error: {error}", file=sys.stderr)
-            print("The traceback: --debug", file=sys.stderr)
+        _print_once(f"error: {error}\nThe traceback: --debug")
         sys.exit(2)
+
+
+def _print_once(text: str) -> None:
+    """Print to the standard error stream, on one of several processes."""
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        print(text, file=sys.stderr)

@@ -49,48 +49,24 @@ def load_pipeline(
         ImportError: If the pipeline needs a package that is not installed.
         OSError: If the pipeline is neither a folder nor available from the hub.
     """
+    from diffusers import DiffusionPipeline
+
     if isinstance(torch_dtype, str):
         if torch_dtype not in DTYPES:
             raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
         torch_dtype = DTYPES[torch_dtype]
+    source = pipeline_source(name_or_path)
+    options = {"revision": revision, "dtype": torch_dtype, **components}
     with _missing_packages_named(name_or_path, revision):
-        pipe = _load(
-            pipeline_source(name_or_path), revision=revision, dtype=torch_dtype, **components
-        )
+        try:
+            pipe = DiffusionPipeline.from_pretrained(source, **options)
+        except (OSError, ValueError):
+            variant = _only_variant(source, revision)
+            if variant is None:
+                raise
+            pipe = DiffusionPipeline.from_pretrained(source, variant=variant, **options)
     _read_default_size(pipe)
     return pipe
-
-
-def _load(source: str, *, revision: str | None, **options: Any) -> DiffusionPipeline:  # noqa: ANN401
-    """Load a pipeline, in the only variant (fp16, ...) of its weights if that is how they are."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        return DiffusionPipeline.from_pretrained(source, revision=revision, **options)
-    except (OSError, ValueError):
-        variant = _only_variant(source, revision)
-        if variant is None:
-            raise
-    return DiffusionPipeline.from_pretrained(source, revision=revision, variant=variant, **options)
-
-
-def _only_variant(source: str, revision: str | None) -> str | None:
-    """Return the variant (fp16, ...) of the weights if a pipeline has weights of one variant only.
-
-    `DiffusionPipeline.from_pretrained` looks for weights without a variant.
-    """
-    if Path(source).is_dir():
-        names = [path.name for path in Path(source).rglob("*.safetensors")]
-    else:
-        from huggingface_hub import list_repo_files
-
-        names = []
-        with suppress(Exception):  # no such repository, or no network: diffusers' error is raised
-            names = [Path(name).name for name in list_repo_files(source, revision=revision)]
-            names = [name for name in names if name.endswith(".safetensors")]
-    matches = [re.search(r"\.(\w+?)(-\d+-of-\d+)?\.safetensors$", name) for name in names]
-    variants = {match[1] if match else None for match in matches}
-    return variants.pop() if len(variants) == 1 else None
 
 
 def _read_default_size(pipe: DiffusionPipeline) -> None:
@@ -144,6 +120,25 @@ def _required_packages(name_or_path: str | Path, revision: str | None) -> set[st
         return set()
     kind = getattr(diffusers, str(index.get("_class_name")), None)
     return set(kind.__dict__.get("_backends", ())) if isinstance(kind, type) else set()
+
+
+def _only_variant(source: str, revision: str | None) -> str | None:
+    """Return the variant (fp16, ...) of the weights if a pipeline has weights of one variant only.
+
+    `DiffusionPipeline.from_pretrained` looks for weights without a variant.
+    """
+    if Path(source).is_dir():
+        names = [path.name for path in Path(source).rglob("*.safetensors")]
+    else:
+        from huggingface_hub import list_repo_files
+
+        names = []
+        with suppress(Exception):  # no such repository, or no network: diffusers' error is raised
+            names = [Path(name).name for name in list_repo_files(source, revision=revision)]
+            names = [name for name in names if name.endswith(".safetensors")]
+    matches = [re.search(r"\.(\w+?)(-\d+-of-\d+)?\.safetensors$", name) for name in names]
+    variants = {match[1] if match else None for match in matches}
+    return variants.pop() if len(variants) == 1 else None
 
 
 def pipeline_source(name_or_path: str | Path) -> str:

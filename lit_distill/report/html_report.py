@@ -15,12 +15,12 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
-import lit_distill
 from lit_distill.data.table_output import spreadsheet_content
 from lit_distill.data.whole_files import write_file, write_image
 from lit_distill.evaluation.contact_sheet import contact_sheet
 from lit_distill.report.contenders import ContenderResult
 from lit_distill.report.plots import plot_curves, read_logs
+from lit_distill.version import __version__
 
 FILES = ("report.html", "metrics.json", "metrics.csv", "rows.csv", "grid.png")
 """Files of a report, beside its images."""
@@ -107,7 +107,7 @@ def write_report(
     )
     page = environment.get_template("report.html.j2").render(
         title=f"{student.label}: comparison with its teacher",
-        version=lit_distill.__version__,
+        version=__version__,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         rows_total=content["rows"],
         facts=_headline(summary),

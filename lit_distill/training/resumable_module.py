@@ -12,7 +12,6 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 from typing_extensions import Self
 
-import lit_distill
 from lit_distill.errors import InputError
 from lit_distill.training.checkpoint_io import AtomicCheckpointIO, check_state, read_checkpoint
 from lit_distill.training.resume import (
@@ -24,6 +23,7 @@ from lit_distill.training.resume import (
 from lit_distill.training.same_inputs import dataset_digests, warn_of_changed_data
 from lit_distill.training.saved_classes import constructor_arguments, named_class
 from lit_distill.training.signals import StopOnSignal
+from lit_distill.version import __version__
 
 SPAWNED = (
     "trainer.strategy: processes that are spawned or forked (ddp_spawn, ddp_fork, ddp_notebook) "
@@ -137,7 +137,7 @@ class ResumableModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what a resumed run needs beside what Lightning saves."""
         self.resume.rewind(checkpoint)
-        checkpoint["lit_distill"] = {"version": lit_distill.__version__, **self.resume.state()}
+        checkpoint["lit_distill"] = {"version": __version__, **self.resume.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over a checkpoint's records, and warn of settings that differ from it.
