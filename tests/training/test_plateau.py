@@ -1,14 +1,18 @@
 """A learning rate that falls when a metric of the held-out rows no longer improves."""
 
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from conftest import ROOT
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from short_training import module
 from two_processes import QUIET, difference, weights_of
 
 from lit_distill import DistillDataModule
+from lit_distill.cli import build_cli
 from lit_distill.errors import InputError
 
 
@@ -50,3 +54,17 @@ def test_the_rate_is_reduced_after_validations_and_resumed(pairs, tmp_path):
 def test_a_metric_that_is_missing_is_named(schedule, message, pairs, tmp_path):
     with pytest.raises(InputError, match=message):
         fit(pairs, tmp_path, schedule)
+
+
+def test_it_is_set_by_a_configuration(pairs, tmp_path):
+    settings = {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau"}
+    settings["init_args"] = {"monitor": "val_loss", "patience": 7}
+    table = str(pairs / "heldout/metadata.csv")
+    cli = build_cli(
+        ["fit", "--config", str(ROOT / "configs/tiny_lora.yaml"), "--data.metadata_path", table]
+        + ["--data.val_metadata_path", table, "--trainer.max_steps", "1"]
+        + ["--trainer.default_root_dir", str(tmp_path), "--trainer.limit_val_batches", "1"]
+        + ["--model.metrics", "{}", "--model.lr_scheduler", json.dumps(settings)]
+    )
+    scheduler = cli.trainer.lr_scheduler_configs[0].scheduler
+    assert (scheduler.monitor, scheduler.patience) == ("val_loss", 7)
