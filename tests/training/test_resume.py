@@ -93,12 +93,16 @@ class Code:
 
 NAME = "denoisers.transformer.transformer_blocks.0.attn.to_q.lora_A.default.weight"
 SPOILT = {
-    "empty": (written(lambda raw: b""), {}, "spoilt.ckpt is truncated or not a checkpoint"),
-    "half": (written(lambda raw: raw[: len(raw) // 2]), {}, "is truncated or not a checkpoint"),
-    "cut at the end": (written(lambda raw: raw[:-100]), {}, "is truncated or not a checkpoint"),
-    "text": (written(lambda raw: b"a: 1\n" * 100), {}, "is truncated or not a checkpoint"),
-    "a flipped bit": (written(flipped), {}, "not a checkpoint: its part .*/data/0 is damaged"),
-    "code": (edited(lambda c: c.update(evil=Code())), {}, "is truncated or not a checkpoint"),
+    "empty": (written(lambda raw: b""), {}, "spoilt.ckpt is empty: the process was killed"),
+    "half": (written(lambda raw: raw[: len(raw) // 2]), {}, "spoilt.ckpt is truncated or damaged"),
+    "cut at the end": (written(lambda raw: raw[:-100]), {}, "spoilt.ckpt is truncated or damaged"),
+    "text": (
+        written(lambda raw: b"a: 1\n" * 100),
+        {},
+        "spoilt.ckpt is not a checkpoint: 500 bytes",
+    ),
+    "a flipped bit": (written(flipped), {}, "truncated or damaged: its part .*/data/0 is dam"),
+    "code": (edited(lambda c: c.update(evil=Code())), {}, r"Python objects \((builtins\.)?print\)"),
     "foreign": (edited(lambda c: c.pop("hyper_parameters")), {}, "not written by lit_distill"),
     "missing": (edited(lambda c: c["state_dict"].pop(NAME)), {}, f"missing: {NAME}"),
     "unknown": (
