@@ -113,7 +113,7 @@ class StudentFacts:
         damaged = "the student's facts are damaged: "
         for name, problem in wrong_types(cls, kept).items():
             raise InputError(f"{damaged}{name} {problem}")
-        if kept.get("cfg_scale", 1) < 1 or kept.get("num_inference_steps", 1) < 1:
+        if not kept.get("cfg_scale", 1) >= 1 or kept.get("num_inference_steps", 1) < 1:
             raise InputError(f"{damaged}cfg_scale and num_inference_steps must be >= 1")
         for row in kept.get("examples", ()):
             if not isinstance(row, dict) or wrong_types(Example, row):
