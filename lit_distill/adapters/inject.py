@@ -150,14 +150,17 @@ def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  #
                 )
     trained = []
     for name in names or ["default"]:
-        config = LoraConfig(**fields)
         with warnings.catch_warnings():
             # peft warns when a second adapter is added, which is intended here.
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-            if hasattr(denoiser, "add_adapter"):
-                denoiser.add_adapter(config, name)
-            else:
-                inject_adapter_in_model(config, denoiser, name)
+            try:
+                config = LoraConfig(**fields)
+                if hasattr(denoiser, "add_adapter"):
+                    denoiser.add_adapter(config, name)
+                else:
+                    inject_adapter_in_model(config, denoiser, name)
+            except Exception as error:  # peft raises several kinds for values of the wrong type
+                raise InputError(f"lora {fields}: peft can't use these fields: {error}") from error
         trained += [p for p in denoiser.parameters() if p.requires_grad]
     for parameter in trained:  # adding an adapter freezes the previous ones
         parameter.requires_grad_(True)

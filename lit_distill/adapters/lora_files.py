@@ -8,11 +8,11 @@ factors are joined block-diagonally when written and split again when read.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from lit_distill.adapters.lora_formats import (
     known_names,
     layout_names,
 )
+from lit_distill.adapters.lora_settings import read_settings
+from lit_distill.data.text import decode, parse_json, shorten
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ def to_state(weights: dict[str, Factors], layout: Layout, denoiser: nn.Module) -
     """Return the tensors of a LoRA file in a layout.
 
     Raises:
-        ValueError: If a module has no name in this layout.
+        InputError: If a module has no name in this layout.
     """
     state: dict[str, Tensor] = {}
     remaining = dict(weights)
@@ -60,7 +63,7 @@ def to_state(weights: dict[str, Factors], layout: Layout, denoiser: nn.Module) -
         if layout.alpha:
             state[f"{key}.alpha"] = torch.tensor(factors.alpha)
     if remaining:
-        raise ValueError(
+        raise InputError(
             f"{len(remaining)} adapted modules of {type(denoiser).__name__} have no name in this "
             f"format, for example {', '.join(list(remaining)[:3])}; use format diffusers, peft or "
             "merged"
@@ -116,7 +119,24 @@ _KEY = re.compile(
     r"(?P<name>.+?)\.(?:(?P<factor>lora_(?:A|B|down|up))(?:\.default)?\.weight|alpha)"
 )
 
-_LORA_METADATA = "lora_adapter_metadata"  # diffusers' metadata key of the settings of a LoRA
+_FACTORS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", None: "alpha"}
+
+_OTHER_KINDS = {
+    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "lora_mid": "LoCon with a third factor",
+    "lora_embedding_": "LoRA of an embedding",
+    ".bias": "a trained bias",
+    "oft_": "OFT",
+    "ia3_": "IA3",
+    "vera_lambda": "VeRA",
+    ".diff": "differences of whole weights",
+}
+"""Parts of the keys of other kinds of adapters."""
+
+_MAX_HEADER = 100_000_000  # of the safetensors format, in bytes
 
 
 def read_lora(path: str | Path, pipe: DiffusionPipeline, stem: str | None = None) -> LoRA:
@@ -132,8 +152,9 @@ def read_lora(path: str | Path, pipe: DiffusionPipeline, stem: str | None = None
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, a key belongs to no module of the pipeline, factors do
-            not match each other or the module, or only some modules have an alpha.
+        InputError: If the file is truncated, a key belongs to no module of the pipeline, factors do
+            not match each other or the module or are not finite, only some modules have an alpha,
+            or the adapter is more than plain LoRA.
     """
     lora = {}
     for component, denoiser in denoisers(pipe).items():
@@ -150,7 +171,7 @@ def lora_file(
 
     Raises:
         FileNotFoundError: If there is none for the first denoiser.
-        ValueError: If there are several candidates.
+        InputError: If there are several candidates.
     """
     path = Path(path)
     first = component == next(iter(denoisers(pipe)))
@@ -172,7 +193,7 @@ def lora_file(
     ]
     files = named + (unnamed if first else [])
     if len(files) > 1:
-        raise ValueError(f"{path} holds several files, name one: {', '.join(map(str, files))}")
+        raise InputError(f"{path} holds several files, name one: {', '.join(map(str, files))}")
     if first and not files:
         raise FileNotFoundError(f"{path} holds no LoRA (a .safetensors file)")
     return files[0] if files else None
@@ -182,105 +203,119 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file.
 
     Raises:
-        ValueError: If it is truncated or not a safetensors file.
+        InputError: If it is truncated or not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file")
     try:
+        with path.open("rb") as stream:  # safetensors would take the last of two equal names
+            length = int.from_bytes(stream.read(8), "little")
+            parse_json(decode(stream.read(min(length, _MAX_HEADER))))
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    except Exception as error:  # safetensors and torch raise several kinds
+        raise InputError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
 def _read_file(path: Path, component: str, denoiser: nn.Module) -> dict[str, Factors]:
     state, metadata = load_tensors(path)
     names = known_names(component, denoiser)
-    groups: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in state.items():
-        match = _KEY.fullmatch(key)
-        if match is None or match["name"] not in names:
-            unknown.append(key)
-        else:
-            factor = {"lora_A": "down", "lora_B": "up"}.get(match["factor"] or "alpha")
-            factor = factor or (match["factor"] or "alpha").removeprefix("lora_")
-            groups.setdefault(match["name"], {})[factor] = tensor
-    if unknown or not groups:
-        close = difflib.get_close_matches(unknown[0] if unknown else "", names, n=1, cutoff=0.5)
-        hint = f" (a similar known name is {close[0]!r})" if close else ""
-        raise ValueError(
-            f"{path}: {len(unknown)} of {len(state)} keys belong to no module of "
-            f"{type(denoiser).__name__}: {', '.join(unknown[:3])}{hint}. Is it a LoRA of this "
-            "model, for the denoiser only (LoRAs of text encoders are not supported)?"
-        )
-    settings = _settings(path, metadata, component)
+    groups = _group(path, state, names, denoiser)
+    settings = read_settings(path, metadata, component)
     needs_alpha = any(".lora_down." in key for key in state) or any(
         "alpha" in g for g in groups.values()
     )
     sizes = adaptable_modules(denoiser)
     weights: dict[str, Factors] = {}
     for name, group in groups.items():
-        factors = _factors(path, name, group, needs_alpha)
         parts = names[name]
-        factors = factors._replace(alpha=_alpha(settings, parts[0], factors))
+        factors = _factors(path, name, group, needs_alpha)
         _check_shape(path, name, factors, [sizes[part] for part in parts])
+        alpha = settings.alpha_of(parts[0], factors.rank)
+        if alpha is not None:
+            if "alpha" in group and not math.isclose(alpha, factors.alpha, rel_tol=1e-6):
+                raise InputError(
+                    f"{path}: {name} has alpha {factors.alpha:g}, but its settings say {alpha:g}"
+                )
+            factors = factors._replace(alpha=alpha)
         split = _split(factors, [sizes[part][0] for part in parts]) if len(parts) > 1 else [factors]
+        if double := set(parts) & set(weights):
+            raise InputError(
+                f"{path} adapts {double.pop()} twice, the second time as {name}; which one is "
+                "meant is not known"
+            )
         weights |= dict(zip(parts, split, strict=True))
     return weights
 
 
+def _group(
+    path: Path, state: dict[str, Tensor], names: Collection[str], denoiser: nn.Module
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a file by module, each with the keys down, up and perhaps alpha."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in state.items():
+        match = _KEY.fullmatch(key)
+        if match is None or match["name"] not in names:
+            unknown.append(key)
+            continue
+        factor = _FACTORS[match["factor"]]
+        group = groups.setdefault(match["name"], {})
+        if factor in group:
+            raise InputError(f"{path}: {match['name']} has two factors {factor!r}")
+        group[factor] = tensor
+    for key in unknown:
+        for mark, kind in _OTHER_KINDS.items():
+            if mark in key:
+                raise InputError(
+                    f"{path}: this kind of adapter is not supported: {kind} (as in "
+                    f"{shorten(key, 120)}); only plain LoRA is"
+                )
+    if unknown or not groups:
+        first = unknown[0][:200] if unknown else ""
+        close = difflib.get_close_matches(first, names, n=1, cutoff=0.5)
+        hint = f" (a similar known name is {close[0]!r})" if close else ""
+        examples = ", ".join(shorten(key, 120).strip("'") for key in unknown[:3])
+        raise InputError(
+            f"{path}: {len(unknown)} of {len(state)} keys belong to no module of "
+            f"{type(denoiser).__name__}: {examples}{hint}. Is it a LoRA of this "
+            "model, for the denoiser only (LoRAs of text encoders are not supported)?"
+        )
+    return groups
+
+
 def _factors(path: Path, name: str, group: dict[str, Tensor], needs_alpha: bool) -> Factors:
     if missing := {"down", "up"} - set(group):
-        raise ValueError(f"{path}: {name} has no factor {missing.pop()!r} (lora_A/down, lora_B/up)")
+        raise InputError(f"{path}: {name} has no factor {missing.pop()!r} (lora_A/down, lora_B/up)")
     if needs_alpha and "alpha" not in group:
-        raise ValueError(
+        raise InputError(
             f"{path}: {name} has no alpha; this layout stores one for every module, and without it "
             "the strength of the update is unknown"
         )
-    rank = group["down"].shape[0]
-    return Factors(group["down"], group["up"], float(group.get("alpha", torch.tensor(rank))))
+    for factor, tensor in group.items():
+        if not tensor.is_floating_point() and not (factor == "alpha" and not tensor.is_complex()):
+            raise InputError(
+                f"{path}: {name}: {factor} holds {tensor.dtype}, not numbers of floats"
+            )
+        if not torch.isfinite(tensor.float()).all():
+            raise InputError(f"{path}: {name}: {factor} holds NaN or infinite values")
+    down, up, alpha = group["down"], group["up"], group.get("alpha")
+    if down.ndim < 2 or 0 in down.shape:
+        raise InputError(f"{path}: {name}: down {tuple(down.shape)} is no factor")
+    if alpha is not None and alpha.numel() != 1:
+        raise InputError(f"{path}: {name}: alpha {tuple(alpha.shape)} must be a single number")
+    return Factors(down, up, float(len(down) if alpha is None else alpha))
 
 
 def _check_shape(path: Path, name: str, factors: Factors, sizes: list[tuple[int, ...]]) -> None:
-    down, up = factors.down.shape, factors.up.shape
+    down, up = tuple(factors.down.shape), tuple(factors.up.shape)
     if len(up) < 2 or up[1] != down[0]:
-        raise ValueError(f"{path}: {name}: down {tuple(down)} and up {tuple(up)} differ in rank")
-    rows = sum(size[0] for size in sizes)
-    if up[0] != rows or tuple(down[1:]) != sizes[0][1:]:
-        raise ValueError(
-            f"{path}: {name}: down {tuple(down)} and up {tuple(up)} do not match a weight of "
-            f"{(rows, *sizes[0][1:])}; is it a LoRA of another size of this model?"
+        raise InputError(f"{path}: {name}: down {down} and up {up} differ in rank")
+    rows, inputs = sum(size[0] for size in sizes), sizes[0][1:]
+    if up[0] != rows or down[1:] != inputs or up[2:] != (1,) * (len(inputs) - 1):
+        raise InputError(
+            f"{path}: {name}: down {down} and up {up} do not match a weight of "
+            f"{(rows, *inputs)}; is it a LoRA of another size of this model?"
         )
-
-
-def _settings(path: Path, metadata: dict[str, str], component: str) -> dict[str, Any]:
-    """Return the settings of a LoRA, from peft's adapter_config.json or diffusers' metadata."""
-    config = path.parent / "adapter_config.json"
-    if path.name == "adapter_model.safetensors":
-        if not config.is_file():
-            raise ValueError(
-                f"{path} needs peft's adapter_config.json beside it, which has its alpha"
-            )
-        settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-        if not isinstance(settings.get("lora_alpha"), int | float):
-            raise ValueError(f"{config} has no lora_alpha")
-        return settings
-    stored = json.loads(metadata.get(_LORA_METADATA, "{}"))
-    return {
-        key.removeprefix(f"{component}."): value
-        for key, value in stored.items()
-        if key.startswith(f"{component}.")
-    }
-
-
-def _alpha(settings: dict[str, Any], module: str, factors: Factors) -> float:
-    if "lora_alpha" not in settings:
-        return factors.alpha
-    patterns: dict[str, float] = settings.get("alpha_pattern") or {}
-    alpha = next(
-        (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)),
-        settings["lora_alpha"],
-    )
-    # Rank-stabilised LoRA divides alpha by the square root of the rank.
-    return float(alpha) * (math.sqrt(factors.rank) if settings.get("use_rslora") else 1.0)

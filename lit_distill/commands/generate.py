@@ -45,7 +45,8 @@ def generate(
         datamodule: Only its call_columns are used: fields of the prompts that are arguments of the
             pipeline's call.
         prompts: Text file with one prompt a line, or .csv, .json or .jsonl with a field prompt,
-            and height and width where sizes differ.
+            and height and width where sizes differ, and seed where it is given. Other fields must
+            be in call_columns.
         out: Local folder to write to.
         seeds_per_prompt: Number of images for each prompt, each with a different seed.
         num_inference_steps: Steps of the teacher.

@@ -45,14 +45,14 @@ class PairDataset(Dataset[dict[str, Any]]):
         if row["latents"]:
             try:
                 tensors = read_latents(row["latents"])
-            except (InputError, OSError) as error:
+            except InputError as error:
                 raise InputError(f"row {row['row']}: {error}") from error
         elif row["image"] and self.encoded is not None:
             encoded = self.encoded(row["image"])
         elif row["image"]:
             image = read_image(row["image"])
             if tuple(image.shape[1:]) != (row["height"], row["width"]):
-                raise ValueError(
+                raise InputError(
                     f"row {row['row']}: {row['image']} is {image.shape[1]}x{image.shape[2]} (height"
                     f" x width), but the table says {row['height']}x{row['width']}"
                 )

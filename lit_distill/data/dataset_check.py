@@ -19,6 +19,7 @@ from lit_distill.data.latents_file import LATENTS_KEY, not_finite, read_latents
 from lit_distill.data.metadata import parse_metadata
 from lit_distill.data.schema import add_row_problems
 from lit_distill.data.table_io import Problems
+from lit_distill.errors import InputError
 
 
 def check_data(
@@ -91,7 +92,7 @@ def _check_pictures(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -
         is_target = size is not None
         try:
             picture = read_picture(path)
-        except ValueError as error:
+        except InputError as error:
             return str(error)
         actual = (picture.height, picture.width)
         if size is not None and actual != size:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import posixpath
+import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -51,10 +53,13 @@ def open_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file or URL for reading bytes.
 
     Raises:
-        OSError: If it can't be read.
+        OSError: If it can't be read, or is a pipe or a device, for which reading might never end.
         ImportError: If the URL's protocol needs a package that is not installed; names it.
     """
     if not is_url(str(path)):
+        mode = os.stat(path).st_mode  # noqa: PTH116 - a Path object for each row is slow
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise OSError(errno.EINVAL, "Not a regular file, but a pipe or a device", str(path))
         with Path(path).open("rb") as stream:
             yield stream
         return
@@ -82,8 +87,10 @@ def _list_files(folder: str) -> set[str]:
 
         system, path = fsspec.url_to_fs(folder)
         return {str(name).rpartition("/")[2] for name in system.ls(path, detail=False)}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return set()
+        raise
 
 
 def file_signature(path: str) -> tuple[Any, ...]:

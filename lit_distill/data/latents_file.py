@@ -48,11 +48,13 @@ def read_latents(path: str) -> dict[str, Tensor]:
 
     Raises:
         InputError: If it is not a complete safetensors file with floats in a tensor ``latents``,
-            or its content has changed since it was written.
-        OSError: If it can't be read.
+            its content has changed since it was written, or it can't be read.
     """
-    with open_file(path) as stream:
-        data = stream.read()
+    try:
+        with open_file(path) as stream:
+            data = stream.read()
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror or error}") from error
     header, body = _parse(path, data)
     _check_header(path, header, len(body))
     metadata = header.get("__metadata__")

@@ -19,7 +19,8 @@ from lit_distill.data.schema import (
     picture_sizes,
     read_calls,
 )
-from lit_distill.data.table_io import Problems, read_table
+from lit_distill.data.table_io import Problems, column_names, read_table
+from lit_distill.errors import InputError
 
 REQUIRED_COLUMNS = ("prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale")
 
@@ -101,7 +102,7 @@ def parse_metadata(
     raw = read_table(path, problems)
     for column in (*REQUIRED_COLUMNS, *call_columns.values()):
         if column not in raw:
-            problems.add(f"column {column!r} is missing; found {', '.join(map(repr, raw.columns))}")
+            problems.add(f"column {column!r} is missing; found {column_names(raw)}")
     if not {"image", "latents"} & set(raw.columns):
         problems.add("a column 'image' or 'latents' is needed; found neither")
     if raw.empty:
@@ -149,7 +150,7 @@ def _fill_sizes(table: pd.DataFrame, problems: Problems) -> pd.DataFrame:
     unknown = np.flatnonzero((sizes == 0).all(axis=1) & (images != ""))
     unknown = np.array([i for i in unknown if int(rows[i]) not in problems.rows], dtype=int)
     for index, size in zip(unknown, picture_sizes(images[unknown].tolist()), strict=True):
-        if isinstance(size, ValueError):
+        if isinstance(size, InputError):
             problems.add(f"image: {size}", int(rows[index]), str(images[index]))
         else:
             sizes[index] = size

@@ -14,6 +14,8 @@ import torch
 from lit_distill.data.filesystem import THREADS, files_exist, is_outside, join
 from lit_distill.data.images import SUFFIXES, Picture, image_size
 from lit_distill.data.table_io import Problems
+from lit_distill.data.text import shorten
+from lit_distill.errors import InputError
 
 
 class ColumnParser:
@@ -39,9 +41,7 @@ class ColumnParser:
         cells = self.raw[column]
 
         def message(index: int) -> str:
-            value = cells.iloc[index]
-            shortened = value if len(value) <= 80 else value[:77] + "..."
-            return f"{column} must be {accepted}, got {shortened!r}"
+            return f"{column} must be {accepted}, got {shorten(cells.iloc[index])}"
 
         add_row_problems(self.raw, bad, self.problems, message, name_image=column != "image")
 
@@ -87,7 +87,8 @@ class ColumnParser:
                 value = float(text)
             except ValueError:
                 return None
-            return value if math.isfinite(value) and value >= low and "_" not in text else None
+            plain = text.isascii() and "_" not in text
+            return value if plain and math.isfinite(value) and value >= low else None
 
         return self.parse(column, read, f"a number >= {low:g}", low).astype("float64")
 
@@ -136,7 +137,7 @@ class ColumnParser:
         to_check = np.flatnonzero(~self.reject_outside(column, texts.tolist()))
         broken = np.zeros(len(pictures), dtype=bool)
         sizes = picture_sizes([pictures[index] for index in to_check])
-        broken[to_check] = [isinstance(size, ValueError) for size in sizes]
+        broken[to_check] = [isinstance(size, InputError) for size in sizes]
         self.reject(column, broken, f"a picture below {self.base}")
         return pictures
 
@@ -182,13 +183,13 @@ def call_key(call: dict[str, Any]) -> str:
     return repr(shared)
 
 
-def picture_sizes(paths: Sequence[str]) -> list[tuple[int, int] | ValueError]:
+def picture_sizes(paths: Sequence[str]) -> list[tuple[int, int] | InputError]:
     """Return (height, width) from the header of each picture, or the error."""
 
-    def size_or_error(path: str) -> tuple[int, int] | ValueError:
+    def size_or_error(path: str) -> tuple[int, int] | InputError:
         try:
             return image_size(path)
-        except ValueError as error:
+        except InputError as error:
             return error
 
     with ThreadPoolExecutor(THREADS) as pool:

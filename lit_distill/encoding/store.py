@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lit_distill.data.whole_files import remove_temporary_files, write_file
 from lit_distill.encoding.structure import flatten, unflatten
+from lit_distill.errors import InputError
 from lit_distill.pipelines.model_digest import tensor_digest
 
 FOLDER = "encodings-v1"
@@ -117,7 +118,7 @@ class EncodingStore:
         tensors = [shard.get_tensor(f"{key}/{index}") for index in range(entry.tensors)]
         if key not in self._verified:
             if _checksum(entry.structure, tensors) != entry.sha256:
-                raise ValueError("the checksum of an encoding does not match")
+                raise InputError("the checksum of an encoding does not match")
             self._verified.add(key)
         return unflatten(entry.structure, tensors)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_distill.errors import InputError
+
 _DISTRIBUTIONS = {
     "DiagonalGaussianDistribution": "diffusers.models.autoencoders.vae",
     "IdentityDistribution": "diffusers.models.autoencoders.vae",
@@ -84,8 +86,8 @@ def unflatten(structure: Any, tensors: Sequence[Tensor]) -> Any:  # noqa: ANN401
             values = {key: unflatten(entry, tensors) for key, entry in fields.items()}
             return _load(content, _OUTPUTS)(**values) if kind == "output" else values
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
-        raise ValueError(f"no structure of an encoding: {structure!r}") from error
-    raise ValueError(f"no structure of an encoding: {structure!r}")
+        raise InputError(f"no structure of an encoding: {structure!r}") from error
+    raise InputError(f"no structure of an encoding: {structure!r}")
 
 
 def _load(name: str, modules: dict[str, str]) -> Any:  # noqa: ANN401

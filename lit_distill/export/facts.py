@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers
 from lit_distill.training.facts import Example
+from lit_distill.training.settings import wrong_types
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -102,9 +103,21 @@ class StudentFacts:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StudentFacts:
-        """Return the facts of what `to_dict` returned; unknown names are ignored."""
+        """Return the facts of what `to_dict` returned; unknown names are ignored.
+
+        Raises:
+            InputError: If a value is not of its type.
+        """
         known = {attribute.name for attribute in fields(cls)}
         kept = {name: value for name, value in values.items() if name in known}
+        damaged = "the student's facts are damaged: "
+        for name, problem in wrong_types(cls, kept).items():
+            raise InputError(f"{damaged}{name} {problem}")
+        if kept.get("cfg_scale", 1) < 1 or kept.get("num_inference_steps", 1) < 1:
+            raise InputError(f"{damaged}cfg_scale and num_inference_steps must be >= 1")
+        for row in kept.get("examples", ()):
+            if not isinstance(row, dict) or wrong_types(Example, row):
+                raise InputError(f"{damaged}an example is {row!r:.200}")
         return cls(**kept | {"examples": [Example(**row) for row in kept.get("examples", ())]})
 
     @classmethod

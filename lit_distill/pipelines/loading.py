@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import select_denoisers
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def load_pipeline(
         The pipeline on the CPU, every component in evaluation mode.
 
     Raises:
-        ValueError: If `torch_dtype` is not one of the names above.
+        InputError: If `torch_dtype` is not one of the names above.
         ImportError: If the pipeline needs a package that is not installed.
         OSError: If the pipeline is neither a folder nor available from the hub.
     """
@@ -53,7 +54,7 @@ def load_pipeline(
 
     if isinstance(torch_dtype, str):
         if torch_dtype not in DTYPES:
-            raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
+            raise InputError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
         torch_dtype = DTYPES[torch_dtype]
     source = pipeline_source(name_or_path)
     options = {"revision": revision, "dtype": torch_dtype, **components}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_distill.data.dataset_check import is_flat
+from lit_distill.data.images import verify_png
 from lit_distill.data.latents_file import not_finite, read_latents
 from lit_distill.errors import InputError
 from lit_distill.teacher.prompts import Pair
@@ -57,16 +57,11 @@ def is_finished_latents(path: Path) -> bool:
 
 def is_whole_png(data: bytes) -> bool:
     """Return whether a PNG file has all its parts, each with the right checksum."""
-    position, kind = 8, b""
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+    try:
+        verify_png(data)
+    except ValueError:
         return False
-    while kind != b"IEND":
-        end = position + 8 + int.from_bytes(data[position : position + 4], "big")
-        part, checksum = data[position + 4 : end], data[end : end + 4]
-        if len(checksum) < 4 or zlib.crc32(part) != int.from_bytes(checksum, "big"):
-            return False
-        position, kind = end + 4, part[:4]
-    return True
+    return data.startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def _note(data: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,15 @@ import pandas as pd
 from lit_distill.data.batch import NO_TARGET, Batch, collate_calls, open_pictures
 from lit_distill.data.filesystem import parent
 from lit_distill.data.schema import ColumnParser, call_key, read_calls
-from lit_distill.data.table_io import Problems, read_table
+from lit_distill.data.table_io import (
+    MetadataError,
+    Problems,
+    column_names,
+    read_table,
+    read_text,
+)
+from lit_distill.data.text import shorten
+from lit_distill.errors import InputError
 
 Size = tuple[int, int]
 
@@ -23,11 +32,13 @@ class Prompt(NamedTuple):
         text: The prompt.
         call: Argument -> `Picture`, number or text.
         size: (height, width) in pixels; None: the teacher's.
+        seed: Seed of its noise; None: counted up from the first seed.
     """
 
     text: str
     call: dict[str, Any]
     size: Size | None = None
+    seed: int | None = None
 
 
 class Pair(NamedTuple):
@@ -47,11 +58,14 @@ class Pair(NamedTuple):
         )
 
 
+COLUMNS = ("prompt", "height", "width", "seed")
+
+
 def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -> list[Prompt]:
     """Read prompts from a .csv, .json or .jsonl table, or from a text file with one per line.
 
-    Tables have a field ``prompt`` and optionally ``height`` and ``width`` in pixels. Rows without a
-    prompt are skipped.
+    Tables have a field ``prompt`` and optionally ``height`` and ``width`` in pixels, and ``seed``.
+    Rows without a prompt are skipped. A field that nothing would use is an error.
 
     Args:
         path: The file.
@@ -60,37 +74,52 @@ def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -
 
     Raises:
         FileNotFoundError: If there is no such file.
-        MetadataError: If there is no prompt or a field is missing, or a size or a picture is
-            invalid; lists all such rows.
+        MetadataError: If there is no prompt, a field is missing or unknown, or a size, a seed or a
+            picture is invalid; lists all such rows.
     """
     call_columns = call_columns or {}
     problems = Problems(path)
-    if Path(path).suffix.lower() in (".csv", ".json", ".jsonl"):
-        raw = read_table(path, problems)
-    elif Path(path).is_file():
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        raw = pd.DataFrame({"prompt": lines, "row": range(1, len(lines) + 1)}, dtype=object)
-    else:
-        raise FileNotFoundError(f"{path} does not exist")
+    raw = _read_raw(path, problems)
     for name in ("prompt", *call_columns.values()):
         if name not in raw:
-            present = ", ".join(repr(column) for column in raw if column != "row")
-            problems.add(f"field {name!r} is missing; found {present}")
+            problems.add(f"field {name!r} is missing; found {column_names(raw)}")
     problems.check()
     raw = raw[raw["prompt"].str.strip() != ""].reset_index(drop=True)
     if raw.empty:
         problems.add("there is no prompt")
-    optional = [name for name in ("image", "height", "width") if name not in raw]
+    used = {"row", *COLUMNS, *call_columns.values()}
+    for column in raw:
+        if column not in used and (raw[column] != "").any():
+            problems.add(
+                f"field {shorten(column)} is not used: remove it, or name the argument of the "
+                "pipeline's call that it is for, as in data.call_columns '{negative_prompt: "
+                "negative_prompt}'"
+            )
+    optional = [name for name in ("image", *COLUMNS) if name not in raw]
     raw = raw.assign(**dict.fromkeys(optional, ""))
     # Pictures may be anywhere, since the data set gets copies of them.
     parser = ColumnParser(raw, problems, parent(str(path)), allow_outside=True)
     height, width = (parser.integers(name, 1, 2**20, blank=0) for name in ("height", "width"))
     parser.reject("width", (height == 0) != (width == 0), "given together with height")
+    seeds = parser.integers("seed", 0, 2**63 - 1, blank=-1)
     calls = read_calls(parser, call_columns)
     problems.check()
     sizes = [(int(h), int(w)) if h else None for h, w in zip(height, width, strict=True)]
     texts = raw["prompt"].str.strip()
-    return [Prompt(*fields) for fields in zip(texts, calls, sizes, strict=True)]
+    given = [None if seed < 0 else int(seed) for seed in seeds]
+    return [Prompt(*fields) for fields in zip(texts, calls, sizes, given, strict=True)]
+
+
+def _read_raw(path: str | Path, problems: Problems) -> pd.DataFrame:
+    if Path(path).suffix.lower() in (".csv", ".json", ".jsonl"):
+        return read_table(path, problems)
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise MetadataError(f"{path} is not a text file in UTF-8: {error}") from error
+    # Not splitlines, which also splits at characters within a line, such as U+2028.
+    lines = io.StringIO(text, newline=None).read().split("\n")
+    return pd.DataFrame({"prompt": lines, "row": range(1, len(lines) + 1)}, dtype=object)
 
 
 def plan_pairs(
@@ -101,40 +130,50 @@ def plan_pairs(
     Args:
         prompts: The prompts.
         seeds_per_prompt: Number of pairs for each prompt, >= 1.
-        first_seed: Seed of the first row; the others count up from it.
+        first_seed: Seed of the first row; the others count up from it. Prompts with a seed keep it.
         limit: Largest number of pairs; None: no limit.
 
     Raises:
-        ValueError: If a number is out of range.
+        InputError: If a number is out of range, or prompts with a seed are to be repeated.
     """
     for name, value in (("seeds_per_prompt", seeds_per_prompt), ("limit", limit)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value}")
+            raise InputError(f"{name} must be an integer >= 1, got {value}")
     if first_seed < 0:
-        raise ValueError(f"first_seed must be >= 0, got {first_seed}")
+        raise InputError(f"first_seed must be >= 0, got {first_seed}")
+    if seeds_per_prompt > 1 and any(prompt.seed is not None for prompt in prompts):
+        raise InputError(
+            f"seeds_per_prompt is {seeds_per_prompt}, but the prompts have a field 'seed', which "
+            "gives one seed for each; write a row for each seed, or remove the field"
+        )
     rows = [prompt for _ in range(seeds_per_prompt) for prompt in prompts][:limit]
     return [
-        Pair(index, prompt.text, first_seed + index, prompt.call, prompt.size)
+        Pair(index, prompt.text, _seed(prompt, first_seed + index), prompt.call, prompt.size)
         for index, prompt in enumerate(rows)
     ]
+
+
+def _seed(prompt: Prompt, counted: int) -> int:
+    return counted if prompt.seed is None else prompt.seed
 
 
 def prompt_batches(
     prompts: list[Prompt], facts: dict[str, Any], batch_size: int, first_seed: int
 ) -> list[Batch]:
-    """Return prompts as batches; the seed of a prompt is its index plus `first_seed`.
+    """Return prompts as batches.
 
     Args:
         prompts: The prompts.
         facts: ``num_inference_steps``, and optionally ``cfg_scale``, ``height`` and ``width``.
         batch_size: Largest number of prompts per batch. Numbers in calls are equal in a batch.
-        first_seed: Seed of the first prompt.
+        first_seed: Seed of the first prompt; the others count up from it. Prompts with a seed
+            keep it.
 
     Raises:
-        ValueError: If the number of steps is unknown.
+        InputError: If the number of steps is unknown.
     """
     if "num_inference_steps" not in facts:
-        raise ValueError("num_inference_steps: not stored in the checkpoint, so it must be given")
+        raise InputError("num_inference_steps: not stored in the checkpoint, so it must be given")
     size = (facts["height"], facts["width"]) if facts.get("height") else None
     template: Batch = {
         "prompt": [],
@@ -160,7 +199,10 @@ def prompt_batches(
                     "size": prompt_size or size,
                     "prompt": [prompt.text for prompt in batch],
                     "call": collate_calls([open_pictures(prompt.call) for prompt in batch]),
-                    "seed": [first_seed + number for number in numbers],
+                    "seed": [
+                        _seed(prompt, first_seed + number)
+                        for number, prompt in zip(numbers, batch, strict=True)
+                    ],
                     "row": list(numbers),
                 }
             )

@@ -50,7 +50,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any] | None:
         with open_file(f"{folder}/{PROVENANCE_FILE}") as stream:
             provenance = json.loads(stream.read().decode())
         if not isinstance(provenance, dict):
-            raise ValueError("not an object")
+            raise InputError("not an object")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:

@@ -83,6 +83,11 @@ class Teacher:
                 raise InputError(f"{name} must be >= 1 (1 = off), got {getattr(self, name)}")
         if (self.height is None) != (self.width is None):
             raise InputError(f"height={self.height}, width={self.width}: set both or neither")
+        if double := set(self.call_kwargs) & set(self.call_columns):
+            raise InputError(
+                f"{sorted(double)[0]!r} is both in model.call_kwargs and in data.call_columns: one "
+                "value for all rows, or a column with one for each"
+            )
 
     def size(self, pair: Pair) -> Size | None:
         """Return the (height, width) at which a pair is generated; None: the pipeline's default."""

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from lit_distill.data.filesystem import is_url, open_file
 from lit_distill.data.whole_files import write_file
 from lit_distill.errors import InputError
 from lit_distill.training.plain import plain
+from lit_distill.training.settings import Settings, wrong_types
 
 STATE_PREFIX = "denoisers."
 """Where a checkpoint's state dict holds the denoisers: ``denoisers.transformer.<parameter>``."""
@@ -36,15 +38,10 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         InputError: If it is damaged, or not a checkpoint of `DirectDistill`.
     """
     with _local_file(path) as file:
-        _verify(file, path)
-        checkpoint: dict[str, Any] = _load(file, path, mmap)
-    hyper = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
-    if not isinstance(hyper, dict) or "pretrained_model_name_or_path" not in hyper:
-        raise InputError(
-            f"checkpoint {path} was not written by lit_distill: its hyper_parameters name no "
-            "pretrained_model_name_or_path"
-        )
-    return checkpoint
+        _verify_archive(file, path)
+        checkpoint = _load(file, path, mmap)
+    _check_content(checkpoint, path)
+    return dict(checkpoint)
 
 
 @contextmanager
@@ -76,22 +73,48 @@ def local_path(path: str | Path) -> Path | None:
     return Path(inner) if isinstance(system, LocalFileSystem) else None
 
 
-def _verify(file: Path, path: str | Path) -> None:
-    """Check the checksum of every part, which torch does not."""
+def _verify_archive(file: Path, path: str | Path) -> None:
+    """Check that a file is a whole archive as torch writes it; torch itself reads past damage.
+
+    Raises:
+        InputError: If it is not; tells a truncated file from another kind of file.
+    """
+    size = file.stat().st_size
+    if size == 0:
+        raise InputError(
+            f"checkpoint {path} is empty: the process was killed or the disk was full while it was "
+            "written; use another checkpoint"
+        )
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    if start != b"PK\x03\x04":
+        raise InputError(f"checkpoint {path} is not a checkpoint: {size} bytes of another format")
     try:
         with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+            names = [part.filename for part in parts]
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise InputError("its parts are compressed")
+            if len(set(names)) < len(names) or sum(part.file_size for part in parts) > size:
+                raise InputError("its parts overlap")
             damaged = archive.testzip()
-    except Exception as error:  # several kinds for a truncated or foreign file
-        raise InputError(f"checkpoint {path} is truncated or not a checkpoint: {error}") from error
+    except Exception as error:  # zipfile raises several kinds
+        raise InputError(
+            f"checkpoint {path} is truncated or not a checkpoint: {error}; use another checkpoint"
+        ) from error
     if damaged:
         raise InputError(
             f"checkpoint {path} is damaged: the checksum of its part {damaged} differs"
         )
+    if not any(name.endswith("data.pkl") for name in names):
+        raise InputError(f"checkpoint {path} is a zip archive, but not a checkpoint")
 
 
 def _load(file: Path, path: str | Path, mmap: bool) -> Any:  # noqa: ANN401
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged storages; an error follows
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL (\S+)|(?:class|function) (\S+)", str(error))
         kind = f" ({match[1] or match[2]})" if match else ""
@@ -101,6 +124,31 @@ def _load(file: Path, path: str | Path, mmap: bool) -> Any:  # noqa: ANN401
         ) from error
     except Exception as error:  # torch raises several kinds for a foreign file
         raise InputError(f"checkpoint {path} is truncated or not a checkpoint: {error}") from error
+
+
+def _check_content(checkpoint: Any, path: str | Path) -> None:  # noqa: ANN401
+    """Check that a checkpoint has the parts of ours, each of its type.
+
+    Raises:
+        InputError: If it has not.
+    """
+    hyper = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(hyper, dict) or "pretrained_model_name_or_path" not in hyper:
+        raise InputError(
+            f"checkpoint {path} was not written by lit_distill: its hyper_parameters name no "
+            "pretrained_model_name_or_path"
+        )
+    state = checkpoint.get("state_dict")
+    tensors = isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values())
+    ours = checkpoint.get("lit_distill", {})
+    facts = ours.get("facts", {}) if isinstance(ours, dict) else None
+    if not tensors or not isinstance(facts, dict):
+        part = "lit_distill" if tensors else "state_dict"
+        raise InputError(
+            f"checkpoint {path} is damaged: its {part} is not as lit_distill writes it"
+        )
+    for name, problem in wrong_types(Settings, hyper).items():
+        raise InputError(f"checkpoint {path} is damaged: its hyper_parameters.{name} {problem}")
 
 
 def check_state(state: Any, expected: Any, where: str) -> None:  # noqa: ANN401

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lit_distill.compute.activation_checkpointing import Checkpointing, check_mode
 from lit_distill.errors import InputError
@@ -92,6 +93,38 @@ class Settings:
         and the fields of the LoRA itself.
         """
         return {name: value for name, value in asdict(self).items() if name != "init_lora"}
+
+
+def wrong_types(cls: type, values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the values that are not of the type that a dataclass gives their name.
+
+    Args:
+        cls: The dataclass.
+        values: Values for some of its fields, by name; other names are ignored.
+
+    Returns:
+        The problem, by name.
+    """
+    problems = {}
+    for name, hint in get_type_hints(cls).items():
+        accepted = _classes(hint)
+        if name not in values:
+            continue
+        value = values[name]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+            kinds = " or ".join(dict.fromkeys(kind.__name__ for kind in accepted))
+            problems[name] = f"must be {kinds}, got {value!r:.100}"
+    return problems
+
+
+def _classes(hint: Any) -> tuple[type, ...]:  # noqa: ANN401
+    """Return the classes of the values that a type hint accepts."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return tuple(cls for part in get_args(hint) for cls in _classes(part))
+    if origin is Literal:
+        return tuple({type(value) for value in get_args(hint)})
+    return (int, float) if hint is float else (origin or hint,)
 
 
 def _check_ranges(settings: Settings) -> None:
