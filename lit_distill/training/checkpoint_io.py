@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
@@ -37,9 +38,11 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         InputError: If it is damaged, or not a checkpoint of `DirectDistill`.
     """
-    with _local_file(path) as file:
-        _verify_archive(file, path)
-        checkpoint = _load(file, path, mmap)
+    # Opened once: another run may replace the file between the verification and the reading.
+    with _local_file(path) as file, file.open("rb") as stream:
+        _verify_archive(stream, path)
+        stream.seek(0)
+        checkpoint = _load(file if mmap else stream, path, mmap)
     _check_content(checkpoint, path)
     return dict(checkpoint)
 
@@ -73,24 +76,22 @@ def local_path(path: str | Path) -> Path | None:
     return Path(inner) if isinstance(system, LocalFileSystem) else None
 
 
-def _verify_archive(file: Path, path: str | Path) -> None:
+def _verify_archive(stream: BinaryIO, path: str | Path) -> None:
     """Check that a file is a whole archive as torch writes it; torch itself reads past damage.
 
     Raises:
         InputError: If it is not; tells a truncated file from another kind of file.
     """
-    size = file.stat().st_size
+    size = os.fstat(stream.fileno()).st_size
     if size == 0:
         raise InputError(
             f"checkpoint {path} is empty: the process was killed or the disk was full while it was "
             "written; use another checkpoint"
         )
-    with file.open("rb") as stream:
-        start = stream.read(4)
-    if start != b"PK\x03\x04":
+    if stream.read(4) != b"PK\x03\x04":
         raise InputError(f"checkpoint {path} is not a checkpoint: {size} bytes of another format")
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(stream) as archive:
             parts = archive.infolist()
             names = [part.filename for part in parts]
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
@@ -110,7 +111,7 @@ def _verify_archive(file: Path, path: str | Path) -> None:
         raise InputError(f"checkpoint {path} is a zip archive, but not a checkpoint")
 
 
-def _load(file: Path, path: str | Path, mmap: bool) -> Any:  # noqa: ANN401
+def _load(file: Path | BinaryIO, path: str | Path, mmap: bool) -> Any:  # noqa: ANN401
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged storages; an error follows

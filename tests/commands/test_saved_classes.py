@@ -102,7 +102,7 @@ def test_metrics_of_trusted_packages_are_made_again(content, tmp_path):
 @pytest.mark.parametrize("command", ["test", "predict", "validate"])
 def test_an_empty_checkpoint_is_refused_by_its_name(command, tmp_path):
     (tmp_path / "empty.ckpt").touch()
-    with pytest.raises(InputError, match=r"empty\.ckpt is empty: the process was killed"):
+    with pytest.raises(InputError, match=r"empty\.ckpt is empty"):
         build_cli(
             [command, "--ckpt_path", str(tmp_path / "empty.ckpt")]
             + ["--model.pretrained_model_name_or_path", str(TINY)]
