@@ -1,6 +1,7 @@
 """Interrupt training at random moments, resume it, and compare with the uninterrupted run.
 
-    python benchmarks/kill_resume.py [--kind kill interrupt power] [--times 5] [--out FILE]
+    python benchmarks/kill_resume.py [--kind kill interrupt power] [--times 5] [--steps 30]
+        [--out FILE] [--append]
 
 For a LoRA and for full training, on one process and on two (DDP), on the embedded pipeline, a run
 that saves a checkpoint after every step is interrupted at a moment sampled uniformly from its
@@ -36,7 +37,6 @@ import lightning
 import torch
 from torch.utils._pytree import tree_leaves
 
-STEPS = 30
 KINDS = {"kill": (1, 2), "interrupt": (1, 2), "power": (1,)}
 """Kinds of interruption, and the numbers of processes that each is tried with."""
 
@@ -127,7 +127,9 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def interrupt(folder: Path, kind: str, seconds: float, rng: random.Random) -> dict[str, Any]:
+def interrupt(
+    folder: Path, kind: str, seconds: float, steps: int, rng: random.Random
+) -> dict[str, Any]:
     """Start a run and interrupt it within `seconds` after its first checkpoint.
 
     With kind ``kill`` and ``power`` every second run is killed while it writes a checkpoint.
@@ -149,10 +151,15 @@ def interrupt(folder: Path, kind: str, seconds: float, rng: random.Random) -> di
     if kind == "power":
         cut_power(folder)
     step = read(folder)["global_step"]
-    if step == STEPS:  # too late: the run had ended
+    if step == steps:  # too late: the run had ended
         shutil.rmtree(folder / "checkpoints")
-        return interrupt(folder, kind, seconds, rng)
-    return {"after s": round(delay, 3), "while saving": while_saving, "resumed at step": step}
+        return interrupt(folder, kind, seconds, steps, rng)
+    return {
+        "after s": round(delay, 3),
+        "while saving": while_saving,
+        "exit status": process.returncode,
+        "resumed at step": step,
+    }
 
 
 def writing(folder: Path) -> bool:
@@ -185,10 +192,10 @@ def equal(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def setting(
-    out: Path, pairs: Path, kind: str, trains: str, processes: int, times: int
+    out: Path, pairs: Path, kind: str, trains: str, processes: int, times: int, steps: int
 ) -> list[dict[str, Any]]:
     """Run one setting, and return a record for each interruption."""
-    rng = random.Random(f"{kind} {trains} {processes}")
+    rng = random.Random(f"{kind} {trains} {processes} {steps}")
 
     def folder(name: str, every: int = 1) -> Path:
         made = out / f"{kind}_{trains}_{processes}_{name}"
@@ -199,7 +206,7 @@ def setting(
             batch_size=8 // processes,
             strategy="ddp" if processes > 1 else "auto",
             devices=processes,
-            steps=STEPS,
+            steps=steps,
             every=every,
         )
         (made / "config.yaml").write_text(text)
@@ -212,7 +219,7 @@ def setting(
             raise RuntimeError((whole / "log.txt").read_text()[-3000:])
         time.sleep(0.01)
     begun = time.monotonic()
-    while read(whole)["global_step"] < STEPS:
+    while read(whole)["global_step"] < steps:
         time.sleep(0.02)
     seconds = time.monotonic() - begun
     process.wait()
@@ -220,8 +227,8 @@ def setting(
     records = []
     for index in range(times):
         run = folder(str(index))
-        record = {"kind": kind, "trains": trains, "processes": processes}
-        record |= interrupt(run, kind, 0.9 * seconds, rng)
+        record = {"kind": kind, "trains": trains, "processes": processes, "steps": steps}
+        record |= interrupt(run, kind, 0.9 * seconds, steps, rng)
         record["equal"] = equal(finish(run, "--ckpt_path", str(checkpoint_of(run))), expected)
         print(json.dumps(record), flush=True)
         records.append(record)
@@ -243,6 +250,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--kind", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--times", type=int, default=5, help="interruptions in each setting")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of a run")
+    parser.add_argument("--append", action="store_true", help="keep the records of --out")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kill_resume.json"))
     arguments = parser.parse_args()
     begun = time.monotonic()
@@ -254,13 +263,19 @@ def main() -> None:
             for kind in arguments.kind
             for trains in ("lora", "full")
             for processes in KINDS[kind]
-            for record in setting(out, pairs, kind, trains, processes, arguments.times)
+            for record in setting(
+                out, pairs, kind, trains, processes, arguments.times, arguments.steps
+            )
         ]
+    minutes = (time.monotonic() - begun) / 60
+    if arguments.append and arguments.out.exists():
+        before = json.loads(arguments.out.read_text())
+        records, minutes = before["records"] + records, before["minutes"] + minutes
     result = {
         "command": "python benchmarks/kill_resume.py " + " ".join(sys.argv[1:]),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
-        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "minutes": round(minutes, 1),
         "interruptions": len(records),
         "while saving": sum(record["while saving"] for record in records),
         "equal": sum(record["equal"] for record in records),
@@ -269,7 +284,8 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{result['equal']} of {result['interruptions']} equal; {arguments.out}")
-    if result["equal"] != result["interruptions"]:
+    statuses = {r["exit status"] for r in records if r["kind"] == "interrupt"} - {130}
+    if result["equal"] != result["interruptions"] or statuses:
         sys.exit(1)
 
 

@@ -1,7 +1,5 @@
 """Direct Distillation for any diffusers pipeline, on PyTorch Lightning."""
 
-__version__ = "0.1.0"
-
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.evaluation.metrics import CLIPScore, Diversity, FrechetDistance, Sharpness
 from lit_distill.export.export_on_save import ExportOnSave
@@ -17,6 +15,7 @@ from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 from lit_distill.training.losses import DistillLoss, LatentL1, LatentMSE, LatentRMSE
 from lit_distill.training.lr_scheduler import WarmupCosine
 from lit_distill.training.throughput import TrainingMonitor
+from lit_distill.version import __version__
 
 __all__ = [
     "EMA",
@@ -37,6 +36,7 @@ __all__ = [
     "Sharpness",
     "TrainingMonitor",
     "WarmupCosine",
+    "__version__",
     "export_student",
     "load_pipeline",
     "load_student",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 from typing import Any
 
@@ -12,12 +13,14 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_distill.commands.check import check
+from lit_distill.commands.checkpoint_settings import checkpoint_model
 from lit_distill.commands.export import export
 from lit_distill.commands.generate import generate
 from lit_distill.commands.parser import CommandParser
 from lit_distill.commands.plot import plot
 from lit_distill.commands.predict import predict
 from lit_distill.commands.preflight import preflight
+from lit_distill.commands.stopped import stop_report
 from lit_distill.commands.test import test
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.errors import InputError
@@ -25,6 +28,7 @@ from lit_distill.export.exporter import ExportError
 from lit_distill.preflight.checks import PreflightError
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
+from lit_distill.training.signals import StoppedBySignal
 
 EXPECTED_ERRORS = (InputError, PreflightError, ExportError, OSError, FloatingPointError)
 """Errors whose message says what a user can do; anything else is a fault of the program."""
@@ -76,14 +80,11 @@ class DistillCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # On fit, Lightning would silently prefer the checkpoint's settings to the command line's.
         subcommand = self.config.get("subcommand")
-        if subcommand in ("fit", "export", "plot"):
+        config = self.config.get(str(subcommand), {})
+        if subcommand in (None, "fit", "export", "plot") or not config.get("ckpt_path"):
             return
-        settings = self.config[subcommand].model.init_args if subcommand else {}
-        # These describe how this machine computes, not the student.
-        machine = {k: settings[k] for k in ("attention_backend", "quantization") if k in settings}
-        super()._parse_ckpt_path()
-        for name, value in machine.items():
-            self.config[subcommand].model.init_args[name] = value
+        settings = {subcommand: {"model": checkpoint_model(config.ckpt_path, config)}}
+        self.config = self.parser.parse_object(settings, self.config)
 
     def before_fit(self) -> None:
         """Log images of held-out rows at every validation, unless an ImageGrid is configured."""
@@ -132,10 +133,22 @@ def main(args: ArgsType = None) -> None:
         debug = True
     try:
         build_cli()
+    except StoppedBySignal as stop:
+        _print_once(stop_report(stop, sys.argv[1:]))
+        raise
+    except KeyboardInterrupt:  # outside of what a run finishes first
+        if debug:
+            raise
+        _print_once("interrupted")
+        sys.exit(128 + signal.SIGINT)
     except EXPECTED_ERRORS as error:
         if debug:
             raise
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"error: {error}", file=sys.stderr)
-            print("The traceback: --debug", file=sys.stderr)
+        _print_once(f"error: {error}\nThe traceback: --debug")
         sys.exit(2)
+
+
+def _print_once(text: str) -> None:
+    """Print to the standard error stream, on one of several processes."""
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        print(text, file=sys.stderr)

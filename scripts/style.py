@@ -20,7 +20,7 @@ from lit_distill.adapters.inject import make_trainable
 from lit_distill.adapters.lora_files import to_state
 from lit_distill.adapters.lora_formats import layout_of
 from lit_distill.adapters.weights import extract_lora
-from lit_distill.data.dataset import LATENTS_KEY
+from lit_distill.data.latents_file import LATENTS_KEY
 from lit_distill.data.metadata import read_metadata
 from lit_distill.pipelines.latent_codec import LatentCodec
 

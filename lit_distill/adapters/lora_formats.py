@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lit_distill.errors import InputError
+
 Table = Mapping[str, tuple[str, ...]]
 """The tool's name of a module -> diffusers' names of its parts; ``{}`` is a block's number."""
 
@@ -166,7 +168,7 @@ def layout_of(format: str, component: str, denoiser: nn.Module) -> Layout:
     """Return the layout of `format` for a denoiser.
 
     Raises:
-        ValueError: If there is none for this model.
+        InputError: If there is none for this model.
     """
     if format == "diffusers":
         return _PLAIN._replace(prefix=f"{component}.")
@@ -175,7 +177,7 @@ def layout_of(format: str, component: str, denoiser: nn.Module) -> Layout:
     known = LAYOUTS[format]
     name = type(denoiser).__name__
     if name not in known:
-        raise ValueError(
+        raise InputError(
             f"format {format}: its names for the modules of {name} are not known; use diffusers, "
             f"peft or merged (known: {', '.join(known)})"
         )

@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_distill.adapters.lora import Factors, LoRA
 from lit_distill.adapters.lora_files import read_lora
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.loading import load_pipeline
 
@@ -60,7 +61,7 @@ def extract_lora(pipe: DiffusionPipeline, adapter: str | None = None) -> LoRA:
         adapter: Name of the adapter; None: the active one.
 
     Raises:
-        ValueError: If an adapter has more than two factors (DoRA, a bias): only peft's own layout
+        InputError: If an adapter has more than two factors (DoRA, a bias): only peft's own layout
             can store those.
     """
     from peft.tuners.lora import LoraLayer
@@ -74,7 +75,7 @@ def extract_lora(pipe: DiffusionPipeline, adapter: str | None = None) -> LoRA:
                 continue
             down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
             if layer.use_dora.get(adapter_name) or up.bias is not None:
-                raise ValueError(
+                raise InputError(
                     f"{component}.{name}: its adapter is not plain LoRA (use_dora, lora_bias), "
                     "and no export format supports that; train without these options"
                 )
@@ -105,7 +106,7 @@ def lora_config_fields(lora: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
     """Return the fields of `peft.LoraConfig` for adapters of the same shape as `lora`.
 
     Raises:
-        ValueError: If two denoisers differ in their adapted modules, ranks or alphas: both get the
+        InputError: If two denoisers differ in their adapted modules, ranks or alphas: both get the
             same fields.
     """
     shapes = [
@@ -114,7 +115,7 @@ def lora_config_fields(lora: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
         for w in lora.values()
     ]
     if any(shape != shapes[0] for shape in shapes):
-        raise ValueError(
+        raise InputError(
             f"the LoRA must adapt the same modules of {', '.join(lora)}, with the same ranks and "
             "alphas"
         )

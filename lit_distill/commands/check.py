@@ -18,7 +18,7 @@ def check(
     *,
     pairing: int = 0,
 ) -> None:
-    """Check a data set: the tables, every image in full, the headers of latents.
+    """Check a data set: the tables, every image and all latents in full.
 
     No model is needed, except for --pairing, which generates some pairs again: with the teacher
     that provenance.json beside the table records, or else with the model's settings.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lit_distill.data.whole_files import write_file
 from lit_distill.report.plots import plot_curves, read_logs
 
 
@@ -20,6 +21,6 @@ def plot(
     """
     folders = [logs] if isinstance(logs, str) else logs
     figure = plot_curves({folder: read_logs(folder) for folder in folders}, metrics)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    kind = Path(out).suffix.removeprefix(".") or "png"
+    write_file(out, lambda stream: figure.savefig(stream, dpi=150, format=kind))
     print(f"curves: {out}")

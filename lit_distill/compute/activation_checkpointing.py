@@ -23,6 +23,7 @@ from torch.utils.checkpoint import (
 
 from lit_distill.compute.recompute_pruning import SkippedLayers, recorded_outputs, unused_layers
 from lit_distill.compute.step_adapters import StepAdapters
+from lit_distill.errors import InputError
 
 Checkpointing = Literal["none", "block", "selective", "step", "nested"]
 
@@ -40,17 +41,17 @@ def check_mode(checkpointing: str, offload: bool) -> None:
         ValueError: If the mode is unknown, or stores no block inputs that could be offloaded.
     """
     if checkpointing == "auto":
-        raise ValueError(
+        raise InputError(
             "checkpointing auto is resolved when training with DistillDataModule starts, and does "
             "not support offloading; choose one of " + ", ".join(get_args(Checkpointing))
         )
     if checkpointing not in get_args(Checkpointing):
-        raise ValueError(
+        raise InputError(
             f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, "
             f"got {checkpointing!r}"
         )
     if offload and checkpointing not in ("block", "selective"):
-        raise ValueError(
+        raise InputError(
             f"offloading moves block inputs to host memory, and checkpointing {checkpointing} "
             "stores none; use block or selective"
         )
@@ -90,7 +91,7 @@ class BlockCheckpointing:
         supported = (m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing"))
         self.modules = [m for m in supported if m.gradient_checkpointing is False]
         if not getattr(denoiser, "_supports_gradient_checkpointing", False):
-            raise ValueError(
+            raise InputError(
                 f"{type(denoiser).__name__} does not support gradient checkpointing of its blocks; "
                 "use checkpointing: step"
             )

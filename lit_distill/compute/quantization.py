@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from lit_distill.errors import InputError
+
 
 def quantization_config(fields: dict[str, Any], denoisers: Iterable[str]) -> Any:  # noqa: ANN401
     """Return the ``quantization_config`` with which a pipeline loads its denoisers quantised.
@@ -40,13 +42,13 @@ def quantization_config(fields: dict[str, Any], denoisers: Iterable[str]) -> Any
         mapping = {key: config_class(**arguments) for key in denoisers}
         return PipelineQuantizationConfig(quant_mapping=mapping)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"model.quantization: {error}") from error
+        raise InputError(f"model.quantization: {error}") from error
 
 
 def _refuse_unknown(kind: str, given: Any, accepted: Any) -> None:  # noqa: ANN401
     for value in given:
         if value not in accepted:
-            raise ValueError(
+            raise InputError(
                 f"model.quantization: unknown {kind} {value!r}; accepted: "
                 + ", ".join(sorted(accepted))
             )

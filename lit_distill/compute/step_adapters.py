@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from lit_distill.errors import InputError
+
 _ATTRIBUTE = "_lit_distill_step_loras"
 
 
@@ -67,7 +69,7 @@ class StepAdapters:
         if not self._names:
             return call
         if total != len(self._names):
-            raise ValueError(
+            raise InputError(
                 f"the student has a LoRA for each of {len(self._names)} steps, but was called with "
                 f"a schedule of {total}: set num_inference_steps to {len(self._names)}, with a "
                 "scheduler that takes one step for each"

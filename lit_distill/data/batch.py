@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from lit_distill.data.images import Picture, read_picture
+from lit_distill.errors import InputError
 
 TARGETS = ("image", "encoded", "latents", "trajectory", "sigmas")
 
@@ -51,13 +54,13 @@ class Batch(TypedDict):
 
 
 def collate(rows: list[dict[str, Any]]) -> Batch:
-    """Collate rows of one bucket into a batch."""
+    """Collate rows of one bucket into a batch.
+
+    Raises:
+        InputError: If the targets of the rows differ in shape; names a row and its file.
+    """
     first = rows[0]
-
-    def stacked(name: str) -> Tensor | None:
-        tensors = [row[name] for row in rows]
-        return None if any(tensor is None for tensor in tensors) else torch.stack(tensors)
-
+    stacked = partial(_stack, rows)
     size = (int(first["height"]), int(first["width"]))
     return {
         "prompt": [str(row["prompt"]) for row in rows],
@@ -74,6 +77,24 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
         "sigmas": stacked("sigmas"),
         "row": [int(row["row"]) for row in rows],
     }
+
+
+def _stack(rows: list[dict[str, Any]], name: str) -> Tensor | None:
+    """Return one kind of target of all rows; None if a row has none."""
+    tensors = [row[name] for row in rows]
+    if any(tensor is None for tensor in tensors):
+        return None
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    expected, _ = Counter(shapes).most_common(1)[0]
+    for row, shape in zip(rows, shapes, strict=True):
+        if shape != expected:
+            example = rows[shapes.index(expected)]
+            raise InputError(
+                f"row {row['row']}: {row['file']} holds {name} of shape {shape}, but {expected} is "
+                f"expected, as in row {example['row']} ({example['file']}): rows of one size need "
+                "targets of one shape"
+            )
+    return torch.stack(tensors)
 
 
 def open_pictures(call: dict[str, Any]) -> dict[str, Any]:

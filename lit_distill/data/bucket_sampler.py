@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lit_distill.data.batch import Batch, collate
+from lit_distill.errors import InputError
 
 Rows = Dataset[dict[str, Any]]
 
@@ -30,6 +31,10 @@ class BucketBatchSampler:
         drop_last: Whether to drop the incomplete last batch of each bucket.
         rank: Rank of this process.
         world_size: Number of processes.
+
+    Attributes:
+        overfit: Number of batches that make up every epoch, the same ones each time; None: an epoch
+            has all batches.
     """
 
     def __init__(
@@ -52,12 +57,13 @@ class BucketBatchSampler:
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
+        self.overfit: int | None = None
         self.epoch = 0
         self.position = 0
 
     def plan(self) -> list[list[int]]:
         """Return the batches of this rank in the current epoch."""
-        rng = np.random.default_rng([self.seed, self.epoch])
+        rng = np.random.default_rng([self.seed, self.epoch if self.overfit is None else 0])
         chunks = []
         size = self.batch_size * self.world_size
         for bucket in self.buckets:
@@ -81,6 +87,11 @@ class BucketBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         yield from self.plan()[self.position :]
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether all batches of the current epoch have been used."""
+        return self.position >= (len(self) if self.overfit is None else self.overfit)
 
 
 class PairLoader(DataLoader[dict[str, Any]]):
@@ -107,9 +118,16 @@ class PairLoader(DataLoader[dict[str, Any]]):
         batches = self.batch_sampler
         if not batches.shuffle:
             batches.position = 0
-        elif batches.position >= len(batches):
+        elif batches.epoch_is_over:
             batches.epoch, batches.position = batches.epoch + 1, 0
-        for batch in super().__iter__():
+        iterator = super().__iter__()
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except InputError as error:
+                raise InputError(_message(error)) from error
             batches.position += 1
             yield batch
 
@@ -141,6 +159,12 @@ class PairLoader(DataLoader[dict[str, Any]]):
         rows_done = state["position"] * state["rows_a_batch"]
         self.batch_sampler.epoch = state["epoch"]
         self.batch_sampler.position = rows_done // order["rows_a_batch"]
+
+
+def _message(error: InputError) -> str:
+    """Return an error's message, without the traceback that a worker process adds to it."""
+    text = str(error)
+    return text.rpartition(f"{InputError.__name__}: ")[2].strip() if "Traceback" in text else text
 
 
 class PlannedBatches(Dataset[Batch]):

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 from lit_distill.data.batch import Batch
 from lit_distill.data.bucket_sampler import BucketBatchSampler, PairLoader, PlannedBatches
 from lit_distill.data.dataset import PairDataset
+from lit_distill.data.filesystem import is_url
 from lit_distill.data.metadata import hold_out, read_metadata
+from lit_distill.errors import InputError
 
 
 class DistillDataModule(pl.LightningDataModule):
@@ -39,13 +41,14 @@ class DistillDataModule(pl.LightningDataModule):
         repeat: Number of passes over the training rows in an epoch.
         drop_last: Drop incomplete training batches: the last rows of each combination of size,
             steps and guidance.
-        cache_dir: Folder for encoded prompts and images. If set, all of them are encoded before
+        cache_dir: Folder for encoded prompts and images, which are stored in a folder
+            ``encodings-v1`` inside it. If set, all of them are encoded before
             training, and the encoders are freed: encoders and denoiser need not fit into memory
             together. Otherwise they are encoded at first use, and the encoders stay.
         seed: Seed of the order of rows and of the held-out split.
 
     Raises:
-        ValueError: If an argument is out of range.
+        InputError: If an argument is out of range.
     """
 
     def __init__(
@@ -68,12 +71,14 @@ class DistillDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if (height is None) != (width is None):
-            raise ValueError(f"data.height={height}, data.width={width}: set both or neither")
+            raise InputError(f"data.height={height}, data.width={width}: set both or neither")
         for name, value in (("batch_size", batch_size), ("repeat", repeat)):
             if value < 1:
-                raise ValueError(f"data.{name} must be >= 1, got {value}")
+                raise InputError(f"data.{name} must be >= 1, got {value}")
         if not 0 <= val_fraction < 1:
-            raise ValueError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
+            raise InputError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
+        if cache_dir is not None and is_url(str(cache_dir)):
+            raise InputError(f"data.cache_dir must be a local folder, got {cache_dir!r}")
         self.metadata_path = metadata_path
         self.val_metadata_path = val_metadata_path
         self.val_fraction = val_fraction
@@ -95,7 +100,7 @@ class DistillDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and check the tables needed in `stage` (fit, validate, test or predict)."""
         if stage == "fit" and self.metadata_path is None:
-            raise ValueError("data.metadata_path is not set: the table of the training pairs")
+            raise InputError("data.metadata_path is not set: the table of the training pairs")
         if self.val_metadata_path is not None:
             self.val_set = PairDataset(self._read(self.val_metadata_path))
         if self.metadata_path is not None and (stage == "fit" or self.val_set is None):
@@ -103,7 +108,7 @@ class DistillDataModule(pl.LightningDataModule):
             if self.val_set is None and self.val_fraction:
                 held_out = hold_out(table["prompt"], self.val_fraction, self.seed)
                 if held_out.all() or not held_out.any():
-                    raise ValueError(
+                    raise InputError(
                         f"data.val_fraction={self.val_fraction} leaves no prompt on one side: "
                         f"{self.metadata_path} has {table['prompt'].nunique()} different prompts"
                     )
@@ -111,7 +116,7 @@ class DistillDataModule(pl.LightningDataModule):
                 table = table[~held_out]
             self.train_set = PairDataset(table)
         if stage != "fit" and self.val_set is None:
-            raise ValueError(
+            raise InputError(
                 f"{stage} needs held-out rows: set data.val_metadata_path or data.val_fraction"
             )
 
@@ -125,6 +130,16 @@ class DistillDataModule(pl.LightningDataModule):
 
     def _loader(self, dataset: PairDataset, train: bool) -> PairLoader:
         trainer = self.trainer
+        connector = getattr(trainer, "_accelerator_connector", None)
+        if (
+            trainer
+            and trainer.world_size > 1
+            and getattr(connector, "use_distributed_sampler", False)
+        ):
+            raise InputError(
+                "set use_distributed_sampler=False in the Trainer: the data module gives every "
+                "process its share of the rows"
+            )
         batches = BucketBatchSampler(
             dataset.buckets(),
             batch_size=self.batch_size,
@@ -135,6 +150,10 @@ class DistillDataModule(pl.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
+        limit = getattr(trainer, "overfit_batches", 0) if train else 0
+        if limit:  # a number of batches, or a share of them
+            number = limit if isinstance(limit, int) else int(limit * len(batches))
+            batches.overfit = min(number, len(batches))
         return PairLoader(dataset, batches, self.num_workers)
 
     def train_dataloader(self) -> PairLoader:
@@ -142,7 +161,7 @@ class DistillDataModule(pl.LightningDataModule):
         assert self.train_set is not None, "call setup('fit') first"
         loader = self._loader(self.train_set, train=True)
         if len(loader.batch_sampler) == 0:
-            raise ValueError(
+            raise InputError(
                 f"data.drop_last leaves no batch: no combination of size, steps and guidance has "
                 f"{self.batch_size} rows for each process (data.batch_size)"
             )

@@ -7,23 +7,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.torch import load
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_distill.data.batch import open_pictures
-from lit_distill.data.filesystem import open_file
 from lit_distill.data.images import read_image
+from lit_distill.data.latents_file import (
+    LATENTS_KEY,
+    SIGMAS_KEY,
+    TRAJECTORY_KEY,
+    read_latents,
+)
 from lit_distill.errors import InputError
-
-LATENTS_KEY = "latents"
-
-TRAJECTORY_KEY = "trajectory"
-
-SIGMAS_KEY = "sigmas"
-"""Names of the tensors in a file of the ``latents`` column. With store_trajectory there are three:
-the final latents, the states between the student's steps, (steps - 1, ...), and the noise levels of
-these states, (steps - 1,). Otherwise only the final latents."""
 
 
 class PairDataset(Dataset[dict[str, Any]]):
@@ -49,14 +44,9 @@ class PairDataset(Dataset[dict[str, Any]]):
         image, encoded, tensors = None, None, {}
         if row["latents"]:
             try:
-                with open_file(row["latents"]) as stream:
-                    tensors = load(stream.read())
-                    tensors[LATENTS_KEY]
-            except Exception as error:  # safetensors' errors do not name the file
-                raise InputError(
-                    f"row {row['row']}: {row['latents']} holds no tensor "
-                    f"{LATENTS_KEY!r} in safetensors format: {error}"
-                ) from error
+                tensors = read_latents(row["latents"])
+            except InputError as error:
+                raise InputError(f"row {row['row']}: {error}") from error
         elif row["image"] and self.encoded is not None:
             encoded = self.encoded(row["image"])
         elif row["image"]:
@@ -66,7 +56,7 @@ class PairDataset(Dataset[dict[str, Any]]):
                     f"row {row['row']}: {row['image']} is {image.shape[1]}x{image.shape[2]} (height"
                     f" x width), but the table says {row['height']}x{row['width']}"
                 )
-        targets = {"image": image, "encoded": encoded}
+        targets = {"image": image, "encoded": encoded, "file": row["latents"] or row["image"]}
         targets |= {key: tensors.get(key) for key in (LATENTS_KEY, TRAJECTORY_KEY, SIGMAS_KEY)}
         return row | targets | {"call": open_pictures(row["call"])}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,19 +10,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from tqdm.auto import tqdm
 
-from lit_distill.data.dataset import LATENTS_KEY
-from lit_distill.data.filesystem import THREADS, open_file
+from lit_distill.data.filesystem import THREADS
 from lit_distill.data.images import Picture, read_picture
+from lit_distill.data.latents_file import LATENTS_KEY, not_finite, read_latents
 from lit_distill.data.metadata import parse_metadata
 from lit_distill.data.schema import add_row_problems
 from lit_distill.data.table_io import Problems
-from lit_distill.data.text import decode, parse_json
 from lit_distill.errors import InputError
-
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Accepted data types of latents in safetensors files, with their size in bytes."""
 
 
 def check_data(
@@ -32,7 +28,7 @@ def check_data(
     call_columns: dict[str, str] | None = None,
     **limits: Any,  # noqa: ANN401
 ) -> pd.DataFrame:
-    """Check the table as `read_metadata` does, decode every picture, read all headers of latents.
+    """Check the table as `read_metadata` does, decode every picture, and read all latents.
 
     Args:
         path: As in `read_metadata`.
@@ -54,6 +50,12 @@ def check_data(
     _check_latents(table, fine, problems)
     problems.check()
     return table
+
+
+def is_flat(picture: Image.Image) -> bool:
+    """Return whether all pixels of a picture are equal."""
+    bands = picture.convert("RGB").split()
+    return all(low == high for low, high in (band.getextrema() for band in bands))
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -83,10 +85,11 @@ def _map_files(function: Callable[[Any], Any], values: list[Any], title: str) ->
 
 
 def _check_pictures(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -> None:
-    """Decode every picture and compare its size with the table's."""
+    """Decode every picture; compare the size of targets with the table's."""
 
     def problem(task: tuple[str, tuple[int, int] | None]) -> str | None:
         path, size = task
+        is_target = size is not None
         try:
             picture = read_picture(path)
         except InputError as error:
@@ -95,6 +98,8 @@ def _check_pictures(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -
         if size is not None and actual != size:
             listed = f"the table says {size[0]}x{size[1]}"
             return f"{path} is {actual[0]}x{actual[1]} (height x width), but {listed}"
+        if is_target and is_flat(picture):
+            return f"{path} is a single colour, as a safety checker or an overflow leaves an image"
         return None
 
     def check(indices: np.ndarray, tasks: list[Any], title: str) -> None:
@@ -115,15 +120,18 @@ def _check_pictures(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -
 
 
 def _check_latents(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -> None:
-    """Read the headers of latents: files must be complete, with one shape for each size."""
+    """Read latents: files must be whole, their values finite, with one shape for each size."""
     paths = table["latents"].to_numpy()
     indices = np.flatnonzero(fine & (paths != ""))
 
     def shape_or_problem(path: str) -> tuple[int, ...] | str:
         try:
-            return latents_header(path)[0]
-        except InputError as error:
+            tensors = read_latents(path)
+        except ValueError as error:
             return str(error)
+        if problem := not_finite(tensors):
+            return f"{path} holds {problem}; generate this row again"
+        return tuple(tensors[LATENTS_KEY].shape)
 
     shapes = _map_files(shape_or_problem, paths[indices].tolist(), "latents")
     sizes = table[["height", "width"]].to_numpy().tolist()
@@ -141,42 +149,3 @@ def _check_latents(table: pd.DataFrame, fine: np.ndarray, problems: Problems) ->
         else:
             continue
         problems.add(text, int(table["row"].iloc[index]), str(table["image"].iloc[index]))
-
-
-def latents_header(path: str) -> tuple[tuple[int, ...], str]:
-    """Return the shape and the data type (such as F32) of a file of latents.
-
-    Raises:
-        InputError: If it is not a complete safetensors file with floats in a tensor ``latents``.
-    """
-    try:
-        with open_file(path) as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            # The limit of the format: other kinds of files would give absurd lengths.
-            header = parse_json(decode(stream.read(length) if length <= 100_000_000 else b""))
-            size = stream.seek(0, 2) - 8 - length
-        entry = header[LATENTS_KEY]
-        shape, dtype = tuple(map(_whole, entry["shape"])), str(entry["dtype"])
-        begin, stop = map(_whole, entry["data_offsets"])
-        end = max(_whole(e["data_offsets"][1]) for k, e in header.items() if k != "__metadata__")
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} holds no tensor {LATENTS_KEY!r} in safetensors format") from error
-    if dtype not in FLOATS:
-        kinds = ", ".join(FLOATS)
-        raise InputError(f"{path} holds latents of type {dtype[:40]}; accepted: {kinds}")
-    if size != end or stop - begin != math.prod(shape) * FLOATS[dtype]:
-        raise InputError(f"{path} is truncated or damaged: {size} bytes of data, not {end}")
-    return shape, dtype
-
-
-def _whole(value: Any) -> int:  # noqa: ANN401
-    """Return a number of a header.
-
-    Raises:
-        TypeError: If it is not an integer >= 0.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError(f"{value!r} is not an integer >= 0")
-    return value

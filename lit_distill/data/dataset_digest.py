@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lit_distill.data.filesystem import THREADS, open_file
+from lit_distill.data.filesystem import content_digest, content_digests
 from lit_distill.data.images import Picture
 
 COLUMNS = ("prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale", "height", "width")
@@ -71,7 +70,7 @@ def _hashes(values: np.ndarray) -> np.ndarray:
 
 def _call(call: dict[str, Any]) -> str:
     """Return the arguments of a row's call; those that are images count by their content."""
-    plain = {k: _sha256(v) if isinstance(v, Picture) else v for k, v in sorted(call.items())}
+    plain = {k: content_digest(v) if isinstance(v, Picture) else v for k, v in sorted(call.items())}
     return repr(plain)
 
 
@@ -82,13 +81,5 @@ def _contents(table: pd.DataFrame) -> list[str]:
     if len(paths) > MAX_FILES:
         chosen = np.linspace(0, len(paths) - 1, MAX_FILES).round().astype(int)
         paths = [paths[index] for index in chosen]
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(lambda path: _sha256(path) if path else "none", paths))
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open_file(path) as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    digests = content_digests([path for path in paths if path])
+    return [next(digests) if path else "none" for path in paths]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import posixpath
 import stat
@@ -99,7 +100,35 @@ def file_signature(path: str) -> tuple[Any, ...]:
 
         system, inner = fsspec.url_to_fs(path)
         info = system.info(inner)
-        changed = next(info[k] for k in ("ETag", "mtime", "LastModified", "created") if k in info)
-        return path, info["size"], str(changed)
+        marks = [info[k] for k in ("ETag", "mtime", "LastModified", "created") if k in info]
+        return path, info["size"], str(marks)
     status = os.stat(path)  # noqa: PTH116 - a Path object for each row is slow
     return path, status.st_size, status.st_mtime_ns
+
+
+known_digests: dict[tuple[Any, ...], str] = {}
+"""Digests of the contents that this process has read, by path, size and modification mark."""
+
+
+def content_digest(path: str) -> str:
+    """Return the SHA-256 of the content of a file or URL, in hexadecimal.
+
+    A file is read once in each process, unless its size or modification mark changes.
+
+    Raises:
+        OSError: If it can't be read.
+    """
+    signature = file_signature(path)
+    if signature not in known_digests:
+        digest = hashlib.sha256()
+        with open_file(path) as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+        known_digests[signature] = digest.hexdigest()
+    return known_digests[signature]
+
+
+def content_digests(paths: Sequence[str]) -> Iterator[str]:
+    """Yield the digest of each file, see `content_digest`; several threads read them."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(content_digest, paths)

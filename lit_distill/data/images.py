@@ -62,7 +62,7 @@ def read_picture(path: str | Path) -> Image.Image:
             data = stream.read()
         with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
             if file.format == "PNG":
-                _verify_png(data)
+                verify_png(data)
             # Pillow would silently reduce these to 8 bits.
             deep = any(mark in str(file.tile) for mark in (";16", ";32"))
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
@@ -100,7 +100,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return (width, height) if transposed else (height, width)
 
 
-def _verify_png(data: bytes) -> None:
+def verify_png(data: bytes) -> None:
     """Compare the checksums of all parts of a PNG file; Pillow skips those of the pixels.
 
     Raises:
@@ -112,7 +112,7 @@ def _verify_png(data: bytes) -> None:
         end = start + 8 + length
         part, checksum = data[start + 4 : end], data[end : end + 4]
         if len(checksum) < 4 or zlib.crc32(part) != int.from_bytes(checksum, "big"):
-            raise ValueError(f"its part at byte {start} is damaged or cut off")
+            raise InputError(f"its part at byte {start} is damaged or cut off")
         start, kind = end + 4, part[:4]
 
 

@@ -140,7 +140,7 @@ def _read_csv(text: str, problems: Problems) -> pd.DataFrame:
         skip_blank_lines=False,  # they count as rows in a spreadsheet
     )
     if len(table) != rows + 1:
-        raise ValueError(f"its lines are ambiguous: {rows} rows, or {len(table) - 1}")
+        raise InputError(f"its lines are ambiguous: {rows} rows, or {len(table) - 1}")
     table = table.iloc[1:].set_axis(header, axis=1)
     if "" in header:
         if (table[[""]] != "").to_numpy().any():
@@ -181,7 +181,7 @@ def _check_csv(text: str, problems: Problems) -> tuple[list[str], int]:
             problems.add(f"column {shorten(name)} occurs {count} times; keep one of them")
     problems.check()
     if not header:
-        raise ValueError("it has no header")
+        raise InputError("it has no header")
     return header, number - 1
 
 
@@ -196,7 +196,7 @@ _QUOTING = {
 def _read_json(text: str, problems: Problems) -> pd.DataFrame:
     records = _loads(text)
     if not isinstance(records, list):
-        raise ValueError(f"found {type(records).__name__}")
+        raise InputError(f"found {type(records).__name__}")
     return _from_records(enumerate(records, 1), problems)
 
 
@@ -207,7 +207,7 @@ def _read_jsonl(text: str, problems: Problems) -> pd.DataFrame:
                 try:
                     yield number, _loads(line)
                 except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from error
+                    raise InputError(f"line {number}: {error}") from error
 
     return _from_records(records(), problems)
 

@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from typing import Any
 
+from lit_distill.errors import InputError
+
 
 def decode(data: bytes) -> str:
     """Return the text of a UTF-8 file, with or without a byte order mark.
@@ -18,11 +20,11 @@ def decode(data: bytes) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        raise ValueError(
+        raise InputError(
             f"byte {error.start} is not UTF-8 ({error.reason}){hint if utf16 else ''}"
         ) from None
     if "\0" in text:
-        raise ValueError(f"character {text.index(chr(0))} is NUL{hint}")
+        raise InputError(f"character {text.index(chr(0))} is NUL{hint}")
     return text
 
 
@@ -52,13 +54,13 @@ def parse_json(text: str, **options: Any) -> Any:  # noqa: ANN401
         record = dict(pairs)
         if len(record) < len(pairs):
             duplicate, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise ValueError(f"an object has {shorten(duplicate)} more than once")
+            raise InputError(f"an object has {shorten(duplicate)} more than once")
         return record
 
     try:
         return json.loads(text, object_pairs_hook=without_duplicates, **options)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise InputError("it is nested too deeply") from None
 
 
 def shorten(value: Any, limit: int = 80) -> str:  # noqa: ANN401

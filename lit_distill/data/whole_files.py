@@ -8,9 +8,11 @@ writers never share a temporary name.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -53,6 +55,13 @@ def write_file(path: str | Path, content: bytes | Callable[[BinaryIO], object]) 
             temporary.unlink(missing_ok=True)
 
 
+def write_image(path: str | Path, image: Any) -> None:  # noqa: ANN401
+    """Write a `PIL.Image.Image` as a PNG file; see `write_file`."""
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    write_file(path, content.getvalue())
+
+
 def sync_folder(folder: Path) -> None:
     """Bring the names of a folder's files to the disk, where the system can."""
     with suppress(OSError):  # Windows, and some network file systems, can't
@@ -63,11 +72,18 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def remove_temporary_files(folder: Path) -> None:
-    """Remove what a killed `write_file` has left in a folder; for its only writer to call."""
+def remove_temporary_files(folder: Path, older_than: float = 0) -> None:
+    """Remove what a killed `write_file` has left in a folder.
+
+    Args:
+        folder: The folder.
+        older_than: Age in seconds, if other processes may be writing to the folder.
+    """
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # gone by now, or not ours to remove
+                if time.time() - path.stat().st_mtime >= older_than:
+                    path.unlink()
 
 
 def sha256_of(path: str | Path) -> str:
@@ -84,21 +100,25 @@ class Manifest:
 
     Args:
         folder: The folder; it need not exist.
+        file: Name of the file that records them. Commands that may write to one folder use
+            different names: what one has written is not the other's.
 
     Attributes:
         files: Size and SHA-256 of each file, by its name relative to the folder.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, file: str = MANIFEST_FILE) -> None:
         self.folder = Path(folder)
+        self.file = file
         self.files: dict[str, dict[str, Any]] = {}
         # A damaged manifest claims nothing.
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            text = (self.folder / MANIFEST_FILE).read_text(encoding="utf-8")
+            text = (self.folder / self.file).read_text(encoding="utf-8")
             entries = json.loads(text)["files"]
             self.files = {
                 str(name): {"size": int(entry["size"]), "sha256": str(entry["sha256"])}
                 for name, entry in entries.items()
+                if ".." not in Path(name).parts and not Path(name).is_absolute()
             }
 
     def foreign(self, names: Iterable[str] | None = None) -> list[str]:
@@ -113,9 +133,7 @@ class Manifest:
         return [
             name
             for name in names
-            if name != MANIFEST_FILE
-            and os.path.lexists(self.folder / name)
-            and not self._is_ours(name)
+            if name != self.file and os.path.lexists(self.folder / name) and not self._is_ours(name)
         ]
 
     def _is_ours(self, name: str) -> bool:
@@ -134,7 +152,7 @@ class Manifest:
                 parent.rmdir()
                 parent = parent.parent
         self.files = {}
-        (self.folder / MANIFEST_FILE).unlink(missing_ok=True)
+        (self.folder / self.file).unlink(missing_ok=True)
 
     def save(self, names: Iterable[str] | None = None) -> None:
         """Record files as ours.
@@ -146,8 +164,8 @@ class Manifest:
             paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
             names = [path.relative_to(self.folder).as_posix() for path in paths]
         for name in names:
-            if name != MANIFEST_FILE:
+            if name != self.file:
                 path = self.folder / name
                 self.files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
         text = json.dumps({"written_by": "lit_distill", "files": self.files}, indent=1)
-        write_file(self.folder / MANIFEST_FILE, (text + "\n").encode())
+        write_file(self.folder / self.file, (text + "\n").encode())

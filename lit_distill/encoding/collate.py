@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 
+from lit_distill.errors import InputError
 
-class EncodingCollateError(ValueError):
+
+class EncodingCollateError(InputError):
     """Encodings of single prompts can't be collated as the pipeline would encode the batch."""
 
     def __init__(self, reason: str) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_distill.data.filesystem import file_signature
+from lit_distill.data.filesystem import content_digest
 from lit_distill.data.images import read_image
 from lit_distill.encoding.collate import (
     CollateExample,
@@ -28,8 +28,9 @@ from lit_distill.encoding.collate import (
     tensor_sizes,
     to_device,
 )
-from lit_distill.encoding.fingerprint import fingerprint, weights_summary
-from lit_distill.encoding.store import EncodingStore
+from lit_distill.encoding.fingerprint import encoders_digest, fingerprint
+from lit_distill.encoding.store import EncodingStore, LostEncodingError
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import (
     denoisers,
     replace_component,
@@ -51,24 +52,19 @@ class EncodeOnce:
         store: Stores the encodings; default: in memory.
 
     Attributes:
-        namespace: Digest of the encoders' weights and versions, part of every key, so that several
-            models can share a folder. Empty for a store in memory.
+        namespace: Digest of the encoders, part of every key, so that several models can share a
+            folder. Empty for a store in memory.
         released: Whether the encoders have been freed, so that only stored encodings are available.
+        not_stored: Why an encoding could not be stored; None: all could.
     """
 
     def __init__(self, pipe: DiffusionPipeline, store: EncodingStore | None = None) -> None:
         self.pipe = pipe
         self.store = EncodingStore() if store is None else store
         self.released = False
-        self.namespace = ""
-        if self.store.folder is not None:
-            models = {
-                name: weights_summary(component)
-                for name, component in pipe.components.items()
-                if isinstance(component, nn.Module) and name not in denoisers(pipe)
-            }
-            versions = [version(name) for name in ("diffusers", "transformers", "torch")]
-            self.namespace = fingerprint([type(pipe).__name__, versions, models])
+        self.not_stored: str | None = None
+        self._keys: set[str] | None = None  # of the encodings of a call, see populate
+        self.namespace = "" if self.store.folder is None else encoders_digest(pipe)
         for name in ("encode_prompt", "encode_image"):
             if callable(getattr(pipe, name, None)):
                 setattr(pipe, name, _CachedEncoder(self, getattr(pipe, name)))
@@ -77,7 +73,7 @@ class EncodeOnce:
             vae.encode = _CachedVAEEncoder(self, vae.encode)
 
     def cache_image(self, path: str) -> None:
-        """Store the VAE's encoding of an image file, under its path, size and date."""
+        """Store the VAE's encoding of an image file, under the digest of its content."""
         key = image_key(self.namespace, path)
         if key not in self.store:
             vae: Any = self.pipe.vae
@@ -102,9 +98,21 @@ class EncodeOnce:
         """
         content = {name: value for name, value in sorted(arguments.items()) if name != "device"}
         key = self.key(original.__name__, content)
-        if key not in self.store:
-            self.store[key] = self.encode(original, arguments)
-        return self.store[key]
+        if self._keys is not None:
+            self._keys.add(key)
+        if key in self.store:
+            try:
+                return self.store[key]
+            except LostEncodingError as error:
+                if self.released:
+                    raise lost(error) from error
+                warnings.warn(f"{error}: its content is encoded again", stacklevel=2)
+        encoded = to_device(self.encode(original, arguments), torch.device("cpu"))
+        try:
+            self.store[key] = encoded
+        except TypeError as error:  # no type that can be stored
+            self.not_stored = f"{original.__name__}: {error}"
+        return encoded
 
     def encode(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         """Call an encoder as in inference, without gradients and without the trainer's autocast.
@@ -125,12 +133,15 @@ class EncodeOnce:
         """The device on which the pipeline runs."""
         return torch.device(self.pipe._execution_device)
 
-    def populate(self, *, cfg_scale: float, **arguments: Any) -> None:  # noqa: ANN401
+    def populate(self, *, cfg_scale: float, **arguments: Any) -> set[str]:  # noqa: ANN401
         """Store all encodings that a call of the pipeline needs, without calling the denoisers.
 
         Args:
             cfg_scale: Guidance of the call.
             **arguments: Its other arguments, as for `run_pipeline`.
+
+        Returns:
+            The keys of these encodings.
         """
 
         def stop(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -145,8 +156,14 @@ class EncodeOnce:
         copies = {name: weightless_copy(each, device) for name, each in originals.items()}
         for denoiser in copies.values():
             denoiser.forward = stop
-        with replaced_components(self.pipe, **copies), suppress(_ReachedError), torch.no_grad():
-            run_pipeline(self.pipe, cfg_scale=cfg_scale, output_type="latent", **arguments)
+        keys: set[str] = set()
+        self._keys = keys
+        try:
+            with replaced_components(self.pipe, **copies), suppress(_ReachedError), torch.no_grad():
+                run_pipeline(self.pipe, cfg_scale=cfg_scale, output_type="latent", **arguments)
+        finally:
+            self._keys = None
+        return keys
 
     def release(self, device: torch.device) -> Any:  # noqa: ANN401
         """Free all modules except the denoisers; weightless copies stay in the pipeline.
@@ -166,21 +183,29 @@ class EncodeOnce:
 
 
 def image_key(namespace: str, path: str) -> str:
-    """Return the key of an image file; it changes when the file does."""
-    return fingerprint((namespace, "image", file_signature(path)))
+    """Return the key of an image file, which depends on its content only."""
+    return fingerprint((namespace, "image", content_digest(path)))
 
 
 def encoded_image(store: EncodingStore, namespace: str, path: str) -> Tensor:
     """Return the encoding that `EncodeOnce.cache_image` has stored, (C, h, w) or (C, 1, h, w).
 
     Raises:
-        ValueError: If the file has changed since.
+        InputError: If the file has changed since, or the encoding can't be read any more.
     """
     key = image_key(namespace, path)
     if key not in store:
-        raise ValueError(f"{path} has changed since training began")
-    latents: Tensor = store[key]
+        raise InputError(f"{path} has changed since training began")
+    try:
+        latents: Tensor = store[key]
+    except LostEncodingError as error:
+        raise lost(error) from error
     return latents[0]
+
+
+def lost(error: LostEncodingError) -> InputError:
+    """Return the error for an encoding that is lost after the encoders have been freed."""
+    return InputError(f"{error}; start training again: its content is then encoded again")
 
 
 class _ReachedError(Exception):
@@ -213,8 +238,9 @@ class _CachedEncoder:
                 encoded = self.cache.get_or_encode(self.original, arguments)
             else:
                 encoded = self._encode_batch(arguments, sizes.pop())
-        except TypeError:  # an argument or a result that can't be stored
-            return self.cache.encode(self.original, arguments)
+        except TypeError as error:  # an argument that can't be part of a key
+            self.cache.not_stored = f"{self.__name__}: {error}"
+            encoded = self.cache.encode(self.original, arguments)
         return to_device(encoded, torch.device(arguments.get("device") or self.cache.device))
 
     def _encode_batch(self, arguments: dict[str, Any], size: int) -> Any:  # noqa: ANN401
@@ -262,7 +288,8 @@ class _CachedVAEEncoder:
             parameters = torch.cat([each.latent_dist.parameters for each in outputs])
             output.latent_dist = distribution(parameters)
         else:
-            output.latent = torch.cat([each.latent for each in outputs])
+            for name in output:  # of a field: they are dictionaries
+                output[name] = torch.cat([each[name] for each in outputs])
         return output if return_dict else output.to_tuple()
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.loading import TINY_DIGITS
 
 
@@ -88,7 +89,7 @@ class TransformersFeatures(nn.Module):
         self.model: Any = AutoModel.from_pretrained(name_or_path).eval().requires_grad_(False)
         settings = get_image_processor_config(name_or_path)
         if "image_mean" not in settings:
-            raise ValueError(
+            raise InputError(
                 f"{name_or_path} has no preprocessor_config.json with image_mean and image_std; "
                 "use a vision network of transformers"
             )
@@ -122,7 +123,7 @@ class TransformersFeatures(nn.Module):
         from transformers import AutoTokenizer
 
         if not hasattr(self.model, "get_text_features"):
-            raise ValueError(f"{self.name_or_path} encodes no text; use a CLIP model")
+            raise InputError(f"{self.name_or_path} encodes no text; use a CLIP model")
         tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
         tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         output = self.model.get_text_features(**tokens.to(self.model.device))
@@ -139,5 +140,5 @@ def _pooled(output: Any, name: str) -> Tensor:  # noqa: ANN401
         return output
     pooled = getattr(output, "pooler_output", None)
     if not isinstance(pooled, Tensor):
-        raise ValueError(f"{name} returns no pooled features; use a CLIP, SigLIP, ViT or DINOv2")
+        raise InputError(f"{name} returns no pooled features; use a CLIP, SigLIP, ViT or DINOv2")
     return pooled

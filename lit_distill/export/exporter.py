@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lit_distill.adapters.inject import adapters_disabled
@@ -18,8 +18,13 @@ from lit_distill.adapters.lora import LoRA, add_loras, differences
 from lit_distill.adapters.lora_files import read_lora
 from lit_distill.adapters.weights import extract_lora, fuse_lora, load_base_pipeline
 from lit_distill.compute.step_adapters import step_names, switch_adapter_callback
+from lit_distill.data.whole_files import write_file
+from lit_distill.data.whole_folders import check_replaceable, draft_of, replace_folder
+from lit_distill.errors import InputError
+from lit_distill.export.base_model import load_checked_base
 from lit_distill.export.facts import StudentFacts
-from lit_distill.export.load_student import FACTS_FILE, student_pipeline
+from lit_distill.export.hub import upload
+from lit_distill.export.load_student import FACTS_FILE, add_student
 from lit_distill.export.lora_writer import LoRAWriter
 from lit_distill.export.model_card import ExportSummary, model_card
 from lit_distill.export.readers import reader_for
@@ -78,7 +83,7 @@ def export_student(
 
     Args:
         checkpoint: Path of a Lightning checkpoint (.ckpt) of `DirectDistill`, or its content.
-        out_dir: Folder to write to; created if missing.
+        out_dir: Folder to write to; created if missing. An earlier export in it is replaced.
         format: One of the formats above.
         dtype: Data type of the tensors: float32, bfloat16 or float16. Default: float32 for a
             LoRA, as it was trained; that of the base model for merged.
@@ -91,23 +96,30 @@ def export_student(
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
-        ValueError: If the checkpoint can't be used, or can't be written in this format.
+        InputError: If the checkpoint can't be used, or can't be written in this format; if the
+            folder holds files of somebody else; if the base model has changed since training.
+        OSError: If a file can't be written. The folder is as before then.
         ExportError: If the reloaded export differs from the student.
     """
     if format not in get_args(ExportFormat):
-        raise ValueError(f"format must be one of {', '.join(get_args(ExportFormat))}: {format!r}")
+        raise InputError(f"format must be one of {', '.join(get_args(ExportFormat))}: {format!r}")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
     format = _supported_format(format, content["hyper_parameters"])
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    check_replaceable(out_dir)
     # Files appear in out_dir only after they are verified. The random state is kept for a training
     # run that continues: adapters are initialised at random before weights are loaded into them.
-    with TemporaryDirectory(dir=out_dir, prefix=".") as draft, torch.random.fork_rng(devices=[]):
-        _Export(content, Path(draft), format, dtype, device).run(max_shard_size)
-        for path in Path(draft).iterdir():
-            _move(path, out_dir / path.name)
+    with draft_of(out_dir) as draft, torch.random.fork_rng(devices=[]):
+        try:
+            _Export(content, draft, format, dtype, device).run(max_shard_size)
+        except OSError as error:
+            if str(draft) in str(error) and error.errno is not None:
+                text = str(error.strerror).replace(str(draft), str(out_dir))
+                raise OSError(error.errno, text) from error
+            raise
+        replace_folder(draft, out_dir)
     if push_to_hub is not None:
         upload(out_dir, push_to_hub)
     return out_dir
@@ -117,38 +129,22 @@ def _supported_format(format: ExportFormat, hparams: dict[str, Any]) -> ExportFo
     """Return the format to write: merged for a fully trained denoiser.
 
     Raises:
-        ValueError: If the student can't be written in this format.
+        InputError: If the student can't be written in this format.
     """
     if hparams["lora"] is None:
         if format not in ("diffusers", "merged"):
-            raise ValueError(
+            raise InputError(
                 f"format {format} is for a LoRA, but the whole denoiser was trained; use format "
                 "merged"
             )
         return "merged"
     if hparams.get("lora_per_step") and format != "diffusers":
-        raise ValueError(
+        raise InputError(
             f"format {format}: this student has a LoRA for every step (model.lora_per_step), but "
             "tools that read this format use one LoRA for all steps; use format diffusers, or "
             "train with model.lora_per_step: null"
         )
     return format
-
-
-def _move(path: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    path.replace(target)
-
-
-def upload(folder: Path, repo_id: str) -> None:
-    """Upload an export to the hub, to a repository that is created if missing."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
-    message = "Export of lit_distill"
-    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
 
 
 class _Export:
@@ -188,7 +184,7 @@ class _Export:
         """Run all phases.
 
         Raises:
-            ValueError: If the format does not support the pipeline.
+            InputError: If the format does not support the pipeline.
             ExportError: If the reloaded export differs from the student.
         """
         self._sample_and_write()
@@ -203,9 +199,17 @@ class _Export:
 
     def _sample_and_write(self) -> None:
         """Sample the student and write its LoRA; its pipeline is freed on return."""
-        student = student_pipeline(self.content).to(self.device)
-        self.facts = StudentFacts.from_checkpoint(self.content, student)
+        base, digest = load_checked_base(self.content)
+        original = dict(base.scheduler.config)
+        student = add_student(base, self.content).to(self.device)
         self.scheduler = student.scheduler
+        changed = dict(self.scheduler.config) != original
+        config = json.loads(self.scheduler.to_json_string()) if changed else {}
+        self.facts = replace(
+            StudentFacts.from_checkpoint(self.content, student),
+            base_digest=digest,
+            scheduler_config=config,
+        )
         samples = self._sample(student)
         self.expected = samples[0][0]
         self.columns = [[image for _, image in samples]]
@@ -230,16 +234,19 @@ class _Export:
         return lora
 
     def _write_merged(self, max_shard_size: str) -> None:
+        pipe = load_base_pipeline(self.hparams, torch_dtype=self.dtype)
         if lora := self.loras[None]:
-            pipe = load_base_pipeline(self.hparams, torch_dtype=self.dtype)
             fuse_lora(pipe, lora)
         else:
-            pipe = student_pipeline(self.content, self.dtype)
+            add_student(pipe, self.content)
         pipe.scheduler = self.scheduler
-        pipe.save_pretrained(self.folder, max_shard_size=max_shard_size)
+        try:
+            pipe.save_pretrained(self.folder, max_shard_size=max_shard_size)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"{self.folder} can't be written: {error}") from error
         facts = replace(self.facts, torch_dtype=str(self.dtype).removeprefix("torch."))
         text = json.dumps(facts.to_dict(), indent=2, ensure_ascii=False)
-        (self.folder / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
+        write_file(self.folder / FACTS_FILE, (text + "\n").encode())
 
     # Phase 2: reload
 
@@ -315,4 +322,4 @@ class _Export:
     def _write_card(self, pipe: DiffusionPipeline, summary: ExportSummary) -> None:
         save_grid(self.columns, self.folder / SAMPLES_FILE)
         text = model_card(self.facts, summary, pipe, SAMPLES_FILE)
-        (self.folder / "README.md").write_text(text, encoding="utf-8")
+        write_file(self.folder / "README.md", text.encode(errors="replace"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -37,9 +38,11 @@ class StudentFacts:
         pipeline: Class of the pipeline.
         base_model: Hub id or folder of the base model.
         base_revision: Its revision on the hub.
+        base_digest: Digest of each of its denoisers; empty if unknown.
         torch_dtype: Data type of the base model's weights.
         call_kwargs: Fixed arguments of the pipeline's call.
         scheduler: Class of the scheduler.
+        scheduler_config: Its configuration; empty: that of the base model; None: unknown.
         lora: Rank and alpha; None if the whole denoiser was trained.
         lora_per_step: Number of LoRAs of a student that has one for every step.
         teacher_lora: The teacher's LoRA, which exports contain.
@@ -60,9 +63,11 @@ class StudentFacts:
     pipeline: str
     base_model: str
     base_revision: str | None = None
+    base_digest: dict[str, str] = field(default_factory=dict)
     torch_dtype: str
     call_kwargs: dict[str, Any] = field(default_factory=dict)
     scheduler: str
+    scheduler_config: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
     lora_per_step: int | None = None
     teacher_lora: str | None = None
@@ -110,10 +115,34 @@ class StudentFacts:
             raise InputError(f"{damaged}{name} {problem}")
         if not kept.get("cfg_scale", 1) >= 1 or kept.get("num_inference_steps", 1) < 1:
             raise InputError(f"{damaged}cfg_scale and num_inference_steps must be >= 1")
+        examples = []
         for row in kept.get("examples", ()):
-            if not isinstance(row, dict) or wrong_types(Example, row):
+            try:
+                examples.append(Example(**row))
+                valid = not wrong_types(Example, row)
+            except TypeError:  # not a row, or other fields
+                valid = False
+            if not valid:
                 raise InputError(f"{damaged}an example is {row!r:.200}")
-        return cls(**kept | {"examples": [Example(**row) for row in kept.get("examples", ())]})
+        return cls(**kept | {"examples": examples})
+
+    @classmethod
+    def from_json(cls, text: str, where: str | Path) -> StudentFacts:
+        """Return the facts that a file of an export holds.
+
+        Args:
+            text: The facts, as JSON.
+            where: The file, for the error.
+
+        Raises:
+            InputError: If they are damaged.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{where}: the facts of its student are damaged ({error}); export it again"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts in plain types, for JSON."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,15 @@ from torch import Tensor
 
 from lit_distill.adapters.inject import make_trainable, trained_parameters
 from lit_distill.adapters.lora_files import METADATA_KEY, load_tensors, read_lora
-from lit_distill.adapters.weights import load_base_pipeline, load_into_adapters, lora_config_fields
+from lit_distill.adapters.weights import load_into_adapters, lora_config_fields
 from lit_distill.compute.step_adapters import step_names
+from lit_distill.errors import InputError
+from lit_distill.export.base_model import (
+    base_digest,
+    check_base,
+    is_dtype,
+    load_checked_base,
+)
 from lit_distill.export.facts import StudentFacts, recorded_facts
 from lit_distill.pipelines.components import denoisers, override_scheduler_config
 from lit_distill.pipelines.guidance import guidance
@@ -46,14 +52,16 @@ def load_student(
         source: A Lightning checkpoint (.ckpt) of `DirectDistill`; a LoRA that `export_student`
             wrote, as a file or its folder; or a folder of format merged.
         torch_dtype: Data type of all weights; default: that of the frozen weights in training.
-        base_model: Hub id or folder of the base model; default: the one of training.
+        base_model: Hub id or folder of the base model; default: the one of training. If the one
+            that is named differs from that of training, this is only a warning.
 
     Returns:
         The pipeline on the CPU, its weights frozen; LoRAs are attached, not merged.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is truncated, or was not written by lit_distill.
+        InputError: If it is truncated, or was not written by lit_distill, or if the base model has
+            changed since training.
     """
     source = Path(source)
     facts: StudentFacts | None
@@ -83,29 +91,27 @@ def _load_checkpoint(
     content = read_checkpoint(path)
     if base_model is not None:
         content["hyper_parameters"]["pretrained_model_name_or_path"] = str(base_model)
-    pipe = student_pipeline(content, torch_dtype, f"checkpoint {path}")
+    pipe, _ = load_checked_base(content, torch_dtype, given=base_model is not None)
+    pipe = add_student(pipe, content, f"checkpoint {path}")
     if "num_inference_steps" not in recorded_facts(content):
         return pipe, None
     return pipe, StudentFacts.from_checkpoint(content, pipe)
 
 
-def student_pipeline(
-    content: dict[str, Any],
-    torch_dtype: Any = None,  # noqa: ANN401
-    where: str = "the checkpoint",
+def add_student(
+    pipe: DiffusionPipeline, content: dict[str, Any], where: str = "the checkpoint"
 ) -> DiffusionPipeline:
-    """Return the pipeline of a checkpoint's content, its adapters in float32.
+    """Return a base model with the student of a checkpoint in it, its adapters in float32.
 
     Args:
+        pipe: The base model, changed in place.
         content: Content of the checkpoint.
-        torch_dtype: Data type of the base model's weights; default: that of training.
         where: Name of the checkpoint in error messages.
 
     Raises:
-        ValueError: If the weights do not fit this pipeline and these settings.
+        InputError: If the weights do not fit this pipeline and these settings.
     """
     hparams = content["hyper_parameters"]
-    pipe = load_base_pipeline(hparams, torch_dtype=torch_dtype)
     pipe.scheduler = override_scheduler_config(pipe, hparams.get("scheduler"))
     dtypes = {p: p.dtype for d in denoisers(pipe).values() for p in d.parameters()}
     freeze, lora_per_step = hparams.get("freeze") or (), hparams.get("lora_per_step")
@@ -125,8 +131,8 @@ def student_pipeline(
 def _read_facts(folder: Path) -> StudentFacts:
     path = folder / FACTS_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} was not written by lit_distill: it has no {FACTS_FILE}")
-    return StudentFacts.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        raise InputError(f"{folder} was not written by lit_distill: it has no {FACTS_FILE}")
+    return StudentFacts.from_json(path.read_bytes().decode(errors="replace"), path)
 
 
 def _load_export(
@@ -139,16 +145,12 @@ def _load_export(
         raise FileNotFoundError(f"{source} holds no LoRA (a .safetensors file)")
     metadata = load_tensors(files[0])[1]
     if METADATA_KEY not in metadata:
-        raise ValueError(
+        raise InputError(
             f"{files[0]} was not written by lit_distill: its metadata name no base model; load it "
             "with pipe.load_lora_weights into a pipeline of your choice"
         )
-    facts = StudentFacts.from_dict(json.loads(metadata[METADATA_KEY]))
-    pipe = load_pipeline(
-        base_model or facts.base_model,
-        revision=None if base_model else facts.base_revision,
-        torch_dtype=torch_dtype or facts.torch_dtype,
-    )
+    facts = StudentFacts.from_json(metadata[METADATA_KEY], files[0])
+    pipe = _load_base(facts, torch_dtype, base_model)
     folder = source if source.is_dir() else source.parent
     if facts.lora_per_step:
         names = step_names(facts.lora_per_step)
@@ -160,9 +162,28 @@ def _load_export(
         lora = read_lora(source, pipe)
         make_trainable(pipe, lora_config_fields(lora, pipe))
         load_into_adapters(pipe, lora)
-    if (folder / SCHEDULER_FILE).is_file():
-        pipe.scheduler = type(pipe.scheduler).from_pretrained(folder)
+    if facts.scheduler_config:
+        pipe.scheduler = type(pipe.scheduler).from_config(facts.scheduler_config)
+    elif facts.scheduler_config is None and (folder / SCHEDULER_FILE).is_file():
+        pipe.scheduler = type(pipe.scheduler).from_pretrained(folder)  # of an earlier version
     return pipe, facts
+
+
+def _load_base(
+    facts: StudentFacts,
+    torch_dtype: Any,  # noqa: ANN401
+    base_model: str | Path | None,
+) -> DiffusionPipeline:
+    """Load the base model of an export, and compare it with that of training."""
+    name = base_model or facts.base_model
+    revision = None if base_model else facts.base_revision
+    if facts.base_digest and not is_dtype(torch_dtype, facts.torch_dtype):
+        _load_base(facts, None, base_model)  # digests are those of the data type of training
+    pipe = load_pipeline(name, revision=revision, torch_dtype=torch_dtype or facts.torch_dtype)
+    if facts.base_digest and is_dtype(torch_dtype, facts.torch_dtype):
+        given = base_model is not None
+        check_base([base_digest(pipe)], facts.base_digest, str(name), given=given)
+    return pipe
 
 
 def with_defaults(pipe: DiffusionPipeline, facts: StudentFacts) -> DiffusionPipeline:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lit_distill.adapters.lora import Factors, LoRA
 from lit_distill.adapters.lora_files import METADATA_KEY, to_state
 from lit_distill.adapters.lora_formats import file_name, layout_of
 from lit_distill.adapters.weights import lora_config_fields
+from lit_distill.data.whole_files import write_file
+from lit_distill.errors import InputError
 from lit_distill.export.facts import StudentFacts
 from lit_distill.pipelines.components import denoisers
 
@@ -53,7 +55,7 @@ class LoRAWriter:
             The file of each denoiser.
 
         Raises:
-            ValueError: If the format does not support the pipeline.
+            InputError: If the format does not support the pipeline.
         """
         files = {}
         for component, factors in lora.items():
@@ -81,7 +83,7 @@ class LoRAWriter:
 
     def _save(self, state: dict[str, Tensor], path: str | Path) -> None:
         facts = json.dumps(self.facts.to_dict(), ensure_ascii=False)
-        save_file(state, path, metadata={"format": "pt", METADATA_KEY: facts})
+        write_file(path, save(state, metadata={"format": "pt", METADATA_KEY: facts}))
 
     def _save_with_diffusers(
         self, pipe: DiffusionPipeline, component: str, state: dict[str, Tensor], path: Path
@@ -93,7 +95,7 @@ class LoRAWriter:
         writer = getattr(pipe, "save_lora_weights", None)
         first = next(iter(denoisers(pipe)))
         if writer is None or f"{first}_lora_layers" not in inspect.signature(writer).parameters:
-            raise ValueError(
+            raise InputError(
                 f"{type(pipe).__name__} has no LoRA writer for its {first}; use format peft or "
                 "merged"
             )

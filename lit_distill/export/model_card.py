@@ -58,8 +58,8 @@ def model_card(
     steps = facts.num_inference_steps
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {Path(facts.base_model).name} in {steps} steps",
-        f"{facts.base_model}, distilled to {steps} steps at guidance {facts.cfg_scale:g} "
+        f"# {markdown(Path(facts.base_model).name)} in {steps} steps",
+        f"{markdown(facts.base_model)}, distilled to {steps} steps at guidance {facts.cfg_scale:g} "
         "(1 = off) with [Direct Distillation](https://github.com/lit-distill/lit-distill). Use the "
         "number of steps, guidance and scheduler that it was trained with; others degrade the "
         "images.",
@@ -177,4 +177,21 @@ def _rows(facts: StudentFacts, summary: ExportSummary) -> list[tuple[str, Any]]:
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    lines = [f"| {markdown(name)} | {markdown(value)} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+_PLAIN = re.compile(r"[\w ./:,;'%+()=-]*")
+
+_MARKUP = re.compile(r"://|www\.|(?<!\w)_|_(?!\w)")
+
+
+def markdown(value: object) -> str:
+    """Return a value as text that markdown shows as it is: as code, if it may be markup or HTML."""
+    text = " ".join(str(value).split())
+    if _PLAIN.fullmatch(text) and not _MARKUP.search(text):
+        return text
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    # Tables end a cell at "|" in code, too; the spaces are not shown.
+    return f"{fence} {text} {fence}".replace("|", "\\|")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_distill.data.batch import collate_calls, open_pictures
 from lit_distill.data.images import Picture
+from lit_distill.data.whole_files import write_image
 from lit_distill.pipelines.rollout import sample
 from lit_distill.training.facts import Example
 
@@ -57,4 +58,4 @@ def save_grid(columns: list[list[Image.Image]], path: Path) -> None:
     images = [image for row in zip(*columns, strict=True) for image in row]
     factor = max(1, 128 // max(images[0].size))
     enlarged = [image.resize([side * factor for side in image.size], 0) for image in images]
-    make_image_grid(enlarged, rows=len(columns[0]), cols=len(columns)).save(path)
+    write_image(path, make_image_grid(enlarged, rows=len(columns[0]), cols=len(columns)))

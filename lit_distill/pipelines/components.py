@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lit_distill.errors import with_suggestions
+from lit_distill.errors import InputError, with_suggestions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -29,7 +29,7 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:
     models = {k: v for k, v in pipe.components.items() if isinstance(v, ModelMixin)}
     selected = select_denoisers(models)
     if not selected:
-        raise ValueError(
+        raise InputError(
             f"{type(pipe).__name__} has no denoiser: none of its components "
             f"({', '.join(pipe.components)}) is a diffusers model without a decoder"
         )
@@ -118,7 +118,7 @@ def override_scheduler_config(pipe: DiffusionPipeline, fields: dict[str, Any] | 
     scheduler = pipe.scheduler
     for name in fields or {}:
         if name not in scheduler.config:
-            raise ValueError(
+            raise InputError(
                 f"model.scheduler: {type(scheduler).__name__} has no field "
                 f"{with_suggestions(name, scheduler.config)}"
             )
@@ -170,7 +170,7 @@ def use_attention(pipe: DiffusionPipeline, backend: str) -> None:
     for name, denoiser in denoisers(pipe).items():
         processors = (getattr(module, "processor", None) for module in denoiser.modules())
         if not any(hasattr(processor, "_attention_backend") for processor in processors):
-            raise ValueError(
+            raise InputError(
                 f"model.attention_backend: {type(denoiser).__name__} ({name}) does not take its "
                 "attention from diffusers' dispatcher; leave it out"
             )
@@ -178,7 +178,7 @@ def use_attention(pipe: DiffusionPipeline, backend: str) -> None:
             with silent_diffusers():  # it warns that backends are experimental
                 denoiser.set_attention_backend(backend)
         except (ValueError, RuntimeError, ImportError, OSError) as error:
-            raise ValueError(f"model.attention_backend {backend!r}: {error}") from error
+            raise InputError(f"model.attention_backend {backend!r}: {error}") from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import call_parameters, denoisers, replaced_components
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Family(NamedTuple):
 def _above_two(cfg_scale: float) -> float:
     """Map the scale of a family whose guidance starts above 2 on the textbook scale."""
     if 1 < cfg_scale <= 2:
-        raise ValueError(f"this family has no guidance with a cfg_scale up to 2, got {cfg_scale}")
+        raise InputError(f"this family has no guidance with a cfg_scale up to 2, got {cfg_scale}")
     return cfg_scale - 1
 
 
@@ -151,23 +152,23 @@ def guidance(
             `cfg_scale` is not 1, the argument is set by hand as well, or the family is refused.
     """
     if not cfg_scale >= 1:
-        raise ValueError(f"cfg_scale must be a number >= 1 (1 = no guidance), got {cfg_scale!r}")
+        raise InputError(f"cfg_scale must be a number >= 1 (1 = no guidance), got {cfg_scale!r}")
     name, family = type(pipe).__name__, family_of(pipe)
     if family.refused:
-        raise ValueError(f"{name} cannot be distilled: {family.refused}")
+        raise InputError(f"{name} cannot be distilled: {family.refused}")
     argument = scale_argument(pipe)
     guiders = _guiders(pipe)
     if argument in call_kwargs:
-        raise ValueError(
+        raise InputError(
             f"{argument} of {name} is set through cfg_scale; remove it from call_kwargs"
         )
     if argument is None and not guiders and cfg_scale != 1:
         if scale_is_an_input(pipe):
-            raise ValueError(
+            raise InputError(
                 f"{name} has no classifier-free guidance: cfg_scale must be 1, got {cfg_scale}. "
                 "Its guidance_scale is an input of the network; set it in call_kwargs"
             )
-        raise ValueError(f"{name} takes no guidance scale: cfg_scale must be 1, got {cfg_scale}")
+        raise InputError(f"{name} takes no guidance scale: cfg_scale must be 1, got {cfg_scale}")
     kwargs: dict[str, Any] = {argument: family.scale(cfg_scale)} if argument else {}
     if cfg_scale == 1:
         unset = OTHER_KINDS.keys() & call_parameters(pipe) - call_kwargs.keys()

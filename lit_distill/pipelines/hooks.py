@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import copy_scheduler, denoisers, replaced_components
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def observed_scheduler(
         if self is not scheduler:  # a copy that the pipeline made, for the sound of its video
             return unbound(self, *args, **kwargs)
         if state.total == 1 and not torch.isfinite(scheduler.timesteps).all():
-            raise ValueError(
+            raise InputError(
                 f"{type(scheduler).__name__} has no one-step schedule with shift_terminal="
                 f"{scheduler.config.get('shift_terminal')}: its only timestep is not a number. "
                 "Use num_inference_steps >= 2, or set the scheduler's shift_terminal to None"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers, replaced_components
 from lit_distill.pipelines.guidance import guidance
 from lit_distill.pipelines.hooks import (
@@ -53,7 +54,7 @@ class LatentCodec:
     def __init__(self, pipe: DiffusionPipeline, **call_kwargs: Any) -> None:  # noqa: ANN401
         self.pipe = pipe
         if getattr(pipe, "vae", None) is None:
-            raise ValueError(f"{type(pipe).__name__} has no component `vae` to encode images with")
+            raise InputError(f"{type(pipe).__name__} has no component `vae` to encode images with")
         postprocess = _PostProcessing(pipe, {"prompt": "", **call_kwargs})
         with torch.no_grad():
             self._learn(postprocess)
@@ -66,7 +67,7 @@ class LatentCodec:
             return
         rows, columns = self.z_shape[-2:]
         if height % rows or width % columns or height // rows != width // columns:
-            raise ValueError(
+            raise InputError(
                 f"{type(self.pipe).__name__} can't generate {height}x{width} pixels (height x "
                 f"width): its latents would be {rows}x{columns}; both sides must be multiples of "
                 "what the pipeline needs"
@@ -85,7 +86,7 @@ class LatentCodec:
         self.z_shape = postprocess.z_shape
         name = type(self.pipe).__name__
         if self.shift.numel() != size or not (self.scale != 0).all():
-            raise ValueError(
+            raise InputError(
                 f"{name}: the map from final latents {tuple(postprocess.latent_shape)} to the "
                 f"VAE's input {tuple(self.z_shape)} is not one to one; store the teacher's exact "
                 "latents (column `latents`) instead of images"
@@ -100,7 +101,7 @@ class LatentCodec:
         expected = self.scale * probe[self.source] + self.shift
         error = (postprocess(probe) - expected).abs().max() / expected.abs().max()
         if not error < 1e-5 or not torch.equal(self.source.sort().values, position):
-            raise ValueError(
+            raise InputError(
                 f"{name}: the map from final latents to the VAE's input is not a permutation and "
                 f"an affine map (relative error {error:.1e} on random latents); store the "
                 "teacher's exact latents (column `latents`) instead of images"
@@ -125,7 +126,7 @@ class LatentCodec:
             return self.pack(vae_encode(self.vae, images, frames=len(self.z_shape) == 4))
         except ValueError as error:
             height, width = images.shape[-2:]
-            raise ValueError(f"of {height}x{width} pixels (height x width): {error}") from None
+            raise InputError(f"of {height}x{width} pixels (height x width): {error}") from None
 
     def pack(self, z: Tensor) -> Tensor:
         """Convert the result of `vae_encode` to final latents.
@@ -140,7 +141,7 @@ class LatentCodec:
             ValueError: If the images were not of the codec's resolution.
         """
         if z.shape[1:] != self.z_shape:
-            raise ValueError(
+            raise InputError(
                 f"images that encode to {tuple(z.shape[1:])}, but the pipeline generates "
                 f"{tuple(self.z_shape)} at this resolution; both sides must be multiples of what "
                 "the pipeline needs"
@@ -265,7 +266,7 @@ class _PostProcessing:
             except _CapturedError as captured:
                 self.z_shape = captured.z.shape[1:]
                 return captured.z.double().flatten().cpu()
-        raise ValueError(f"{type(self.pipe).__name__} never called vae.decode")
+        raise InputError(f"{type(self.pipe).__name__} never called vae.decode")
 
     def _predict_once(self, denoiser: torch.nn.Module) -> Any:  # noqa: ANN401
         forward = denoiser.forward

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,10 +56,16 @@ def load_pipeline(
         if torch_dtype not in DTYPES:
             raise InputError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {torch_dtype!r}")
         torch_dtype = DTYPES[torch_dtype]
+    source = pipeline_source(name_or_path)
+    options = {"revision": revision, "dtype": torch_dtype, **components}
     with _missing_packages_named(name_or_path, revision):
-        pipe = DiffusionPipeline.from_pretrained(
-            pipeline_source(name_or_path), revision=revision, dtype=torch_dtype, **components
-        )
+        try:
+            pipe = DiffusionPipeline.from_pretrained(source, **options)
+        except (OSError, ValueError):
+            variant = _only_variant(source, revision)
+            if variant is None:
+                raise
+            pipe = DiffusionPipeline.from_pretrained(source, variant=variant, **options)
     _read_default_size(pipe)
     return pipe
 
@@ -114,6 +121,25 @@ def _required_packages(name_or_path: str | Path, revision: str | None) -> set[st
         return set()
     kind = getattr(diffusers, str(index.get("_class_name")), None)
     return set(kind.__dict__.get("_backends", ())) if isinstance(kind, type) else set()
+
+
+def _only_variant(source: str, revision: str | None) -> str | None:
+    """Return the variant (fp16, ...) of the weights if a pipeline has weights of one variant only.
+
+    `DiffusionPipeline.from_pretrained` looks for weights without a variant.
+    """
+    if Path(source).is_dir():
+        names = [path.name for path in Path(source).rglob("*.safetensors")]
+    else:
+        from huggingface_hub import list_repo_files
+
+        names = []
+        with suppress(Exception):  # no such repository, or no network: diffusers' error is raised
+            names = [Path(name).name for name in list_repo_files(source, revision=revision)]
+            names = [name for name in names if name.endswith(".safetensors")]
+    matches = [re.search(r"\.(\w+?)(-\d+-of-\d+)?\.safetensors$", name) for name in names]
+    variants = {match[1] if match else None for match in matches}
+    return variants.pop() if len(variants) == 1 else None
 
 
 def pipeline_source(name_or_path: str | Path) -> str:

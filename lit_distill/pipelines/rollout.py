@@ -38,6 +38,7 @@ from lit_distill.compute.activation_checkpointing import (
     check_mode,
 )
 from lit_distill.compute.step_adapters import StepAdapters
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.guidance import guidance
 from lit_distill.pipelines.hooks import (
@@ -169,9 +170,9 @@ def run_pipeline(
         RuntimeError: If the pipeline never called its scheduler's `step`.
     """
     if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be >= 1, got {num_inference_steps}")
+        raise InputError(f"num_inference_steps must be >= 1, got {num_inference_steps}")
     if grad_steps is not None and not grad_steps >= 1:
-        raise ValueError(f"grad_steps must be >= 1 or None (all steps), got {grad_steps}")
+        raise InputError(f"grad_steps must be >= 1 or None (all steps), got {grad_steps}")
     check_mode(checkpointing, offload)
     # Lists are copied: Z-Image's pipeline writes its chat template into the caller's prompts.
     call_kwargs = {k: list(v) if isinstance(v, list) else v for k, v in call_kwargs.items()}

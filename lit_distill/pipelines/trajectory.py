@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.hooks import LoopState
 from lit_distill.pipelines.rollout import run_pipeline
 
@@ -55,7 +56,7 @@ class Trajectory(NamedTuple):
         known = self.sigmas.double()
         sigmas = sigmas.to(known)
         if (sigmas > known[0]).any():
-            raise ValueError(
+            raise InputError(
                 f"the first of the teacher's {len(known)} steps ends at sigma {known[0]:.3g}, below"
                 f" the student's {sigmas.max():.3g}: the teacher needs more steps than the student"
             )
@@ -87,7 +88,7 @@ class TrajectoryRecorder:
             ValueError: If the scheduler's steps are not linear in sigma.
         """
         if type(state.scheduler).__name__ not in INTERPOLABLE_SCHEDULERS:
-            raise ValueError(
+            raise InputError(
                 "a trajectory needs one of the schedulers "
                 f"{', '.join(INTERPOLABLE_SCHEDULERS)}, whose states can be interpolated; this "
                 f"pipeline has {type(state.scheduler).__name__}"

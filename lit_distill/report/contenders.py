@@ -114,7 +114,7 @@ class ContenderConfig:
 
         Raises:
             OSError: If the file or folder does not exist, and the hub has none of this name.
-            ValueError: If the checkpoint can't be used.
+            InputError: If the checkpoint can't be used.
         """
         if self.lora is not None and (Path(self.lora) / "step_1.safetensors").is_file():
             return load_student(self.lora, base_model=self.path)  # a LoRA for every step

@@ -15,10 +15,15 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
-import lit_distill
+from lit_distill.data.table_output import spreadsheet_content
+from lit_distill.data.whole_files import write_file, write_image
 from lit_distill.evaluation.contact_sheet import contact_sheet
 from lit_distill.report.contenders import ContenderResult
 from lit_distill.report.plots import plot_curves, read_logs
+from lit_distill.version import __version__
+
+FILES = ("report.html", "metrics.json", "metrics.csv", "rows.csv", "grid.png")
+"""Files of a report, beside its images."""
 
 SMALL, LARGEST = 128, 512
 """Images of at most SMALL pixels per side are embedded unchanged, others at most LARGEST wide."""
@@ -88,11 +93,11 @@ def write_report(
         The summary as text.
     """
     summary = summarise(results, rows)
-    rows.to_csv(out / "rows.csv", index=False)
-    summary.to_csv(out / "metrics.csv", index=False)
+    write_file(out / "rows.csv", spreadsheet_content(rows))
+    write_file(out / "metrics.csv", spreadsheet_content(summary))
     lines = json.loads(summary.to_json(orient="records"))  # NaN and infinities become null
     content = {"rows": rows["row"].nunique(), "ways": lines, "provenance": facts}
-    (out / "metrics.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(out / "metrics.json", f"{json.dumps(content, indent=2, default=str)}\n".encode())
     student = next(result for result in results if result.contender.kind == "student")
     chosen = worst_and_best(rows[rows["way"] == student.label], gallery)
     _write_grid(out, results, rows)
@@ -102,7 +107,7 @@ def write_report(
     )
     page = environment.get_template("report.html.j2").render(
         title=f"{student.label}: comparison with its teacher",
-        version=lit_distill.__version__,
+        version=__version__,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         rows_total=content["rows"],
         facts=_headline(summary),
@@ -114,7 +119,7 @@ def write_report(
         snippet=snippet,
         provenance=facts,
     )
-    (out / "report.html").write_text(page, encoding="utf-8")
+    write_file(out / "report.html", page.encode(errors="replace"))
     shown = summary[_columns(summary)]
     return str(shown.to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
 
@@ -220,12 +225,12 @@ def _curves(logs: Path | None) -> tuple[str, str]:
     """Return the curves as SVG, or why there are none."""
     if logs is None:
         return "", "No curves: no checkpoint was tested, so there is no run with logs."
+    text = io.StringIO()
     try:
         figure = plot_curves({logs.name: read_logs(logs)})
+        figure.savefig(text, format="svg", metadata={"Date": None})
     except (FileNotFoundError, ValueError) as error:
         return "", f"No curves: {error}. Set the folder of the run's logs with --logs."
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :], ""
 
 
@@ -256,7 +261,7 @@ def _gallery(
                 "height": height,
                 "small": max(width, height) <= SMALL,
                 "measure": measure.replace("_mse", " MSE"),
-                "error": {k: None if pd.isna(v) else float(v) for k, v in errors.items()},
+                "error": {k: _finite(v) for k, v in errors.items()},
                 "image": {r.key: _data_uri(out / image_file(r, row)) for r in results},
             }
         )
@@ -270,6 +275,11 @@ def _gallery(
         for result in results
     ]
     return {"contenders": contenders, "rows": cards}
+
+
+def _finite(value: Any) -> float | None:  # noqa: ANN401
+    """Return a number, or None: JSON has no NaN and no infinity."""
+    return None if pd.isna(value) or math.isinf(value) else float(value)
 
 
 def _data_uri(path: Path) -> str:
@@ -303,4 +313,4 @@ def _write_grid(out: Path, results: list[ContenderResult], rows: pd.DataFrame) -
             with Image.open(out / image_file(result, row)) as image:
                 images.append(image.convert("RGB"))
         lines.append((f"{prompts[row]}", images))
-    contact_sheet([result.label for result in shown], lines).save(out / "grid.png")
+    write_image(out / "grid.png", contact_sheet([result.label for result in shown], lines))

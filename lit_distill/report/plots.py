@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lit_distill.errors import InputError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -28,7 +30,7 @@ def find_logs(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If there are several.
+        InputError: If there are several.
     """
     run = Path(run)
     files = [*run.rglob(EVENTS), *(file for file in run.rglob(CSV) if _is_log(file))]
@@ -39,7 +41,7 @@ def find_logs(run: str | Path) -> Path:
         )
     if len(folders) > 1:
         listed = ", ".join(map(str, folders[:5]))
-        raise ValueError(f"{run} holds the logs of {len(folders)} runs; name one of them: {listed}")
+        raise InputError(f"{run} holds the logs of {len(folders)} runs; name one of them: {listed}")
     return folders[0]
 
 
@@ -54,7 +56,7 @@ def read_logs(run: str | Path) -> dict[str, pd.Series]:
 
     Raises:
         FileNotFoundError: If there are no logs.
-        ValueError: If there are logs of several runs.
+        InputError: If there are logs of several runs.
     """
     folder = find_logs(run)
     return _read_events(folder) if any(folder.glob(EVENTS)) else _read_csv(folder / CSV)
@@ -62,7 +64,7 @@ def read_logs(run: str | Path) -> dict[str, pd.Series]:
 
 def _is_log(path: Path) -> bool:
     """Return whether CSVLogger wrote the file; a report's metrics.csv has no column of steps."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         return "step" in file.readline().strip().split(",")
 
 
@@ -79,7 +81,10 @@ def _read_events(folder: Path) -> dict[str, pd.Series]:
 
 
 def _read_csv(path: Path) -> dict[str, pd.Series]:
-    table = pd.read_csv(path).set_index("step")
+    try:
+        table = pd.read_csv(path).set_index("step")
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is not a log of CSVLogger: {error}") from error
     return _cleaned({str(name): table[name].dropna() for name in table if name != "epoch"})
 
 
@@ -98,7 +103,7 @@ def plot_curves(runs: dict[str, dict[str, pd.Series]], metrics: list[str] | None
         metrics: Names of the panels; None: those of `DEFAULT_METRICS` that were logged.
 
     Raises:
-        ValueError: If no run has logged one of the metrics.
+        InputError: If no run has logged one of the metrics.
     """
     from matplotlib.figure import Figure
 
@@ -107,15 +112,15 @@ def plot_curves(runs: dict[str, dict[str, pd.Series]], metrics: list[str] | None
         metrics = [name for name in DEFAULT_METRICS if name in logged] or logged
     for name in metrics:
         if name not in logged:
-            raise ValueError(f"no run has logged {name!r}; logged are {', '.join(logged)}")
+            raise InputError(f"no run has logged {name!r}; logged are {', '.join(logged)}")
     if not metrics:
-        raise ValueError("the runs have logged nothing yet")
+        raise InputError("the runs have logged nothing yet")
     columns = min(4, len(metrics))
     rows = -(-len(metrics) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.7 * rows + 0.4), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, name in zip(panels, metrics, strict=False):
-        panel.set_title(name, fontsize=10)
+        panel.set_title(name, fontsize=10, parse_math=False)
         panel.grid(alpha=0.3)
         panel.tick_params(labelsize=8)
         for number, (label, logs) in enumerate(runs.items()):
@@ -124,7 +129,8 @@ def plot_curves(runs: dict[str, dict[str, pd.Series]], metrics: list[str] | None
     for panel in panels[len(metrics) :]:
         panel.remove()
     if len(runs) > 1:
-        panels[0].legend(fontsize=8)
+        for text in panels[0].legend(fontsize=8).get_texts():
+            text.set_parse_math(False)
     return figure
 
 

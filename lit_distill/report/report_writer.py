@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,20 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from lit_distill.data.batch import NO_TARGET, Batch
+from lit_distill.data.whole_files import write_image
+from lit_distill.data.whole_folders import check_free, draft_of, publish
+from lit_distill.errors import InputError
 from lit_distill.evaluation.contact_sheet import to_pil
 from lit_distill.evaluation.evaluator import EvaluationBatch
 from lit_distill.evaluation.metrics import latent_mse
 from lit_distill.report.contenders import Contender, ContenderConfig, ContenderResult
-from lit_distill.report.html_report import image_file, write_report
+from lit_distill.report.html_report import FILES, image_file, write_report
 from lit_distill.report.run_info import describe_run, teacher_settings, usage_snippet
 from lit_distill.report.sampling import HeldOutBatch, sample_held_out
 from lit_distill.training.direct_distill import DirectDistill
+
+MANIFEST_FILE = ".lit_distill_report.json"
+"""Lists the files of the report: its folder may also hold the data set, or a run."""
 
 
 class ReportWriter(Callback):
@@ -49,7 +55,7 @@ class ReportWriter(Callback):
         logs: str | None = None,
     ) -> None:
         if gallery < 1:
-            raise ValueError(f"gallery must be an integer >= 1, got {gallery}")
+            raise InputError(f"gallery must be an integer >= 1, got {gallery}")
         self.out = out
         self.compare = [ContenderConfig(c) if isinstance(c, str) else c for c in compare or []]
         self.undistilled = undistilled
@@ -58,8 +64,13 @@ class ReportWriter(Callback):
         self.held_out: list[HeldOutBatch] = []
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the rows of an earlier test."""
+        """Forget the rows of an earlier test, and check that the report may be written.
+
+        Raises:
+            InputError: If a file of somebody else is in the way; names it.
+        """
         self.held_out = []
+        check_free(self._out(trainer), list(FILES), MANIFEST_FILE)
 
     def on_test_batch_end(
         self,
@@ -88,27 +99,40 @@ class ReportWriter(Callback):
         )
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sample the rows with all contenders and write the report."""
+        """Sample the rows with all contenders and write the report.
+
+        The folder changes at the end, when the report is complete.
+
+        Raises:
+            InputError: If a file of somebody else is in the way; names it.
+        """
         assert isinstance(pl_module, DirectDistill)
         if not self.held_out:
             return
-        out = Path(self.out or Path(trainer.default_root_dir) / "report")
-        if trainer.is_global_zero:
-            if (out / "metrics.json").is_file():  # an earlier report, perhaps of other contenders
-                shutil.rmtree(out / "images", ignore_errors=True)
-            out.mkdir(parents=True, exist_ok=True)
-        trainer.strategy.barrier()
+        out = self._out(trainer)
         results = self._results(trainer, pl_module)
-        records: list[dict[str, Any]] = []
-        for result in results:
-            records += self._sample(result, trainer, pl_module, out)
-        rows = pd.DataFrame(_gathered(records)).sort_values(["row", "way"], ignore_index=True)
-        if trainer.is_global_zero:
-            facts = describe_run(trainer, pl_module, len(rows["row"].unique()))
-            snippet = usage_snippet(trainer, pl_module, self.held_out[0].batch)
-            logs = self._logs(trainer)
-            print(write_report(out, results, rows, self.gallery, facts, snippet, logs))
-            print(f"report: {out / 'report.html'}")
+        numbers = [rows.batch["row"][index] for rows in self.held_out for index in rows.new]
+        images = [image_file(result, row).as_posix() for result in results for row in numbers]
+        check_free(out, [*FILES, *images], MANIFEST_FILE)
+        with ExitStack() as stack:
+            draft = ""
+            if trainer.is_global_zero:
+                draft = str(stack.enter_context(draft_of(out)))
+            draft_folder = Path(trainer.strategy.broadcast(draft))
+            records: list[dict[str, Any]] = []
+            for result in results:
+                records += self._sample(result, trainer, pl_module, draft_folder)
+            rows = pd.DataFrame(_gathered(records)).sort_values(["row", "way"], ignore_index=True)
+            if trainer.is_global_zero:
+                facts = describe_run(trainer, pl_module, len(rows["row"].unique()))
+                snippet = usage_snippet(trainer, pl_module, self.held_out[0].batch)
+                logs = self._logs(trainer)
+                text = write_report(draft_folder, results, rows, self.gallery, facts, snippet, logs)
+                publish(draft_folder, out, MANIFEST_FILE)
+                print(f"{text}\nreport: {out / 'report.html'}")
+
+    def _out(self, trainer: pl.Trainer) -> Path:
+        return Path(self.out or Path(trainer.default_root_dir) / "report")
 
     def _logs(self, trainer: pl.Trainer) -> Path | None:
         """Return where logs may be: Lightning keeps checkpoints in a folder beside them."""
@@ -120,7 +144,7 @@ class ReportWriter(Callback):
         """Return an empty result for every contender, the teacher first.
 
         Raises:
-            ValueError: If two contenders have the same label.
+            InputError: If two contenders have the same label.
         """
         batches = [rows.batch for rows in self.held_out]
         steps, cfg = teacher_settings(trainer, module)
@@ -140,7 +164,7 @@ class ReportWriter(Callback):
             result = ContenderResult(contender, contender.label(batches))
             keys = {other.key for other in results.values()}
             if contender.kind == "other" and result.key in keys:
-                raise ValueError(
+                raise InputError(
                     f"compare: two contenders are called {result.label!r}; give one another name"
                 )
             results.setdefault(result.label, result)
@@ -205,8 +229,7 @@ def _record(
             record |= _errors(samples.select([index]))
         records.append(record)
         path = out / image_file(result, row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        images[index].save(path)
+        write_image(path, images[index])
     return records
 
 

@@ -17,9 +17,10 @@ import torch
 from lit_distill.data.batch import Batch, split_batch
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.data.filesystem import open_file, parent
+from lit_distill.errors import InputError
 from lit_distill.export.facts import student_call_kwargs
 from lit_distill.pipelines.guidance import guidance
-from lit_distill.teacher.provenance import read_provenance
+from lit_distill.teacher.provenance import METADATA_KEY, PIPELINE_KEY, read_provenance
 from lit_distill.training.checkpoint_io import read_checkpoint
 from lit_distill.training.direct_distill import DirectDistill
 
@@ -66,12 +67,7 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
     facts["metrics"] = module.validator.evaluation.describe()
     if table is not None:
         facts["held-out rows"] = f"{rows} of {_with_checksum(table)}"
-        provenance = read_provenance(parent(table))
-        if provenance is not None:
-            # It lists the whole schedule, of which only the scheduler's class is shown.
-            schedule = provenance.pop("drawn_with", {})
-            scheduler = {"scheduler": schedule["scheduler"]["class"]} if schedule else {}
-            facts["held-out rows made with"] = provenance | scheduler
+        facts |= _made_with(parent(table))
     names = ("lit-distill", "torch", "lightning", "torchmetrics", "diffusers", "transformers")
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in (*names, "peft"))
     device = module.device
@@ -82,6 +78,21 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
         f"Python {platform.python_version()}"
     )
     return facts
+
+
+def _made_with(folder: str) -> dict[str, Any]:
+    """Return how the held-out rows of a folder were generated, if that is recorded."""
+    try:
+        provenance = read_provenance(folder)
+    except InputError as error:  # the report can be written without it
+        return {"held-out rows made with": str(error)}
+    if provenance is None:
+        return {}
+    # It lists the whole schedule, of which only the scheduler's class is shown.
+    schedule = provenance.pop(PIPELINE_KEY, {})
+    scheduler = {"scheduler of the teacher": schedule["scheduler"]["class"]} if schedule else {}
+    provenance.pop(METADATA_KEY, None)
+    return {"held-out rows made with": provenance | scheduler}
 
 
 def _with_checksum(path: str) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_distill.data.batch import Batch
+from lit_distill.errors import InputError
 from lit_distill.evaluation.evaluator import EvaluationBatch
 from lit_distill.report.contenders import Contender, ContenderResult
 from lit_distill.training.direct_distill import DirectDistill
@@ -105,13 +106,13 @@ def _pixels(images: list[Image.Image], target: Tensor, label: str) -> Tensor:
     """Return images as (B, 3, H, W), uint8.
 
     Raises:
-        ValueError: If they have another size than the teacher's.
+        InputError: If they have another size than the teacher's.
     """
     arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
     pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2)
     if pixels.shape != target.shape:
         (height, width), (rows_height, rows_width) = pixels.shape[-2:], target.shape[-2:]
-        raise ValueError(
+        raise InputError(
             f"{label} generates images of {height}x{width} (height x width), but the held-out "
             f"images are {rows_height}x{rows_width}; give the rows height and width"
         )

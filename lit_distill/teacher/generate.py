@@ -7,22 +7,33 @@ the batches are the same in every run, and the CSV is written once all files exi
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_distill.data.dataset import LATENTS_KEY, SIGMAS_KEY, TRAJECTORY_KEY
 from lit_distill.data.filesystem import is_url
+from lit_distill.data.latents_file import LATENTS_KEY, SIGMAS_KEY, TRAJECTORY_KEY
 from lit_distill.data.schema import call_key
+from lit_distill.data.whole_folders import locked
+from lit_distill.errors import InputError
 from lit_distill.pipelines.trajectory import TrajectoryRecorder
+from lit_distill.teacher.finished import check_sample
 from lit_distill.teacher.pair_writer import METADATA_FILE, PairWriter
 from lit_distill.teacher.prompts import Pair
-from lit_distill.teacher.provenance import pipeline_facts, record_pipeline, record_settings
+from lit_distill.teacher.provenance import (
+    METADATA_KEY,
+    pipeline_facts,
+    read_provenance,
+    record_metadata,
+    record_pipeline,
+    record_settings,
+)
 from lit_distill.teacher.teacher import Teacher, student_sigmas
 
 if TYPE_CHECKING:
@@ -47,26 +58,45 @@ def generate_pairs(
         Path of the CSV.
 
     Raises:
-        ValueError: If the folder holds pairs made with other settings; names the differences.
+        InputError: If the folder holds pairs made with other settings, naming the differences, or
+            files of somebody else; if a text can't be stored; or if the teacher generates NaN,
+            infinite values or a blank image.
         OSError: If a file can't be written. Finished pairs are kept.
     """
     if is_url(str(out)):
-        raise ValueError(f"out must be a local folder, got {out!r}; copy it there once complete")
+        raise InputError(f"out must be a local folder, got {out!r}; copy it there once complete")
     writer = PairWriter(teacher, pairs, Path(out))
+    writer.check_texts()
+    with ExitStack() as stack:
+        if trainer.is_global_zero:
+            writer.create_folders()
+            stack.enter_context(locked(writer.out))
+        _write_pairs(trainer, writer)
+    return writer.out / METADATA_FILE
+
+
+def _write_pairs(trainer: pl.Trainer, writer: PairWriter) -> None:
+    """Generate what is missing, and write the table."""
     # Process 0 creates the folders before any process generates.
     record_settings(writer, write=trainer.is_global_zero)
     if trainer.is_global_zero:
+        writer.remove_temporary_files()
+        writer.check_metadata((read_provenance(writer.out) or {}).get(METADATA_KEY))
         writer.copy_inputs()
+        if damaged := writer.damaged():
+            rank_zero_warn(
+                f"{writer.out}: {len(damaged)} damaged files are generated again: "
+                f"{', '.join(damaged[:5])}{', ...' if damaged[5:] else ''}"
+            )
     if writer.unfinished():
         trainer.predict(_GenerateModule(writer), return_predictions=False)
     if trainer.is_global_zero:
         missing = len(writer.unfinished())
         if missing:
             raise RuntimeError(
-                f"{missing} of {len(pairs)} pairs are missing; run the same command again"
+                f"{missing} of {len(writer.pairs)} pairs are missing; run the same command again"
             )
-        writer.write_metadata()
-    return writer.out / METADATA_FILE
+        record_metadata(writer.out, writer.write_metadata())
 
 
 class _GenerateModule(pl.LightningModule):
@@ -128,7 +158,11 @@ class _GenerateModule(pl.LightningModule):
             for tensors, states in zip(files, path.states.transpose(0, 1), strict=True):
                 tensors |= {TRAJECTORY_KEY: states, SIGMAS_KEY: path.sigmas}
         pairs = self.writer.with_input_paths(batch)
-        for pair, image, tensors in zip(pairs, images, files, strict=True):
+        samples = list(zip(pairs, images, files, strict=True))
+        checked = getattr(self.pipe, "safety_checker", None) is not None
+        for pair, image, tensors in samples:
+            check_sample(pair, image, tensors, self.teacher.torch_dtype, checked)
+        for pair, image, tensors in samples:
             self.writer.write_pair(pair, image, tensors)
         self.generated += len(batch)
 

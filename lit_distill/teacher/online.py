@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_distill.adapters.inject import adapters_disabled
 from lit_distill.data.batch import Batch, call_arguments, split_batch
 from lit_distill.encoding.encode_once import EncodeOnce
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoiser_device, denoisers, replaced_components
 from lit_distill.pipelines.loading import load_pipeline
 from lit_distill.pipelines.rollout import rollout
@@ -60,7 +61,7 @@ class OnlineTeacher:
         """Return the final latents that the teacher generates for the batch, (B, ...), float32.
 
         Raises:
-            ValueError: If the whole denoiser is trained, which leaves no teacher in it.
+            InputError: If the whole denoiser is trained, which leaves no teacher in it.
         """
         return torch.cat(self._generate(batch, rollout)).float()
 
@@ -68,13 +69,13 @@ class OnlineTeacher:
         """Return the teacher's states after each of its own steps.
 
         Raises:
-            ValueError: As `target`, or if the scheduler is not an Euler one.
+            InputError: As `target`, or if the scheduler is not an Euler one.
         """
         return Trajectory.concatenate(self._generate(batch, trajectory))
 
     def _generate(self, batch: Batch, function: Callable[..., Result]) -> list[Result]:
         if not self.has_adapters and not self.model:
-            raise ValueError(
+            raise InputError(
                 f"row {batch['row'][0]} has neither image nor latents, and full training leaves no "
                 "teacher to generate one: make pairs first with `lit-distill generate`"
             )

@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_distill.adapters.lora_files import read_lora
 from lit_distill.data.filesystem import open_file
-from lit_distill.encoding.fingerprint import fingerprint, weights_summary
+from lit_distill.data.whole_files import write_file
+from lit_distill.encoding.fingerprint import fingerprint
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.hooks import read_schedule
-from lit_distill.teacher.pair_writer import PairWriter, write_atomically
+from lit_distill.pipelines.model_digest import model_digest
+from lit_distill.teacher.pair_writer import FOLDERS, METADATA_FILE, PairWriter
 from lit_distill.teacher.prompts import Pair
 from lit_distill.teacher.teacher import Teacher
 
@@ -30,23 +34,45 @@ PROVENANCE_FILE = "provenance.json"
 PIPELINE_KEY = "drawn_with"
 """Key of the facts about the loaded pipeline, `pipeline_facts`."""
 
+METADATA_KEY = "metadata_sha256"
+"""Key of the SHA-256 of the table that was written."""
+
 PACKAGES = ("lit-distill", "torch", "diffusers", "transformers", "lightning")
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any] | None:
-    """Return how the pairs of a folder or URL were generated; None if that is not recorded."""
+    """Return how the pairs of a folder or URL were generated; None if that is not recorded.
+
+    Raises:
+        InputError: If the record is damaged.
+    """
     try:
         with open_file(f"{folder}/{PROVENANCE_FILE}") as stream:
-            provenance: dict[str, Any] = json.load(stream)
+            provenance = json.loads(stream.read().decode())
+        if not isinstance(provenance, dict):
+            raise InputError("not an object")
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{folder}/{PROVENANCE_FILE} is damaged: {error}. It records how the pairs of this "
+            "folder were generated: restore it from a copy; without one, remove it for "
+            "`check` and `test`, and generate into another folder"
+        ) from error
     return provenance
 
 
 def recorded_teacher(provenance: dict[str, Any], **changes: Any) -> Teacher:  # noqa: ANN401
-    """Return the teacher of a provenance file, with some settings changed."""
+    """Return the teacher of a provenance file, with some settings changed.
+
+    Raises:
+        InputError: If settings are missing or of the wrong type.
+    """
     names = {field.name for field in fields(Teacher)}
-    return Teacher(**{k: v for k, v in provenance.items() if k in names} | changes)
+    try:
+        return Teacher(**{k: v for k, v in provenance.items() if k in names} | changes)
+    except TypeError as error:
+        raise InputError(f"{PROVENANCE_FILE} holds no teacher's settings: {error}") from error
 
 
 def record_settings(writer: PairWriter, *, write: bool) -> None:
@@ -57,7 +83,8 @@ def record_settings(writer: PairWriter, *, write: bool) -> None:
         write: Whether this process writes; the others only compare.
 
     Raises:
-        ValueError: If the folder holds pairs with other settings; names the differences.
+        InputError: If the folder holds pairs with other settings, naming the differences, or files
+            that `generate` did not write.
         OSError: If the folder can't be written.
     """
     teacher, out = writer.teacher, writer.out
@@ -67,28 +94,59 @@ def record_settings(writer: PairWriter, *, write: bool) -> None:
         "rows_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
     versions = {name: version(name) for name in PACKAGES}
-    # A folder without latents is not compared: the settings of a first attempt may have failed.
-    recorded = read_provenance(out) if any(out.glob("latents/[!.]*")) else None
+    recorded = read_provenance(out)
+    _check_ours(writer, recorded)
+    # A folder without pairs is not compared: the settings of a first attempt may have failed.
+    recorded = recorded if writer.has_pairs() else None
     if recorded is not None:
         _compare(out, recorded, facts)
         before = recorded.get("versions")
         if before != versions:
             rank_zero_warn(f"{out} was started with {before}, now {versions}: bits may differ")
     if write:
-        writer.create_folders()
+        writer.create_folders(*FOLDERS[: 3 if writer.inputs else 2])
         if recorded is None:
             _write_provenance(out, facts | {"versions": versions})
+
+
+def _check_ours(writer: PairWriter, recorded: dict[str, Any] | None) -> None:
+    """Check that what a folder holds was written by `generate`.
+
+    Raises:
+        InputError: If it was not; names what is there.
+    """
+    out = writer.out
+    if recorded is None and writer.has_pairs():
+        names = [n for n in (METADATA_FILE, *FOLDERS[:2]) if (out / n).exists()]
+        raise InputError(
+            f"{out} holds {', '.join(names)}, but no {PROVENANCE_FILE}: they were not written by "
+            "`generate`; nothing is overwritten: write to another folder"
+        )
+    if recorded is not None and "rows_sha256" not in recorded:
+        raise InputError(
+            f"{out / PROVENANCE_FILE} was not written by `generate`; nothing is overwritten: write "
+            "to another folder"
+        )
+
+
+def record_metadata(out: Path, sha256: str) -> None:
+    """Record which table was written, so that a changed one is never overwritten."""
+    recorded = read_provenance(out) or {}
+    if recorded.get(METADATA_KEY) != sha256:
+        _write_provenance(out, recorded | {METADATA_KEY: sha256})
 
 
 def record_pipeline(out: Path, facts: dict[str, Any]) -> None:
     """Record the facts about the loaded pipeline, or compare them with those recorded.
 
     Raises:
-        ValueError: If the recorded pipeline was another one; names the differences.
+        InputError: If the recorded pipeline was another one; names the differences.
     """
     recorded = read_provenance(out) or {}
     if PIPELINE_KEY in recorded:
-        _compare(out, recorded[PIPELINE_KEY], facts)
+        before = recorded[PIPELINE_KEY]
+        # Earlier versions recorded fewer facts.
+        _compare(out, before, {name: fact for name, fact in facts.items() if name in before})
     else:
         _write_provenance(out, recorded | {PIPELINE_KEY: facts})
 
@@ -105,7 +163,7 @@ def pipeline_facts(
 
     Returns:
         The scheduler's class and configuration; for each size, the timesteps and sigmas that the
-        pipeline sets; a digest of the denoisers' weights.
+        pipeline sets; digests of the denoisers and of the LoRA.
     """
     config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
     schedules = {}
@@ -120,15 +178,31 @@ def pipeline_facts(
     facts = {
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
         "schedules": schedules,
-        "denoiser_sha256": fingerprint([weights_summary(d) for d in denoisers(pipe).values()]),
+        "model_digests": _model_digests(teacher, pipe),
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return plain
 
 
+def _model_digests(teacher: Teacher, pipe: DiffusionPipeline) -> dict[str, str]:
+    """Return a digest of each denoiser and, if there is one, of the LoRA fused into them.
+
+    The sums of weights and LoRA don't count, since their last bits depend on the machine.
+    """
+    lora = read_lora(teacher.lora, pipe) if teacher.lora else {}
+    digests = {
+        name: model_digest(network, without={f"{module}.weight" for module in lora.get(name, {})})
+        for name, network in denoisers(pipe).items()
+    }
+    if lora:
+        plain = {k: {n: tuple(f) for n, f in weights.items()} for k, weights in lora.items()}
+        digests["lora"] = fingerprint(plain)
+    return digests
+
+
 def _write_provenance(out: Path, provenance: dict[str, Any]) -> None:
     text = json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(out / PROVENANCE_FILE, text.encode())
+    write_file(out / PROVENANCE_FILE, text.encode())
 
 
 def _compare(out: Path, recorded: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -138,7 +212,7 @@ def _compare(out: Path, recorded: dict[str, Any], facts: dict[str, Any]) -> None
         if recorded.get(name) != value
     ]
     if differences:
-        raise ValueError(
+        raise InputError(
             f"{out} holds pairs made with other settings ({'; '.join(differences)}); write to "
             "another folder, or delete this one"
         )

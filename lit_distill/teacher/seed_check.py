@@ -13,13 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch import LightningModule
-from safetensors.torch import load
 from torch import Tensor
 
-from lit_distill.data.dataset import LATENTS_KEY
-from lit_distill.data.dataset_check import latents_header
-from lit_distill.data.filesystem import open_file, parent
+from lit_distill.data.filesystem import parent
 from lit_distill.data.images import read_image
+from lit_distill.data.latents_file import LATENTS_KEY, read_latents
+from lit_distill.errors import InputError
 from lit_distill.pipelines.loading import DTYPES
 from lit_distill.teacher.prompts import Pair
 from lit_distill.teacher.provenance import (
@@ -39,9 +38,7 @@ MAX_EXPLAINED = 3
 
 # Largest relative errors of a pair that matches. Another batch size, device or version changes only
 # the last bits, but 16-bit weights amplify the difference, and JPEG is lossy.
-TOLERANCES = {"F64": 0.01, "F32": 0.01, "BF16": 0.15, "F16": 0.15, "image": 0.15}
-
-DTYPE_OF = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TOLERANCES = {"float64": 0.01, "float32": 0.01, "bfloat16": 0.15, "float16": 0.15, "image": 0.15}
 
 # The most common replacements of a pipeline's scheduler; those that it can't use are skipped.
 SCHEDULERS = (
@@ -75,7 +72,7 @@ def check_pairing(
         As `PairChecker.check`.
 
     Raises:
-        ValueError: If no pipeline is recorded or named.
+        InputError: If no pipeline is recorded or named.
     """
     provenance = read_provenance(parent(str(path)))
     hyper: dict[str, Any] = dict(model.hparams)
@@ -94,7 +91,7 @@ def check_pairing(
             call_kwargs=hyper["call_kwargs"] or {},
         )
     else:
-        raise ValueError(
+        raise InputError(
             f"no provenance.json beside {path}: name the pipeline that generated it "
             "(--model.pretrained_model_name_or_path), and its teacher_num_inference_steps, "
             "teacher_cfg_scale and torch_dtype"
@@ -117,11 +114,10 @@ class Target:
         self.sampled_dtype: str | None = None
         if row["latents"]:
             self.kind = "latents"
-            stored = latents_header(row["latents"])[1]
-            self.dtype = DTYPE_OF[stored]
-            self.tolerance = TOLERANCES[stored]
-            with open_file(row["latents"]) as stream:
-                self.values = load(stream.read())[LATENTS_KEY].double()
+            stored = read_latents(row["latents"])[LATENTS_KEY]
+            self.dtype = str(stored.dtype).removeprefix("torch.")
+            self.tolerance = TOLERANCES[self.dtype]
+            self.values = stored.double()
         else:
             self.kind = "image"
             self.tolerance = TOLERANCES["image"]
@@ -279,8 +275,12 @@ class PairChecker:
         if recorded is None:
             return ""
         facts = pipeline_facts(teacher, self.load(teacher), [pair])
-        names = {"denoiser_sha256": "model: its weights", "scheduler": "scheduler: its settings"}
-        changed = [text for name, text in names.items() if facts[name] != recorded.get(name)]
+        names = {"model_digests": "model: its weights", "scheduler": "scheduler: its settings"}
+        changed = [
+            text
+            for name, text in names.items()
+            if name in recorded and facts[name] != recorded[name]  # earlier versions recorded less
+        ]
         return "; ".join(f"wrong {text} are not those in provenance.json" for text in changed)
 
 

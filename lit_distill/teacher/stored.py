@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_distill.data.batch import Batch, has_target
+from lit_distill.errors import InputError
 from lit_distill.pipelines.latent_codec import LatentCodec
 from lit_distill.pipelines.trajectory import Trajectory
 
@@ -38,13 +39,13 @@ def stored_trajectory(batch: Batch, sigmas: Tensor) -> Trajectory | None:
         sigmas: The student's noise levels after each step, (K,).
 
     Raises:
-        ValueError: If the rows hold a result but no states, or the states of another schedule.
+        InputError: If the rows hold a result but no states, or the states of another schedule.
     """
     stored, levels = batch["trajectory"], batch["sigmas"]
     if stored is not None and levels is not None and batch["latents"] is not None:
         same = levels.shape[1] == len(sigmas) - 1
         if not same or not torch.allclose(levels.cpu(), sigmas[:-1], rtol=1e-3):
-            raise ValueError(
+            raise InputError(
                 f"row {batch['row'][0]}: the teacher's states are at sigmas "
                 f"{[round(x, 4) for x in levels[0].tolist()]}, the student's steps at "
                 f"{[round(x, 4) for x in sigmas[:-1].tolist()]}: make the pairs with the "
@@ -53,7 +54,7 @@ def stored_trajectory(batch: Batch, sigmas: Tensor) -> Trajectory | None:
         states = [*stored.float().transpose(0, 1), batch["latents"].float()]
         return Trajectory(torch.stack(states), sigmas)
     if has_target(batch):
-        raise ValueError(
+        raise InputError(
             f"model.trajectory: row {batch['row'][0]} has no states of the teacher between its "
             "steps; make the pairs with `lit-distill generate --store_trajectory true`"
         )

@@ -77,12 +77,12 @@ class Teacher:
         """Check the ranges."""
         for name in ("num_inference_steps", "batch_size", "student_num_inference_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}")
+                raise InputError(f"{name} must be an integer >= 1, got {getattr(self, name)}")
         for name in ("cfg_scale", "student_cfg_scale"):
             if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be >= 1 (1 = off), got {getattr(self, name)}")
+                raise InputError(f"{name} must be >= 1 (1 = off), got {getattr(self, name)}")
         if (self.height is None) != (self.width is None):
-            raise ValueError(f"height={self.height}, width={self.width}: set both or neither")
+            raise InputError(f"height={self.height}, width={self.width}: set both or neither")
         if double := set(self.call_kwargs) & set(self.call_columns):
             raise InputError(
                 f"{sorted(double)[0]!r} is both in model.call_kwargs and in data.call_columns: one "
@@ -99,7 +99,7 @@ class Teacher:
         """Load the pipeline and replace its scheduler if another one is set.
 
         Raises:
-            ValueError: If diffusers has no such scheduler.
+            InputError: If diffusers has no such scheduler.
         """
         pipe = load_base_pipeline(
             {
@@ -131,7 +131,7 @@ class Teacher:
             Final latents, (B, ...), and B images or lists of frames.
 
         Raises:
-            ValueError: If the pipeline generates another size than requested.
+            InputError: If the pipeline generates another size than requested.
         """
         size = self.size(pairs[0])
         with nullcontext() if self.scheduler is None else silent_diffusers():  # see load
@@ -148,7 +148,7 @@ class Teacher:
             )
         width, height = (images[0][0] if isinstance(images[0], list) else images[0]).size
         if size is not None and (height, width) != size:
-            raise ValueError(
+            raise InputError(
                 f"{type(pipe).__name__} generates {height}x{width} (height x width) when asked for "
                 f"{size[0]}x{size[1]}: both sides must be multiples of what the pipeline needs"
             )
@@ -160,7 +160,7 @@ def _scheduler_class(name: str) -> Any:  # noqa: ANN401
 
     cls = getattr(diffusers, name, None)
     if not hasattr(cls, "set_timesteps"):
-        raise ValueError(
+        raise InputError(
             f"scheduler must be a scheduler class of diffusers, such as "
             f"FlowMatchHeunDiscreteScheduler or UniPCMultistepScheduler, got {name!r}"
         )
@@ -171,7 +171,7 @@ def student_sigmas(teacher: Teacher, pipe: DiffusionPipeline, pair: Pair) -> Ten
     """Return the noise levels between the student's steps for a pair's size, (steps - 1,).
 
     Raises:
-        ValueError: If the scheduler has no sigmas.
+        InputError: If the scheduler has no sigmas.
     """
     call = teacher.call_kwargs | (
         {"sigmas": teacher.student_sigmas} if teacher.student_sigmas else {}
@@ -186,5 +186,5 @@ def student_sigmas(teacher: Teacher, pipe: DiffusionPipeline, pair: Pair) -> Ten
     with replaced_components(pipe, scheduler=scheduler):
         schedule = read_schedule(pipe, partial(student.sample, pipe, [pair]))
     if "sigmas" not in schedule:
-        raise ValueError(f"store_trajectory: {type(scheduler).__name__} has no sigmas")
+        raise InputError(f"store_trajectory: {type(scheduler).__name__} has no sigmas")
     return schedule["sigmas"][1:-1]

@@ -20,11 +20,13 @@ from lit_distill.pipelines.trajectory import Trajectory
 from lit_distill.teacher.stored import stored_target, stored_trajectory
 from lit_distill.training.facts import training_facts
 from lit_distill.training.losses import DistillLoss, LatentMSE, sample_losses
-from lit_distill.training.lr_scheduler import WarmupCosine
 from lit_distill.training.objectives import Objective, Regression, TrajectoryMatching
 from lit_distill.training.optimizer_step import OptimizerStep, clip_gradients
+from lit_distill.training.optimizers import configure_optimizers, step_on_plateau
+from lit_distill.training.plain import plain_setting
 from lit_distill.training.resumable_module import ResumableModule
 from lit_distill.training.resume import is_fitting
+from lit_distill.training.same_inputs import check_base
 from lit_distill.training.settings import Settings, check_precision
 from lit_distill.training.setup import set_up_student
 from lit_distill.training.student_loader import StudentLoader
@@ -141,6 +143,7 @@ class DirectDistill(ResumableModule):
         # Metrics of the command line are text, which a checkpoint can keep; objects it can't.
         if any(isinstance(metric, Metric) for metric in (self.hparams["metrics"] or {}).values()):
             self.hparams["metrics"] = None
+        self.hparams.update({n: plain_setting(v, f"model.{n}") for n, v in self.hparams.items()})
         lists = {"freeze": list(freeze or []), "train_mode": list(train_mode or [])}
         self._use(Settings.select({**self.hparams, **lists, "init_lora": init_lora}))
         self.loss = loss or LatentMSE()
@@ -189,15 +192,7 @@ class DirectDistill(ResumableModule):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        self.resume.configure(optimizer)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, WarmupCosine) and scheduler.num_training_steps is None:
-            scheduler.num_training_steps = int(self.trainer.estimated_stepping_batches)
-        self.resume.configure(optimizer, scheduler)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        return configure_optimizers(self, self.optimizer, self.lr_scheduler)
 
     # Teacher and student
 
@@ -251,6 +246,7 @@ class DirectDistill(ResumableModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the step's loss and the gradient's norm; stop if the norm is not finite."""
         self._step.log(self)
+        self.resume.updating = True
 
     def configure_gradient_clipping(
         self,
@@ -283,7 +279,9 @@ class DirectDistill(ResumableModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log val_gap_closed, val_latent_mse, val_loss, val_seconds and val_<metric>."""
-        self.validator.log(self, "val")
+        metrics = self.validator.log(self, "val")
+        if is_fitting(self._trainer) and not self.trainer.sanity_checking:
+            step_on_plateau(self.resume.scheduler, metrics)
         self.release_undistilled()
 
     def on_test_epoch_end(self) -> None:
@@ -341,9 +339,11 @@ class DirectDistill(ResumableModule):
         super().on_save_checkpoint(checkpoint)
         facts = training_facts(self.trainer) | {"init_lora": self.settings.init_lora}
         records = {"undistilled_mse": self.validator.undistilled_mse, "facts": facts}
+        records["base_digest"] = self.student.base_digest
         checkpoint["lit_distill"].update(records)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over a checkpoint's records."""
+        check_base(checkpoint, self.hparams, self.student.base_digest)
         super().on_load_checkpoint(checkpoint)
         self.validator.undistilled_mse = dict(checkpoint["lit_distill"]["undistilled_mse"])

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_distill.compute.sharding import assign_tensor, full_tensor
+from lit_distill.errors import InputError
 from lit_distill.training.checkpoint_io import check_state
 from lit_distill.training.direct_distill import DirectDistill
 
@@ -34,7 +35,7 @@ class EMA(Callback):
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"EMA: decay must be >= 0 and < 1, got {decay}")
+            raise InputError(f"EMA: decay must be >= 0 and < 1, got {decay}")
         self.decay = decay
         self.updates = 0
         self.average: dict[str, Tensor] = {}

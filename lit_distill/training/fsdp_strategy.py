@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -50,13 +49,15 @@ class FSDP2(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:  # noqa: ANN401
         """Load weights and optimizer state into the shards, and return the rest.
 
-        The file is memory-mapped, and one tensor at a time is sharded.
+        The file's checksums are verified on every process. Then it is memory-mapped, and one tensor
+        at a time is sharded.
 
         Raises:
-            ValueError: If it is not a checkpoint of this package, or does not fit.
+            InputError: If it is not a checkpoint of this package, or does not fit.
         """
-        path = Path(self.broadcast(checkpoint_path))
+        path = self.broadcast(checkpoint_path)
         content = read_checkpoint(path, mmap=True)
+        self.checkpoint_io.last = str(path), int(content["global_step"])  # type: ignore[attr-defined]
         module: Any = self.lightning_module
         trained = module.trained()
         state = content.pop("state_dict")

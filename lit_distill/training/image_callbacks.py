@@ -12,9 +12,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from lit_distill.data.batch import Batch
+from lit_distill.data.whole_files import write_file
 from lit_distill.evaluation.contact_sheet import contact_sheet, to_pil
 from lit_distill.evaluation.evaluator import EvaluationBatch
 from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.validation import row_keys
 
 
 class ImageGrid(Callback):
@@ -32,7 +34,7 @@ class ImageGrid(Callback):
     def __init__(self, rows: int = 8) -> None:
         self.rows = rows
         self._shown: list[tuple[str, list[Image.Image]]] = []
-        self._undistilled: dict[int, list[Image.Image]] = {}
+        self._undistilled: dict[tuple[int, ...], list[Image.Image]] = {}
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start a new grid."""
@@ -55,11 +57,12 @@ class ImageGrid(Callback):
         samples: EvaluationBatch = outputs["samples"]
         if samples.preds is None or samples.target is None:
             return
-        if batch_idx not in self._undistilled:
+        key = tuple(row_keys(batch, pl_module.student.digest()))
+        if key not in self._undistilled:
             with pl_module.undistilled():
                 latents = pl_module.student_rollout(batch)
-            self._undistilled[batch_idx] = to_pil(pl_module.decode(latents, batch))
-        columns = (to_pil(samples.target), self._undistilled[batch_idx], to_pil(samples.preds))
+            self._undistilled[key] = to_pil(pl_module.decode(latents, batch))
+        columns = (to_pil(samples.target), self._undistilled[key], to_pil(samples.preds))
         rows = zip(batch["prompt"], zip(*columns, strict=True), strict=True)
         self._shown += [(prompt, list(images)) for prompt, images in rows][:missing]
 
@@ -84,8 +87,12 @@ def log_image(trainer: pl.Trainer, name: str, image: Image.Image) -> None:
         logged = True
     if not logged:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"step_{step:06d}.png")
+        write_png(folder / f"step_{step:06d}.png", image)
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write an image as a PNG file, whole or not at all."""
+    write_file(path, lambda stream: image.save(stream, format="PNG"))
 
 
 class ImageWriter(BasePredictionWriter):
@@ -111,6 +118,5 @@ class ImageWriter(BasePredictionWriter):
     ) -> None:
         """Write the images of one batch."""
         out_dir = Path(self.out_dir or Path(trainer.default_root_dir) / "predictions")
-        out_dir.mkdir(parents=True, exist_ok=True)
         for row, image in zip(batch["row"], prediction, strict=True):
-            image.save(out_dir / f"row_{row:06d}.png")
+            write_png(out_dir / f"row_{row:06d}.png", image)

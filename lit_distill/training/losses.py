@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lit_distill.data.batch import Batch
+from lit_distill.errors import InputError
 from lit_distill.pipelines.latent_codec import LatentCodec
 
 
@@ -70,7 +71,7 @@ class LatentRMSE(DistillLoss):
     def __init__(self, eps: float = 1e-3) -> None:
         super().__init__()
         if not eps > 0:
-            raise ValueError(f"eps must be > 0, got {eps}")
+            raise InputError(f"eps must be > 0, got {eps}")
         self.eps = eps
 
     def forward(self, student: Tensor, target: Tensor, codec: LatentCodec | None) -> Tensor:
@@ -99,7 +100,7 @@ def sample_losses(
         ValueError: If the target does not have the shape of the student's latents.
     """
     if student.shape != target.shape:
-        raise ValueError(
+        raise InputError(
             f"row {batch['row'][0]}: the target's latents are {tuple(target.shape[1:])}, but "
             f"the pipeline generates {tuple(student.shape[1:])} at size {batch['size']} "
             "(height, width); were they made by another pipeline or at another size?"

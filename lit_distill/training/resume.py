@@ -1,22 +1,27 @@
-"""Resuming exactly where a run stopped: batches counted, settings compared, signals handled."""
+"""Resuming exactly where a run stopped: batches counted, steps completed, settings compared."""
 
 from __future__ import annotations
 
 import inspect
-import signal
-import threading
 from collections.abc import Mapping
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
+
+from lit_distill.errors import InputError
+
+
+class FinishedStep(NamedTuple):
+    """Where a run is after an optimizer step: the epoch, Lightning's loops, batches trained on."""
+
+    epoch: int
+    loops: dict[str, Any]
+    batches: int
 
 
 class ResumeState:
@@ -26,20 +31,33 @@ class ResumeState:
         seed: Seed of the randomness in training itself (dropout), the same on every process.
         batches: Number of batches that this process has trained on.
         resumed: The state in the checkpoint that this run resumes from.
+        dataset_digest: Digests of this run's rows.
+        updating: Whether an optimizer step has begun to change weights and is not complete.
+        finished: The last optimizer step that is complete.
+        interrupted: Whether an exception has ended the run, so that only `finished` is saved.
     """
 
     def __init__(self) -> None:
         self.seed: int | None = None
         self.batches = 0
         self.resumed: dict[str, Any] = {}
+        self.dataset_digest: dict[str, Any] = {}
+        self.updating = False
+        self.finished: FinishedStep | None = None
+        self.interrupted = False
         self.optimizer: Optimizer | None = None
         self.scheduler: Any = None
+        self._silenced: list[ModelCheckpoint] = []
         self._settings: list[dict[str, Any]] = []
         self._schedule: dict[str, Any] = {}
 
     def reset(self) -> None:
         """Forget what an earlier call of ``trainer.fit`` has resumed and configured."""
         self.resumed, self.optimizer, self.scheduler = {}, None, None
+        self.updating, self.finished, self.interrupted = False, None, False
+        for callback in self._silenced:
+            callback.save_on_exception = True
+        self._silenced = []
 
     def choose_seed(self, trainer: pl.Trainer) -> None:
         """Take process 0's seed on every process, unless a checkpoint has one."""
@@ -55,23 +73,64 @@ class ResumeState:
         torch.manual_seed(int(words.generate_state(1)[0]))
         self.batches += 1
 
+    def finish_step(self, trainer: pl.Trainer) -> None:
+        """Record that an optimizer step is complete."""
+        self.updating = False
+        loops = trainer.fit_loop.state_dict()
+        self.finished = FinishedStep(trainer.current_epoch, loops, self.batches)
+
+    def interrupt(self, trainer: pl.Trainer, *, may_save: bool) -> None:
+        """Have the last complete step saved when an exception ends the run, or nothing.
+
+        What follows it, an accumulated gradient or a batch that was read, is not saved: the resumed
+        run does it again. Once the optimizer has begun to change the weights, that step can't be
+        saved any more.
+
+        Args:
+            trainer: The trainer.
+            may_save: Whether all processes are here, and there is time.
+        """
+        self.interrupted = True
+        if may_save and self.finished is not None and not self.updating:
+            return
+        step = trainer.global_step
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
+                callback.save_on_exception = False
+                self._silenced.append(callback)
+        if self._silenced and step and not trainer.sanity_checking:
+            last = getattr(trainer.strategy.checkpoint_io, "last", None)
+            where = f"{last[0]}, of step {last[1]}" if last else "none"
+            rank_zero_warn(
+                "the run ended in the middle of a step, which is not saved; the last checkpoint: "
+                + where
+            )
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds of this."""
         kinds = {
             "optimizer": _class_path(self.optimizer),
             "lr_scheduler": _class_path(self.scheduler),
         }
-        return {"seed": self.seed, "batches": self.batches, **kinds}
+        batches = self.finished.batches if self.interrupted and self.finished else self.batches
+        progress = {"seed": self.seed, "batches": batches, "dataset_digest": self.dataset_digest}
+        return progress | kinds
+
+    def rewind(self, checkpoint: dict[str, Any]) -> None:
+        """After an exception, put the last complete step into a checkpoint's loops."""
+        if self.interrupted and self.finished is not None:
+            checkpoint["epoch"] = self.finished.epoch
+            checkpoint["loops"]["fit_loop"] = self.finished.loops
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Take over the state of a checkpoint.
 
         Raises:
-            ValueError: If it holds weights only, or this run's optimizer or schedule is of another
+            InputError: If it holds weights only, or this run's optimizer or schedule is of another
                 class.
         """
         if "optimizer_states" not in checkpoint:
-            raise ValueError(
+            raise InputError(
                 "the checkpoint holds weights only (ModelCheckpoint.save_weights_only): "
                 "training can't resume from it"
             )
@@ -84,13 +143,15 @@ class ResumeState:
         """Record the settings of optimizer and schedule before a checkpoint overwrites them.
 
         Raises:
-            ValueError: If the checkpoint's are of another class.
+            InputError: If the checkpoint's are of another class.
         """
         if optimizer is not self.optimizer:  # a schedule changes the learning rate when it is made
             groups = optimizer.param_groups
             self._settings = [{k: v for k, v in g.items() if k != "params"} for g in groups]
         self.optimizer, self.scheduler, self._schedule = optimizer, scheduler, {}
         if scheduler is not None:
+            for group in optimizer.param_groups:  # as most schedules do; ReduceLROnPlateau does not
+                group.setdefault("initial_lr", group["lr"])
             arguments = set(inspect.signature(type(scheduler)).parameters) - {"last_epoch"}
             state = scheduler.state_dict()
             self._schedule = {k: v for k, v in state.items() if k in arguments}
@@ -101,7 +162,7 @@ class ResumeState:
             configured = _class_path(value)
             saved = self.resumed.get(name, configured)
             if saved != configured:
-                raise ValueError(
+                raise InputError(
                     f"model.{name} is {configured}, but the checkpoint's is {saved}, whose state "
                     f"it can't load: resume with {saved}, or start a new run"
                 )
@@ -110,7 +171,7 @@ class ResumeState:
         """Restore settings of optimizer and schedule that a checkpoint has overwritten, and warn.
 
         Raises:
-            ValueError: If the checkpoint's are of another class.
+            InputError: If the checkpoint's are of another class.
         """
         self._check_classes()
         changed: dict[str, tuple[str, Any, Any]] = {}
@@ -156,6 +217,17 @@ def is_fitting(trainer: pl.Trainer | None) -> bool:
     return trainer is not None and trainer.state.fn == "fit"
 
 
+def restore_order(trainer: pl.Trainer) -> None:
+    """Resume the order of rows where Lightning does not: after a whole epoch, without max_steps.
+
+    It would begin with the order of the first epoch again.
+    """
+    loop = trainer.fit_loop
+    if loop._combined_loader is not None and loop._combined_loader_states_to_load:
+        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+        loop._combined_loader_states_to_load = []
+
+
 def warn_of_changed_settings(configured: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Warn of every hyperparameter that differs from the checkpoint's; the configured one is used.
 
@@ -170,48 +242,3 @@ def warn_of_changed_settings(configured: Mapping[str, Any], saved: Mapping[str, 
                 f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
                 f"continuing with {value!r}"
             )
-
-
-class StopOnSignal(Callback):
-    """Ends training after the current optimizer step on SIGTERM or SIGUSR1.
-
-    A ``ModelCheckpoint(save_on_exception=True)`` then saves. It is enough if one process receives
-    the signal: all processes agree, after an optimizer step, to stop. Lightning's own handler is
-    replaced for two reasons. It communicates with the other processes from within the handler,
-    which may interrupt another exchange. And it may stop between the batches of an accumulated
-    step. Where SLURM requeues the job, Lightning keeps SLURM's signal.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers; Lightning restores the earlier ones when training ends."""
-        self.received = None
-        if threading.current_thread() is not threading.main_thread():
-            return
-        signal.signal(signal.SIGTERM, self._receive)
-        environment = trainer._accelerator_connector.cluster_environment
-        if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
-            signal.signal(signal.SIGUSR1, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
-    ) -> None:
-        """Stop if any process has received a signal, once accumulated gradients are used."""
-        if trainer.fit_loop._should_accumulate():
-            return
-        stop = self.received is not None
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
-            name = self.received.name if self.received else "a signal to another process"
-            raise SIGTERMException(f"stopped by {name} after step {trainer.global_step}")

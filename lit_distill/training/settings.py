@@ -9,7 +9,9 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lit_distill.compute.activation_checkpointing import Checkpointing, check_mode
+from lit_distill.errors import InputError
 from lit_distill.pipelines.loading import DTYPES
+from lit_distill.training.plain import plain_setting
 
 if TYPE_CHECKING:
     from lit_distill.data.datamodule import DistillDataModule
@@ -20,10 +22,12 @@ class Settings:
     """Hyperparameters, as the arguments of `DirectDistill` of the same names describe them.
 
     Preflight and `init_lora` decide some of them. They never change an instance: they make a
-    changed copy (`dataclasses.replace`), and the copy is validated too.
+    changed copy (`dataclasses.replace`), and the copy is validated too. Their values are made
+    plain, since a checkpoint holds them: paths become texts, numpy's numbers Python's.
 
     Raises:
-        ValueError: If a setting is out of range, or settings exclude each other.
+        InputError: If a setting is out of range or has no plain form, or if settings exclude each
+            other.
     """
 
     pretrained_model_name_or_path: str | None
@@ -52,6 +56,8 @@ class Settings:
     quantization: dict[str, Any] | None
 
     def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self)):
+            object.__setattr__(self, name, plain_setting(getattr(self, name), f"model.{name}"))
         _check_ranges(self)
         _check_lora_per_step(self)
         _check_teacher(self)
@@ -71,10 +77,10 @@ class Settings:
         """Return the hub id or folder of the pretrained pipeline.
 
         Raises:
-            ValueError: If it is not set.
+            InputError: If it is not set.
         """
         if not self.pretrained_model_name_or_path:
-            raise ValueError(
+            raise InputError(
                 "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
                 "layout, or tiny-digits"
             )
@@ -123,18 +129,18 @@ def _classes(hint: Any) -> tuple[type, ...]:  # noqa: ANN401
 
 def _check_ranges(settings: Settings) -> None:
     if settings.torch_dtype not in DTYPES:
-        raise ValueError(
+        raise InputError(
             f"model.torch_dtype must be one of {', '.join(DTYPES)}, got {settings.torch_dtype!r}"
         )
     if settings.checkpointing != "auto" or settings.offload_activations:
         check_mode(settings.checkpointing, settings.offload_activations)
     batch_size, sigmas = settings.rollout_batch_size, settings.sigmas
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"model.rollout_batch_size must be >= 1, got {batch_size}")
+        raise InputError(f"model.rollout_batch_size must be >= 1, got {batch_size}")
     if sigmas is not None and not (sigmas and _falling([*sigmas, 0.0])):
-        raise ValueError(f"model.sigmas must be positive and falling, got {sigmas}")
+        raise InputError(f"model.sigmas must be positive and falling, got {sigmas}")
     if settings.trajectory and settings.grad_steps is not None:
-        raise ValueError(
+        raise InputError(
             "model.trajectory and model.grad_steps: set one; with trajectory no gradient goes "
             "through more than one step"
         )
@@ -149,13 +155,13 @@ def _check_lora_per_step(settings: Settings) -> None:
     if count is None:
         return
     if count < 1:
-        raise ValueError(f"model.lora_per_step must be >= 1, got {count}")
+        raise InputError(f"model.lora_per_step must be >= 1, got {count}")
     if not settings.trains_lora:
-        raise ValueError(
+        raise InputError(
             "model.lora_per_step: model.lora is null (full training); set it, for example {r: 32}"
         )
     if grad_steps is not None and grad_steps < count:
-        raise ValueError(
+        raise InputError(
             f"model.grad_steps is {grad_steps}: the LoRAs of the steps before the last "
             f"{grad_steps} of model.lora_per_step ({count}) would never train; leave one out"
         )
@@ -163,7 +169,7 @@ def _check_lora_per_step(settings: Settings) -> None:
 
 def _check_teacher(settings: Settings) -> None:
     if settings.teacher_lora and settings.teacher_model:
-        raise ValueError(
+        raise InputError(
             "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "
             "LoRA, fuse the LoRA into the model first"
         )
@@ -171,12 +177,12 @@ def _check_teacher(settings: Settings) -> None:
 
 def _check_quantization(settings: Settings) -> None:
     if settings.quantization and not settings.trains_lora:
-        raise ValueError(
+        raise InputError(
             "model.quantization: quantised weights can't be trained, and model.lora is null (full "
             "training); set model.lora, for example {r: 32}"
         )
     if settings.quantization and settings.teacher_lora:
-        raise ValueError(
+        raise InputError(
             "model.quantization and model.teacher_lora: a LoRA can't be fused into quantised "
             "weights; fuse it before, and name the merged folder as the pretrained model"
         )
@@ -186,10 +192,10 @@ def check_precision(precision: str) -> None:
     """Check that a trainer's precision keeps trained weights in float32.
 
     Raises:
-        ValueError: If it does not.
+        InputError: If it does not.
     """
     if precision in ("bf16-true", "16-true"):
-        raise ValueError(
+        raise InputError(
             f"trainer.precision is {precision}, in which most steps round to nothing; use "
             "bf16-mixed (trained weights are float32, model.torch_dtype sets the arithmetic)"
         )
@@ -199,7 +205,7 @@ def check_rows(settings: Settings, data: DistillDataModule) -> None:
     """Check that these settings can train on the rows, before anything is loaded.
 
     Raises:
-        ValueError: Naming a row whose number of steps is not that of model.sigmas or
+        InputError: Naming a row whose number of steps is not that of model.sigmas or
             model.lora_per_step.
     """
     counts = {"sigmas": len(settings.sigmas or ()), "lora_per_step": settings.lora_per_step}
@@ -209,7 +215,7 @@ def check_rows(settings: Settings, data: DistillDataModule) -> None:
                 continue
             steps = rows.columns["num_inference_steps"]
             for index in (steps != count).nonzero()[0][:1]:
-                raise ValueError(
+                raise InputError(
                     f"row {rows.columns['row'][index]} is for {steps[index]} steps, but "
                     f"model.{name} has {count}; they must be equal"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_distill.data.batch import Batch, call_arguments, split_batch
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import (
     call_parameters,
     denoiser_device,
@@ -17,6 +19,7 @@ from lit_distill.pipelines.components import (
     override_scheduler_config,
 )
 from lit_distill.pipelines.latent_codec import LatentCodec
+from lit_distill.pipelines.model_digest import plain_config
 from lit_distill.pipelines.rollout import rollout, sample
 from lit_distill.pipelines.trajectory import Trajectory, trajectory
 from lit_distill.teacher.online import OnlineTeacher
@@ -36,24 +39,31 @@ class Student:
         pipe: The pipeline, made trainable; it gets the student's scheduler.
         settings: The settings in effect.
         sharded: Whether the denoisers are sharded over processes.
+        base_digest: Digests of the pretrained denoisers, by name; empty if they are quantised.
 
     Attributes:
         pretrained_scheduler: The scheduler that the pipeline came with, which its teacher uses.
 
     Raises:
-        ValueError: If the pipeline does not take the settings' schedule.
+        InputError: If the pipeline does not take the settings' schedule.
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, settings: Settings, *, sharded: bool = False
+        self,
+        pipe: DiffusionPipeline,
+        settings: Settings,
+        *,
+        sharded: bool = False,
+        base_digest: dict[str, str] | None = None,
     ) -> None:
         if settings.sigmas and "sigmas" not in call_parameters(pipe):
-            raise ValueError(
+            raise InputError(
                 f"model.sigmas: {type(pipe).__name__}'s call takes no sigmas; choose the student's "
                 "schedule by fields of its scheduler instead (model.scheduler)"
             )
         self.pipe = pipe
         self.settings = settings
+        self.base_digest = base_digest or {}
         self.pretrained_scheduler = pipe.scheduler
         pipe.scheduler = override_scheduler_config(pipe, settings.scheduler)
         self._sharded = sharded
@@ -100,6 +110,15 @@ class Student:
         if sigmas and len(sigmas) == num_inference_steps:
             call["sigmas"] = list(sigmas)
         return call
+
+    def digest(self) -> str:
+        """Return what samples and online targets depend on beside their rows, but for training."""
+        names = ["torch_dtype", "quantization", "sigmas", "call_kwargs", "teacher_lora"]
+        names += ["teacher_model", "teacher_num_inference_steps", "teacher_cfg_scale"]
+        scheduler = self.pipe.scheduler
+        content = [getattr(self.settings, name) for name in names]
+        content += [self.base_digest, type(scheduler).__name__, plain_config(scheduler)]
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
     # Sampling
 
@@ -170,17 +189,17 @@ class Student:
                 with self.precision():
                     self._codecs[size] = LatentCodec(self.pipe, **call)
             except ValueError as error:
-                raise ValueError(f"row {batch['row'][0]}: {error}") from error
+                raise InputError(f"row {batch['row'][0]}: {error}") from error
         return self._codecs[size]
 
     def decode(self, latents: Tensor, batch: Batch) -> Tensor:
         """Return the images of the batch's final latents, (B, 3, H, W), float32, range [0, 1].
 
         Raises:
-            ValueError: If the pipeline's latents can't be decoded, which metrics {} do not need.
+            InputError: If the pipeline's latents can't be decoded, which metrics {} do not need.
         """
         try:
             codec = self.codec(batch)
         except ValueError as error:
-            raise ValueError(f"{error}; or validate without images: model.metrics: {{}}") from error
+            raise InputError(f"{error}; or validate without images: model.metrics: {{}}") from error
         return codec.decode(latents)

@@ -17,8 +17,10 @@ from lit_distill.adapters.weights import load_base_pipeline, load_into_adapters,
 from lit_distill.compute.precision import compute_in
 from lit_distill.compute.quantization import quantization_config
 from lit_distill.compute.sharding import broadcast_state_dict, shard
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers, use_attention
 from lit_distill.pipelines.loading import DTYPES, denoiser_classes, load_pipeline, pipeline_source
+from lit_distill.pipelines.model_digest import component_digests
 from lit_distill.training.settings import Settings
 from lit_distill.training.student import Student
 
@@ -32,10 +34,15 @@ class StudentLoader:
 
     Args:
         settings: The settings as they are given.
+
+    Attributes:
+        base_digest: Digests of the pretrained denoisers that were loaded last, by name. Quantised
+            ones have none: they can't be compared with others.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.base_digest: dict[str, str] = {}
 
     def load(self, mesh: DeviceMesh | None = None, device: torch.device | None = None) -> Student:
         """Return the student: the pipeline frozen, and what is trained of it made trainable.
@@ -47,7 +54,7 @@ class StudentLoader:
             device: Where the shards of this process go.
 
         Raises:
-            ValueError: If the pipeline does not take a setting.
+            InputError: If the pipeline does not take a setting.
         """
         if mesh is None:
             pipe = self._whole()
@@ -56,7 +63,7 @@ class StudentLoader:
             pipe = self._sharded(mesh, device)
         if self.settings.attention_backend:
             use_attention(pipe, self.settings.attention_backend)
-        return Student(pipe, self.settings, sharded=mesh is not None)
+        return Student(pipe, self.settings, sharded=mesh is not None, base_digest=self.base_digest)
 
     def base(self) -> DiffusionPipeline:
         """Return the pipeline that a student starts from, as pretrained."""
@@ -67,9 +74,16 @@ class StudentLoader:
             options["quantization_config"] = quantization_config(quantization, classes)
         return load_base_pipeline(self.settings.hyperparameters(), **options)
 
+    def _digested_base(self) -> DiffusionPipeline:
+        """Return the pipeline that a student starts from, and record its denoisers' digests."""
+        pipe = self.base()
+        if not self.settings.quantization:
+            self.base_digest = component_digests(pipe, denoisers(pipe))
+        return pipe
+
     def _whole(self) -> DiffusionPipeline:
         """Return the pipeline made trainable, its arithmetic in the base data type."""
-        pipe = self.base()
+        pipe = self._digested_base()
         dtypes = {
             key: {name: p.dtype for name, p in denoiser.named_parameters()}
             for key, denoiser in denoisers(pipe).items()
@@ -84,12 +98,12 @@ class StudentLoader:
         """Return the pipeline made trainable, its denoisers sharded over processes (FSDP2)."""
         settings = self.settings
         if settings.quantization:
-            raise ValueError(
+            raise InputError(
                 "model.quantization: fsdp2 does not shard quantised weights; use strategy ddp, "
                 "with the denoiser whole on each device"
             )
-        return load_sharded(
-            self.base,
+        pipe = load_sharded(
+            self._digested_base,
             partial(
                 load_pipeline,
                 settings.model_name(),
@@ -101,6 +115,8 @@ class StudentLoader:
             mesh,
             device,
         )
+        self.base_digest = _broadcast(self.base_digest)
+        return pipe
 
     def _prepare(self, pipe: DiffusionPipeline) -> None:
         """Make the pipeline trainable, with the weights of `init_lora` in its adapters."""
@@ -122,7 +138,7 @@ class StudentLoader:
         given = self.settings.lora or {}
         for name, value in given.items():
             if name in fields and fields[name] != value:
-                raise ValueError(
+                raise InputError(
                     f"model.lora.{name} is {value!r}, but init_lora {self.settings.init_lora} has "
                     f"{fields[name]!r}; leave it out"
                 )

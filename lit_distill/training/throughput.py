@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lit_distill.data.batch import Batch, split_batch
+from lit_distill.errors import InputError
 from lit_distill.training.direct_distill import DirectDistill
 
 
@@ -55,7 +56,7 @@ class TrainingMonitor(Callback):
 
     def __init__(self, every_n_steps: int = 10, peak_flops: float | None = None) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"TrainingMonitor: every_n_steps must be >= 1, got {every_n_steps}")
+            raise InputError(f"TrainingMonitor: every_n_steps must be >= 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.peak_flops = peak_flops
         self._counts: dict[tuple[Any, ...], tuple[int, float]] = {}

@@ -11,16 +11,21 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
+from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_distill.data.batch import Batch, has_target
+from lit_distill.data.batch import TARGETS, Batch, has_target
 from lit_distill.evaluation.evaluator import Evaluation, EvaluationBatch
 from lit_distill.evaluation.metrics import latent_mse
+from lit_distill.pipelines.model_digest import tensor_digest
+from lit_distill.training.student import Student
 
 
 class ValidatedModule(Protocol):
     """What validation calls; `DirectDistill` has it."""
+
+    student: Student
 
     @property
     def device(self) -> torch.device:
@@ -80,8 +85,9 @@ class Validator:
         Returns:
             ``samples``, an `EvaluationBatch`, and ``new``, the positions of rows that count.
         """
-        keys = _gather(module, torch.tensor(row_keys(batch), device=module.device))
-        target = self._target(module, batch, keys[module.global_rank].tolist())
+        own = row_keys(batch, module.student.digest())
+        keys = _gather(module, torch.tensor(own, device=module.device))
+        target = self._target(module, batch, own)
         latents = module.student_rollout(batch).float()
         loss = module.compare(latents, target, batch)
         samples = EvaluationBatch(batch["prompt"], latents, target, loss=loss)
@@ -93,8 +99,12 @@ class Validator:
         self.evaluation.update(samples.select(new), batch["num_inference_steps"])
         return {"samples": samples, "new": new}
 
-    def log(self, module: pl.LightningModule, stage: str) -> None:
-        """Log the values of all rows as ``<stage>_<name>``, and the seconds taken; start anew."""
+    def log(self, module: pl.LightningModule, stage: str) -> dict[str, float]:
+        """Log the values of all rows as ``<stage>_<name>``, and the seconds taken; start anew.
+
+        Returns:
+            What was logged.
+        """
         values = {f"{stage}_{name}": value for name, value in self.evaluation.compute().items()}
         self.evaluation.reset()
         values[f"{stage}_seconds"] = time.perf_counter() - self._started
@@ -107,6 +117,7 @@ class Validator:
             # Lightning discards this validation, but it is the first point of the curves.
             for logger in trainer.loggers:
                 logger.log_metrics(values | {f"{stage}_gap_closed": gap}, module.global_step)
+        return values | {f"{stage}_gap_closed": gap}
 
     def _target(self, module: ValidatedModule, batch: Batch, keys: list[int]) -> Tensor:
         """Return the teacher's latents; the online teacher generates a held-out row only once."""
@@ -130,12 +141,35 @@ class Validator:
         return torch.tensor(kept, device=module.device)
 
 
-def row_keys(batch: Batch) -> list[int]:
-    """Return keys that tell the batch's held-out rows apart, also from those of another table."""
-    shared = (batch["num_inference_steps"], batch["cfg_scale"], batch["size"])
-    rows = zip(batch["row"], batch["prompt"], batch["seed"], strict=True)
-    digests = [hashlib.sha256(repr((*row, *shared)).encode()).digest() for row in rows]
-    return [int.from_bytes(digest[:7], "big") for digest in digests]
+def row_keys(batch: Batch, sampling: str = "") -> list[int]:
+    """Return keys of the batch's rows, by all that their samples and targets depend on.
+
+    The content of the targets and of pictures counts: a row may be generated again with other
+    settings of the teacher, but the same prompt and seed.
+
+    Args:
+        batch: The rows.
+        sampling: What the samples depend on beside their rows: see `Student.digest`.
+    """
+    fields = ("rand_device", "num_inference_steps", "cfg_scale", "size")
+    shared = (sampling, *(batch[name] for name in fields))  # type: ignore[literal-required]
+    keys = []
+    for index, row in enumerate(zip(batch["row"], batch["prompt"], batch["seed"], strict=True)):
+        targets = [_content(batch[name], index) for name in TARGETS]  # type: ignore[literal-required]
+        call = {name: _content(value, index) for name, value in sorted(batch["call"].items())}
+        digest = hashlib.sha256(repr((row, shared, targets, call)).encode()).digest()
+        keys.append(int.from_bytes(digest[:7], "big"))
+    return keys
+
+
+def _content(values: Any, index: int) -> str:  # noqa: ANN401
+    """Return what identifies a row's entry of a batch's values, or the value for all rows."""
+    value = values[index] if isinstance(values, list | Tensor) else values
+    if isinstance(value, Tensor):
+        return tensor_digest(value)
+    if isinstance(value, Image.Image):
+        return f"{value.mode}{value.size}{hashlib.sha256(value.tobytes()).hexdigest()}"
+    return repr(value)
 
 
 def _gather(module: ValidatedModule, values: Tensor) -> Tensor:

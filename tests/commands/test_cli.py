@@ -97,7 +97,7 @@ def test_the_last_checkpoint_is_the_latest_where_validation_gets_no_better(pairs
 def test_examples_run(pairs, tmp_path):
     train = [sys.executable, "examples/train.py", str(pairs / "train/metadata.csv"), str(tmp_path)]
     subprocess.run([*train, "2"], check=True, cwd=ROOT)
-    infer = [sys.executable, "examples/infer.py", str(TINY), str(tmp_path), "a red seven"]
+    infer = [sys.executable, "examples/infer.py", str(TINY), str(tmp_path / "lora"), "a red seven"]
     subprocess.run([*infer, str(tmp_path / "image.png"), "32"], check=True, cwd=ROOT)
     assert Image.open(tmp_path / "image.png").size == (32, 32)
 

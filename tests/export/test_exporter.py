@@ -18,6 +18,7 @@ from lit_distill.adapters.lora import Factors
 from lit_distill.adapters.lora_files import to_state
 from lit_distill.adapters.lora_formats import layout_of
 from lit_distill.cli import main
+from lit_distill.errors import InputError
 from lit_distill.export import exporter, lora_writer
 from lit_distill.export.export_on_save import ExportOnSave
 from lit_distill.export.exporter import ExportError
@@ -283,15 +284,18 @@ def test_the_usage_lines_of_a_card_run(exports, folder, tmp_path):
 
 
 def test_a_folder_is_pushed_to_the_hub(folder, tmp_path, monkeypatch):
-    calls = []
+    calls, remote = [], [".gitattributes", "picture.png"]
 
     class Api:
         def create_repo(self, repo_id, exist_ok):
             calls.append(("create", repo_id, exist_ok))
             return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            names = {path.name for path in Path(folder_path).iterdir()}
+        def list_repo_files(self, repo_id):
+            return remote
+
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+            names = {path.name for path in Path(folder_path).iterdir()} - set(ignore_patterns)
             calls.append(("upload", repo_id, names))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -299,6 +303,20 @@ def test_a_folder_is_pushed_to_the_hub(folder, tmp_path, monkeypatch):
     export_student(content, tmp_path, push_to_hub="me/my-lora")
     files = {"README.md", "samples.png", "pytorch_lora_weights.safetensors"}
     assert calls == [("create", "me/my-lora", True), ("upload", "me/my-lora", files)]
+
+    # Weights of another export there would be read together with these.
+    remote += ["adapter_config.json", "adapter_model.safetensors"]
+    stale = (
+        "me/my-lora holds adapter_config.json, adapter_model.safetensors, which tools would read"
+    )
+    with pytest.raises(InputError, match=stale):
+        export_student(content, tmp_path, push_to_hub="me/my-lora")
+    # What is not verified is not uploaded.
+    calls.clear()
+    monkeypatch.setattr(exporter, "fuse_lora", lambda pipe, lora: None)
+    with pytest.raises(ExportError):
+        export_student(content, tmp_path / "merged", "merged", push_to_hub="me/my-lora")
+    assert calls == []
 
 
 # The command line and the callback

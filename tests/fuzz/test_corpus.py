@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from tiny_pipelines import build
 
 from lit_distill.adapters.lora_files import read_lora
-from lit_distill.data.dataset_check import latents_header
 from lit_distill.data.images import read_picture
+from lit_distill.data.latents_file import read_latents
 from lit_distill.data.metadata import read_metadata
 from lit_distill.data.table_io import Problems, read_table
 from lit_distill.teacher.prompts import read_prompts
@@ -34,7 +34,7 @@ READERS = {
     "metadata": read_metadata,
     "prompts": read_prompts,
     "picture": read_picture,
-    "latents": latents_header,
+    "latents": lambda path: read_latents(str(path)),
     "checkpoint": read_checkpoint,
 }
 

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY, generate
+from folders import hashes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,21 +18,14 @@ from lit_distill.pipelines.rollout import sample
 from lit_distill.teacher.prompts import plan_pairs, read_prompts
 
 
-def hashes(folder):
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
-
-
 def test_an_interrupted_run_resumes_to_the_same_files(pairs, tmp_path):
     generate(tmp_path, "prompts_heldout.txt", 8, 1_000_000)
     whole = hashes(tmp_path)
     assert whole == hashes(pairs / "heldout")
     for name in ("images/000003.png", "latents/000005.safetensors", "metadata.csv"):
         (tmp_path / name).unlink()
-    (tmp_path / "images/.000003.png.77.tmp").write_text("half of an ima")
+    killed = f".000003.png.{'0123456789abcdef' * 2}.tmp"
+    (tmp_path / "images" / killed).write_text("half of an ima")
     kept = (tmp_path / "images/000000.png").stat().st_mtime_ns
     generate(tmp_path, "prompts_heldout.txt", 8, 1_000_000)
     assert hashes(tmp_path) == whole
