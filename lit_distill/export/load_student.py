@@ -79,7 +79,12 @@ def load_student(
                 base = denoiser.get_parameter(name.partition(".lora_")[0] + ".base_layer.weight")
                 parameter.data = parameter.data.to(base.dtype)
         denoiser.requires_grad_(False).eval()
-    return pipe if facts is None else with_defaults(pipe, facts)
+    if facts is None:
+        return pipe
+    try:
+        return with_defaults(pipe, facts)
+    except InputError as error:
+        raise InputError(f"{source} is damaged: {error}") from error
 
 
 def _load_checkpoint(
@@ -95,7 +100,12 @@ def _load_checkpoint(
     pipe = add_student(pipe, content, f"checkpoint {path}")
     if "num_inference_steps" not in recorded_facts(content):
         return pipe, None
-    return pipe, StudentFacts.from_checkpoint(content, pipe)
+    try:
+        return pipe, StudentFacts.from_checkpoint(content, pipe)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"checkpoint {path} is damaged: its record of the student: {error}"
+        ) from error
 
 
 def add_student(

@@ -31,7 +31,7 @@ def test_a_misspelt_key_is_refused_by_name(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--config", str(CONFIGS[-1]), "--model.checkpoint", "none"])
     assert ended.value.code != 0
-    assert "key='checkpoint'" in capsys.readouterr().err
+    assert "unknown key 'checkpoint' (did you mean 'checkpointing'?)" in capsys.readouterr().err
 
 
 def test_help_lists_the_commands_soon():

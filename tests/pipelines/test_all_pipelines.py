@@ -243,7 +243,7 @@ def test_preflight_reports_the_kind_of_guidance(name):
     report = preflight(pipe, **call(name) | {"prompt": PROMPTS[1]})
     report.raise_failures()
     assert report.findings[-1].check == "the kind of guidance"
-    assert report.findings[-1].seen == describe_guidance(pipe)
+    assert report.findings[-1].observed == describe_guidance(pipe)
 
 
 def perturbed_attention():
@@ -267,7 +267,7 @@ def test_scale_1_switches_other_kinds_of_guidance_off_and_preflight_counts_sampl
     report = preflight(pipe, **call(name) | {"prompt": PROMPTS[1], "pag_scale": 2.0})
     finding = next(f for f in report.findings if "one denoiser call" in f.check)
     assert finding.verdict == "failed"
-    assert finding.seen == "3 calls in 3 steps, each for 2 samples instead of one"
+    assert finding.observed == "3 calls in 3 steps, each for 2 samples instead of one"
 
 
 # Steps and tails ----------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_a_pipeline_without_latents_to_return_is_trained_and_checked():
     assert torch.equal(latents, rollout(build(name), **call(name), generator=generators()))
     report = preflight(pipe, **call(name) | {"prompt": PROMPTS[1]})
     report.raise_failures()
-    assert report.findings[0].seen == "equal bit for bit"
+    assert report.findings[0].observed == "equal bit for bit"
     assert len(sample(pipe, **call(name), generator=generators())[1]) == 1
 
 

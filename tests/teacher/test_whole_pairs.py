@@ -191,7 +191,7 @@ def test_every_text_that_is_accepted_is_read_back(tmp_path):
 def test_half_an_emoji_is_refused_before_anything_is_generated(tmp_path):
     prompts = tmp_path / "prompts.json"
     prompts.write_text('[{"prompt": "good"}, {"prompt": "a \\ud83d"}]')
-    with pytest.raises(InputError, match=r"row 2.*ud83d"):
+    with pytest.raises(InputError, match=r"row 2.*half of a surrogate pair"):
         generate(tmp_path / "set", prompts, 2, 0)
     assert not (tmp_path / "set").exists()
 

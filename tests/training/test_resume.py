@@ -72,7 +72,7 @@ def test_two_runs_that_save_one_file_never_leave_a_damaged_one(tmp_path):
     hyper = {"pretrained_model_name_or_path": "tiny-digits"}
 
     def save(value):
-        content = {"hyper_parameters": hyper, "x": torch.full((10**5,), value)}
+        content = {"hyper_parameters": hyper, "state_dict": {"x": torch.full((10**5,), value)}}
         while not ended.is_set():
             AtomicCheckpointIO().save_checkpoint(content, path)
 
@@ -95,10 +95,12 @@ def test_two_runs_that_save_one_file_never_leave_a_damaged_one(tmp_path):
 def test_a_checkpoint_that_could_not_be_read_back_is_refused_when_it_is_saved(tmp_path):
     io = AtomicCheckpointIO()
     content = {"hyper_parameters": {"pretrained_model_name_or_path": Path("tiny-digits")}}
+    content["state_dict"] = {}
     content["numbers"] = [np.float64(0.5), (np.int64(3),), {np.str_("a"): np.arange(2)}]
     io.save_checkpoint(content, tmp_path / "last.ckpt")
     assert read_checkpoint(tmp_path / "last.ckpt") == {
         "hyper_parameters": {"pretrained_model_name_or_path": "tiny-digits"},
+        "state_dict": {},
         "numbers": [0.5, (3,), {"a": [0, 1]}],
     }
     content["callbacks"] = {"Mine": [object()]}

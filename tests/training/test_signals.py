@@ -168,6 +168,20 @@ def test_a_signal_in_the_first_validation_ends_with_its_status(number, pairs, tm
     assert stop_report(stopped.value, ["fit"]).endswith("\nNo checkpoint was saved.")
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_signal_ends_other_commands_at_once(command, pairs, tmp_path):
+    stop = pl.Callback()
+    names = {"validate": "validation", "test": "test", "predict": "predict"}
+    setattr(stop, f"on_{names[command]}_batch_start", lambda *_: send(signal.SIGTERM)())
+    trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[stop], **QUIET)
+    rows = DistillDataModule(val_metadata_path=str(pairs / "heldout/metadata.csv"))
+    handlers = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedBySignal) as stopped:
+        getattr(trainer, command)(module(metrics={}), datamodule=rows)
+    assert (str(stopped.value), stopped.value.code) == ("stopped by SIGTERM", 143)
+    assert signal.getsignal(signal.SIGTERM) == handlers
+
+
 def test_a_signal_while_encoding_keeps_what_is_encoded(pairs, tmp_path, monkeypatch):
     populate, calls = EncodeOnce.populate, []
 
