@@ -115,10 +115,16 @@ class StudentFacts:
             raise InputError(f"{damaged}{name} {problem}")
         if not kept.get("cfg_scale", 1) >= 1 or kept.get("num_inference_steps", 1) < 1:
             raise InputError(f"{damaged}cfg_scale and num_inference_steps must be >= 1")
+        examples = []
         for row in kept.get("examples", ()):
-            if not isinstance(row, dict) or wrong_types(Example, row):
+            try:
+                examples.append(Example(**row))
+                valid = not wrong_types(Example, row)
+            except TypeError:  # not a row, or other fields
+                valid = False
+            if not valid:
                 raise InputError(f"{damaged}an example is {row!r:.200}")
-        return cls(**kept | {"examples": [Example(**row) for row in kept.get("examples", ())]})
+        return cls(**kept | {"examples": examples})
 
     @classmethod
     def from_json(cls, text: str, where: str | Path) -> StudentFacts:

@@ -38,7 +38,7 @@ COUNTS = {
     "lora settings": 1500,
     "checkpoint bytes": 2000,
     "checkpoint content": 1500,
-    "student": 150,
+    "student": 100,
 }
 """Number of inputs of each test."""
 
