@@ -7,6 +7,7 @@ the device, or on how its files are sharded.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -25,6 +26,7 @@ CHUNK = 2**26
 """Bytes that are hashed at once: what a tensor on an accelerator takes in host memory."""
 
 _VOLATILE = {"_name_or_path", "_diffusers_version", "transformers_version", "_commit_hash"}
+_VOLATILE |= {"_use_default_values"}
 """Fields of a configuration that say where or with what it was saved."""
 
 
@@ -67,11 +69,21 @@ def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def plain_config(component: Any) -> Any:  # noqa: ANN401
-    """Return the configuration of a component in plain types, without where it was stored."""
+    """Return the configuration of a component in plain types, without where it was stored.
+
+    Fields at their default are left out: a later version of the library may add some.
+    """
     config = getattr(component, "config", None)
-    if config is not None and hasattr(config, "to_dict"):  # transformers
-        config = config.to_dict()
-    return _plain(dict(config)) if isinstance(config, Mapping) else None
+    if config is not None and hasattr(config, "to_diff_dict"):  # transformers
+        return _plain(config.to_diff_dict())
+    if not isinstance(config, Mapping):
+        return None
+    parameters = inspect.signature(type(component).__init__).parameters
+    defaults = {
+        name: _plain(p.default) for name, p in parameters.items() if p.default is not p.empty
+    }
+    plain = _plain(dict(config))
+    return {k: v for k, v in plain.items() if k not in defaults or v != defaults[k]}
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
