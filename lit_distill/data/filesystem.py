@@ -106,6 +106,15 @@ def file_signature(path: str) -> tuple[Any, ...]:
     return path, status.st_size, status.st_mtime_ns
 
 
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of the content of a file or URL, in hexadecimal; it is read every time."""
+    digest = hashlib.sha256()
+    with open_file(path) as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 known_digests: dict[tuple[Any, ...], str] = {}
 """Digests of the contents that this process has read, by path, size and modification mark."""
 
@@ -120,11 +129,7 @@ def content_digest(path: str) -> str:
     """
     signature = file_signature(path)
     if signature not in known_digests:
-        digest = hashlib.sha256()
-        with open_file(path) as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-        known_digests[signature] = digest.hexdigest()
+        known_digests[signature] = sha256_of(path)
     return known_digests[signature]
 
 

@@ -7,7 +7,6 @@ writers never share a temporary name.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from lit_distill.data.filesystem import sha256_of
 
 MANIFEST_FILE = ".lit_distill.json"
 """Lists the files that this package has written to a folder, with their sizes and SHA-256."""
@@ -84,15 +85,6 @@ def remove_temporary_files(folder: Path, older_than: float = 0) -> None:
             with suppress(OSError):  # gone by now, or not ours to remove
                 if time.time() - path.stat().st_mtime >= older_than:
                     path.unlink()
-
-
-def sha256_of(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Manifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shlex
@@ -16,7 +15,7 @@ import torch
 
 from lit_distill.data.batch import Batch, split_batch
 from lit_distill.data.datamodule import DistillDataModule
-from lit_distill.data.filesystem import open_file, parent
+from lit_distill.data.filesystem import parent, sha256_of
 from lit_distill.errors import InputError
 from lit_distill.export.facts import student_call_kwargs
 from lit_distill.pipelines.guidance import guidance
@@ -97,11 +96,7 @@ def _made_with(folder: str) -> dict[str, Any]:
 
 def _with_checksum(path: str) -> str:
     """Return a file's path with the beginning of its SHA-256."""
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return f"{path} (sha256 {digest.hexdigest()[:16]})"
+    return f"{path} (sha256 {sha256_of(path)[:16]})"
 
 
 def usage_snippet(trainer: pl.Trainer, module: DirectDistill, batch: Batch) -> str:

@@ -16,11 +16,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from lit_distill.data.filesystem import THREADS, open_file
+from lit_distill.data.filesystem import THREADS, open_file, sha256_of
 from lit_distill.data.images import Picture, image_size
 from lit_distill.data.latents_file import latents_content
 from lit_distill.data.table_output import csv_content
-from lit_distill.data.whole_files import remove_temporary_files, sha256_of, write_file
+from lit_distill.data.whole_files import remove_temporary_files, write_file
 from lit_distill.errors import InputError
 from lit_distill.teacher.finished import NOTE_KEY, is_finished_image, is_finished_latents
 from lit_distill.teacher.prompts import Pair

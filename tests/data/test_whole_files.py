@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from lit_distill.data.filesystem import sha256_of
 from lit_distill.data.whole_files import (
     MANIFEST_FILE,
     Manifest,
     remove_temporary_files,
-    sha256_of,
     write_file,
 )
 
