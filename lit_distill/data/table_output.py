@@ -53,7 +53,7 @@ def spreadsheet_content(table: pd.DataFrame) -> bytes:
 
 
 def _csv(table: pd.DataFrame) -> str:
-    texts = table.select_dtypes("object").astype(str)
+    texts = table.select_dtypes(exclude=["number", "bool"]).astype(str)
     # pandas does not quote a lone carriage return, which would begin a new row.
     special = any(texts[name].str.contains("\r", regex=False).any() for name in texts)
     quoting: Literal[0, 1] = csv.QUOTE_ALL if special else csv.QUOTE_MINIMAL

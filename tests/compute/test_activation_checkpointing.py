@@ -149,13 +149,14 @@ INT8 = {"quant_backend": "torchao", "quant_kwargs": {"quant_type": "Int8WeightOn
 
 
 def test_quantised_weights_are_the_denoisers_and_the_lora_trains(pairs, tmp_path):
-    torchao = pytest.importorskip("torchao")
+    # The base of every quantised tensor: Int8WeightOnlyConfig's class differs between versions.
+    quantised = pytest.importorskip("torchao.utils").TorchAOBaseTensor
     model, latents = sampled_with(quantization=INT8)
     layers = dict(model.denoisers.named_modules())
     base = layers["transformer.transformer_blocks.0.attn.to_q.base_layer"]
-    assert isinstance(base.weight, torchao.quantization.Int8Tensor)
+    assert isinstance(base.weight, quantised)
     encoder = model.pipe.text_encoder
-    assert not any(isinstance(p, torchao.quantization.Int8Tensor) for p in encoder.parameters())
+    assert not any(isinstance(p, quantised) for p in encoder.parameters())
     exact = sampled_with()[1]
     assert 0 < (latents - exact).norm() / exact.norm() < 0.05
     before = {name: p.detach().clone() for name, p in model.trained().items()}
