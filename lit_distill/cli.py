@@ -9,12 +9,15 @@ import sys
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_distill.commands import console
 from lit_distill.commands.check import check
 from lit_distill.commands.checkpoint_settings import checkpoint_model
 from lit_distill.commands.export import export
+from lit_distill.commands.fit import SaveFitConfig, TrainingSize, fit
 from lit_distill.commands.generate import generate
 from lit_distill.commands.parser import CommandParser
 from lit_distill.commands.plot import plot
@@ -22,12 +25,14 @@ from lit_distill.commands.predict import predict
 from lit_distill.commands.preflight import preflight
 from lit_distill.commands.stopped import stop_report
 from lit_distill.commands.test import test
+from lit_distill.commands.validate import validate
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.errors import InputError
 from lit_distill.export.exporter import ExportError
 from lit_distill.preflight.checks import PreflightError
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
+from lit_distill.training.progress_bar import StepProgressBar
 from lit_distill.training.signals import StoppedBySignal
 
 EXPECTED_ERRORS = (InputError, PreflightError, ExportError, OSError, FloatingPointError)
@@ -42,6 +47,8 @@ class CommandTrainer(pl.Trainer):
     preflight = preflight
     plot = staticmethod(plot)
     export = export
+    fit = fit  # type: ignore[assignment]
+    validate = validate  # type: ignore[assignment]
     test = test  # type: ignore[assignment]
     predict = predict  # type: ignore[assignment]
 
@@ -53,11 +60,12 @@ class DistillCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, each with its arguments that are not options."""
         names = ("generate", "check", "preflight", "plot", "export")
-        added = {name: {"model", "datamodule"} for name in names}
+        added = {name: {"model", "datamodule", "configs"} for name in names}
         return {**LightningCLI.subcommands(), **added}
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["configs"] = [str(path) for path in self.config[subcommand].config or []]
         accepted = inspect.signature(getattr(self.trainer, subcommand)).parameters
         return {name: value for name, value in kwargs.items() if name in accepted}
 
@@ -86,9 +94,29 @@ class DistillCLI(LightningCLI):
         settings = {subcommand: {"model": checkpoint_model(config.ckpt_path, config)}}
         self.config = self.parser.parse_object(settings, self.config)
 
+    def before_instantiate_classes(self) -> None:
+        """Hide the bars of a pipeline's parts where the console is to be quiet."""
+        console.hide_loading_bars()
+
+    def _instantiate_trainer(
+        self, config: dict[str, Any], callbacks: list[pl.Callback]
+    ) -> pl.Trainer:
+        """Return the trainer, with what this package prints; only a training writes logs."""
+        configured = config.get("callbacks") or []
+        configured = configured if isinstance(configured, list) else [configured]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in configured)
+        if not has_bar and config.get("enable_progress_bar") is not False:
+            callbacks = [*callbacks, StepProgressBar()]
+        if config.get("enable_model_summary") is None and console.is_quiet():
+            config["enable_model_summary"] = False
+        if config.get("logger") is None and self.subcommand != "fit":
+            config["logger"] = False
+        return super()._instantiate_trainer(config, callbacks)
+
     def before_fit(self) -> None:
         """Log images of held-out rows at every validation, unless an ImageGrid is configured."""
         self._add_callback(ImageGrid())
+        self._add_callback(TrainingSize())
 
     def before_predict(self) -> None:
         """Write the images, unless an ImageWriter is configured."""
@@ -112,6 +140,7 @@ def build_cli(args: ArgsType = None) -> DistillCLI:
         # The module creates the optimizer, after the pipeline is loaded.
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
         args=args,
     )
@@ -120,9 +149,10 @@ def build_cli(args: ArgsType = None) -> DistillCLI:
 def main(args: ArgsType = None) -> None:
     """Run the command `lit-distill`.
 
-    Without `args`, as the command, it prints errors that a user can mend in a few lines and exits
-    with status 2; ``--debug`` or the environment variable LIT_DISTILL_DEBUG=1 shows the traceback.
-    With `args`, as a program calls it, it raises them.
+    Without `args`, as the command, it prints only what its user can act on, and errors that a user
+    can mend in a few lines, and exits with status 2. ``--verbose`` (LIT_DISTILL_VERBOSE=1) brings
+    the messages of all libraries back, ``--debug`` (LIT_DISTILL_DEBUG=1) shows the traceback. With
+    `args`, as a program calls it, it hides nothing and raises the errors.
     """
     if args is not None:
         build_cli(args)
@@ -131,8 +161,12 @@ def main(args: ArgsType = None) -> None:
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")
         debug = True
+    if _is_flag("--verbose"):
+        sys.argv.remove("--verbose")
+        os.environ[console.VERBOSE] = "1"
     try:
-        build_cli()
+        with console.quiet():
+            build_cli()
     except StoppedBySignal as stop:
         _print_once(stop_report(stop, sys.argv[1:]))
         raise
@@ -146,6 +180,12 @@ def main(args: ArgsType = None) -> None:
             raise
         _print_once(f"error: {error}\nThe traceback: --debug")
         sys.exit(2)
+
+
+def _is_flag(option: str) -> bool:
+    """Return whether an option is given without a value: test and validate have one of the name."""
+    value = sys.argv[sys.argv.index(option) + 1 :][:1] if option in sys.argv else ["true"]
+    return value not in (["true"], ["false"])
 
 
 def _print_once(text: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
 
+from lit_distill.commands.next_step import print_fit
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.teacher.generate import generate_pairs
 from lit_distill.teacher.prompts import plan_pairs, read_prompts
@@ -15,6 +18,7 @@ def generate(
     trainer: pl.Trainer,
     model: DirectDistill,
     datamodule: DistillDataModule | None = None,
+    configs: Sequence[str] = (),
     *,
     prompts: str,
     out: str,
@@ -44,6 +48,7 @@ def generate(
             store_trajectory, scheduler and sigmas.
         datamodule: Only its call_columns are used: fields of the prompts that are arguments of the
             pipeline's call.
+        configs: Configuration files that were given.
         prompts: Text file with one prompt a line, or .csv, .json or .jsonl with a field prompt,
             and height and width where sizes differ, and seed where it is given. Other fields must
             be in call_columns.
@@ -92,3 +97,4 @@ def generate(
     metadata = generate_pairs(trainer, teacher, pairs, out)
     if trainer.is_global_zero:
         print(f"{len(pairs)} pairs: {metadata}")
+        print_fit(metadata, teacher.model, configs)

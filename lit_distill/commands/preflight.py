@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
 
+from lit_distill.commands.next_step import print_next
 from lit_distill.training.autoconfigure import quantization_error, run_preflight
 from lit_distill.training.direct_distill import DirectDistill
 
@@ -11,6 +14,7 @@ from lit_distill.training.direct_distill import DirectDistill
 def preflight(
     trainer: pl.Trainer,
     model: DirectDistill,
+    configs: Sequence[str] = (),
     *,
     prompt: str = "a photo of a cat that sleeps on a green sofa",
     height: int | None = None,
@@ -25,6 +29,7 @@ def preflight(
     Args:
         trainer: Device and precision.
         model: The pipeline, what is trained of it, and its call_kwargs.
+        configs: Configuration files that were given.
         prompt: A typical prompt.
         height: Height in pixels; default: the pipeline's default. Small sizes are quick.
         width: Width in pixels; default: the pipeline's default.
@@ -39,3 +44,6 @@ def preflight(
         report.findings.append(quantization_error(model.student, trainer, **call))
     print(report)
     report.raise_failures()
+    files = [part for path in configs for part in ("--config", path)]
+    files = files or ["--model.pretrained_model_name_or_path", model.settings.model_name()]
+    print_next("generate", *files, "--prompts", "prompts.txt", "--out", "data/train")
