@@ -34,9 +34,18 @@ from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 from lit_distill.training.progress_bar import StepProgressBar
 from lit_distill.training.signals import StoppedBySignal
+from lit_distill.version import __version__
 
 EXPECTED_ERRORS = (InputError, PreflightError, ExportError, OSError, FloatingPointError)
 """Errors whose message says what a user can do; anything else is a fault of the program."""
+
+
+PARSER = {
+    "prog": "lit-distill",
+    "version": __version__,
+    "description": "Distil any diffusers pipeline into one that needs a few steps and no guidance.",
+}
+"""Arguments of the program's parser; a subcommand's has its own description."""
 
 
 class CommandTrainer(pl.Trainer):
@@ -62,6 +71,16 @@ class DistillCLI(LightningCLI):
         names = ("generate", "check", "preflight", "plot", "export")
         added = {name: {"model", "datamodule", "configs"} for name in names}
         return {**LightningCLI.subcommands(), **added}
+
+    def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super()._add_subcommands(parser, **kwargs)
+        parser.commands = self._subcommand_parsers
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:  # noqa: ANN401
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        arguments = inspect.signature(getattr(klass, subcommand)).parameters.values()
+        parser.required = {each.name for each in arguments if each.default is each.empty}
+        return parser
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -135,6 +154,7 @@ def build_cli(args: ArgsType = None) -> DistillCLI:
         DistillDataModule,
         trainer_class=CommandTrainer,
         parser_class=CommandParser,
+        parser_kwargs=PARSER,
         subclass_mode_model=True,
         subclass_mode_data=True,
         # The module creates the optimizer, after the pipeline is loaded.
