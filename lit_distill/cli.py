@@ -25,7 +25,7 @@ from lit_distill.commands.test import test
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.errors import InputError
 from lit_distill.export.exporter import ExportError
-from lit_distill.preflight.checks import PreflightError
+from lit_distill.preflight.report import PreflightError
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 from lit_distill.training.signals import StoppedBySignal

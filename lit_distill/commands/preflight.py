@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from lit_distill.training.autoconfigure import quantization_error, run_preflight
+from lit_distill.training.autoconfigure import quantization_error
 from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.preflight_once import run_preflight
 
 
 def preflight(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,29 @@ from lit_distill.pipelines.rollout import run_pipeline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+Norms = list[Tensor | None]
+
+
+class Rollout(NamedTuple):
+    """A whole sample.
+
+    Attributes:
+        latents: Final latents.
+        states: The latents after every step, without their graph.
+        steps: The finished loop.
+        output: What the pipeline returned; None if it could not return latents.
+    """
+
+    latents: Tensor
+    states: list[Tensor]
+    steps: LoopState
+    output: Any
+
+
+class _FirstStepDone(Exception):  # noqa: N818
+    """Stops a pipeline after its first step."""
 
 
 def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
@@ -116,47 +139,99 @@ class Probe:
         """Sample without gradients; return the finished loop and what the pipeline returned."""
         return run_pipeline(self.pipe, cfg_scale=1.0, **self.arguments(prompts, first))
 
+    def first_step(
+        self,
+        prompts: Sequence[str] = (),
+        first: int = 0,
+        **options: Any,  # noqa: ANN401
+    ) -> Tensor:
+        """Return the latents after the first step: one denoiser call, then the loop is stopped."""
+        reached: list[Tensor] = []
+
+        def stop(steps: LoopState, latents: Tensor) -> Tensor:
+            reached.append(latents)
+            raise _FirstStepDone
+
+        arguments = self.arguments(prompts, first) | {"output_type": "latent"}
+        with suppress(_FirstStepDone):
+            run_pipeline(self.pipe, cfg_scale=1.0, on_step=stop, **arguments, **options)
+        if not reached:
+            raise RuntimeError(f"{type(self.pipe).__name__} never called scheduler.step")
+        return reached[0]
+
+    def all_steps(self, **options: Any) -> Rollout:  # noqa: ANN401
+        """Return a whole sample, its last latents with their graph."""
+        states: list[Tensor] = []
+
+        def record(steps: LoopState, latents: Tensor) -> Tensor:
+            states.append(latents.detach())
+            return latents
+
+        arguments = self.arguments() | {"output_type": "latent"}
+        steps, output = run_pipeline(
+            self.pipe, cfg_scale=1.0, on_step=record, **arguments, **options
+        )
+        return Rollout(steps.latents, states, steps, output)
+
+    def _backward(self, latents: Tensor) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        weights = torch.randn(latents.shape, generator=generator).to(latents.device)
+        with torch.enable_grad():
+            loss = (latents.float() * weights).sum()
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _own_gradients(self) -> Iterator[None]:
+        """Restore the parameters' previous gradients on exit."""
+        previous = [parameter.grad for _, parameter in self.parameters]
+        for _, parameter in self.parameters:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for (_, parameter), gradient in zip(self.parameters, previous, strict=True):
+                parameter.grad = gradient
+
     @contextmanager
     def gradient(
-        self,
-        checkpointing: Checkpointing,
-        grad_steps: int | None = None,
-        prompts: Sequence[str] = (),
+        self, checkpointing: Checkpointing, grad_steps: int | None = None
     ) -> Iterator[list[Tensor | None]]:
         """Yield every parameter's gradient of a sample; None: no gradient reached it.
 
         The parameters' previous gradients are restored on exit.
         """
-        previous = [parameter.grad for _, parameter in self.parameters]
-        for _, parameter in self.parameters:
-            parameter.grad = None
-        try:
+        with self._own_gradients():
             with torch.enable_grad():
-                steps, _ = run_pipeline(
-                    self.pipe,
-                    cfg_scale=1.0,
-                    checkpointing=checkpointing,
-                    grad_steps=grad_steps,
-                    **self.arguments(prompts) | {"output_type": "latent"},
-                )
-                latents = steps.latents.float()
-                generator = torch.Generator().manual_seed(self.seed)
-                weights = torch.randn(latents.shape, generator=generator).to(latents.device)
-                loss = (latents * weights).sum()
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+                sampled = self.all_steps(checkpointing=checkpointing, grad_steps=grad_steps)
+            self._backward(sampled.latents)
+            del sampled  # and what is left of its graph
             yield [parameter.grad for _, parameter in self.parameters]
-        finally:
-            for (_, parameter), gradient in zip(self.parameters, previous, strict=True):
-                parameter.grad = gradient
 
-    def gradient_norms(self, *options: Any) -> list[Tensor | None]:  # noqa: ANN401
-        """Return the norm of every parameter's gradient, for the options of `gradient`.
+    def rollout_norms(self, **options: Any) -> tuple[Rollout, Norms]:  # noqa: ANN401
+        """Return a sample, without its graph, and the norm of every parameter's gradient."""
+        with self._own_gradients():
+            with torch.enable_grad():
+                sampled = self.all_steps(**options)
+            self._backward(sampled.latents)
+            sampled.steps.latents = sampled.latents.detach()
+            return sampled._replace(latents=sampled.steps.latents), self._norms()
+
+    def first_step_norms(self, **options: Any) -> tuple[Tensor, Norms]:  # noqa: ANN401
+        """Return the latents after the first step, and the norm of every gradient through it."""
+        with self._own_gradients():
+            with torch.enable_grad():
+                latents = self.first_step(**options)
+            self._backward(latents)
+            return latents.detach(), self._norms()
+
+    def _norms(self) -> Norms:
+        """Return the norm of every parameter's gradient; None: no gradient reached it.
 
         Norms are compared, and not gradients, so that only one gradient of a large model is held.
         """
-        with self.gradient(*options) as gradient:
-            return [None if each is None else full_tensor(each.float().norm()) for each in gradient]
+        gradients = (parameter.grad for _, parameter in self.parameters)
+        return [None if g is None else full_tensor(g.float().norm()) for g in gradients]
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

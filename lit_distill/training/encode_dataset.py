@@ -48,6 +48,7 @@ def encode_dataset(
             denoiser.to("cpu")
     place_encoders(pipe, device)
     once = EncodeOnce(pipe, EncodingStore(data.cache_dir))
+    student.encoders_digest = once.namespace
     datasets = [dataset for dataset in (data.train_set, data.val_set) if dataset is not None]
     encode_ahead(
         once,

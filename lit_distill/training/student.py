@@ -42,6 +42,7 @@ class Student:
         base_digest: Digests of the pretrained denoisers, by name; empty if they are quantised.
 
     Attributes:
+        encoders_digest: Digest of the encoders, if what they encode is stored in a folder.
         pretrained_scheduler: The scheduler that the pipeline came with, which its teacher uses.
 
     Raises:
@@ -64,6 +65,7 @@ class Student:
         self.pipe = pipe
         self.settings = settings
         self.base_digest = base_digest or {}
+        self.encoders_digest = ""
         self.pretrained_scheduler = pipe.scheduler
         pipe.scheduler = override_scheduler_config(pipe, settings.scheduler)
         self._sharded = sharded
