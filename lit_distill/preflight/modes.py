@@ -37,7 +37,8 @@ class ModeChecks(Probe):
                 return self.first_step_norms()
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # blocks that can't be recomputed: one plain call
+        except Exception:  # blocks that can't be recomputed, or a size: one plain call
+            self.small = {}
             return self.first_step_norms()
 
     def usable_mode(

@@ -56,6 +56,18 @@ def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
     return tuple(max(64, round(side * edge / longest / 64) * 64) for side in (height, width))  # type: ignore[return-value]
 
 
+def half_size(call_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return height and width of half the size of a call, in multiples of 64 pixels.
+
+    Two samples of it need no more memory than one of the call. Empty if there is none.
+    """
+    sides = call_kwargs.get("height"), call_kwargs.get("width")
+    if None in sides or min(sides) < 128:
+        return {}
+    size = preflight_size(*sides, edge=max(sides) // 2)
+    return dict(zip(("height", "width"), size, strict=True))
+
+
 def other_prompt(prompt: str) -> str:
     """Return a prompt of another length, to be sampled beside `prompt`."""
     words = prompt.split()
@@ -91,6 +103,7 @@ class Probe:
         short: A prompt of another length.
         is_float32: Whether the arithmetic is float32.
         parameters: The trainable parameters, with their names.
+        small: Height and width of samples that are stopped after a step; empty: as all samples.
         output_type: What the pipeline returns if nothing is trained: ``"latent"`` if it can.
     """
 
@@ -110,6 +123,7 @@ class Probe:
         self.seed = seed
         self.is_float32 = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
         self.call_kwargs = call_kwargs
+        self.small = half_size(call_kwargs)
         self.parameters = list(trained_parameters(pipe).items())
 
     def arguments(self, prompts: Sequence[str] = (), first: int = 0) -> dict[str, Any]:
@@ -145,14 +159,14 @@ class Probe:
         first: int = 0,
         **options: Any,  # noqa: ANN401
     ) -> Tensor:
-        """Return the latents after the first step: one denoiser call, then the loop is stopped."""
+        """Return the latents after one step of a sample of size `small`: one denoiser call."""
         reached: list[Tensor] = []
 
         def stop(steps: LoopState, latents: Tensor) -> Tensor:
             reached.append(latents)
             raise _FirstStepDone
 
-        arguments = self.arguments(prompts, first) | {"output_type": "latent"}
+        arguments = self.arguments(prompts, first) | self.small | {"output_type": "latent"}
         with suppress(_FirstStepDone):
             run_pipeline(self.pipe, cfg_scale=1.0, on_step=stop, **arguments, **options)
         if not reached:

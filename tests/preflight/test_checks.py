@@ -127,4 +127,5 @@ def test_preflight_needs_no_more_memory_than_the_gradient_of_one_row(pipe, mode)
             run()
         peaks.append(live.peak)
         assert live.now < 2**17  # positions that the denoiser keeps for this size
-    assert peaks[1] <= 1.01 * peaks[0]
+    # What is compared: the latents of every step, 16 KiB each, and those that pipe() returns.
+    assert peaks[1] - peaks[0] <= 2**16
