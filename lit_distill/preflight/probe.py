@@ -61,10 +61,10 @@ def half_size(call_kwargs: dict[str, Any]) -> dict[str, Any]:
 
     Two samples of it need no more memory than one of the call. Empty if there is none.
     """
-    sides = call_kwargs.get("height"), call_kwargs.get("width")
-    if None in sides or min(sides) < 128:
+    height, width = (call_kwargs.get(side) or 0 for side in ("height", "width"))
+    if min(height, width) < 128:
         return {}
-    size = preflight_size(*sides, edge=max(sides) // 2)
+    size = preflight_size(height, width, edge=max(height, width) // 2)
     return dict(zip(("height", "width"), size, strict=True))
 
 
