@@ -118,6 +118,7 @@ def _check_last_step(student: Student, batch: Batch) -> None:
     )
 
 
+@torch.no_grad()
 def _check_sizes(student: Student, data: DistillDataModule) -> None:
     """Learn the codec of every size of image targets: bad sizes are refused before training."""
     for dataset in (data.train_set, data.val_set):
