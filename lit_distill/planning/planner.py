@@ -1,0 +1,356 @@
+"""Plans training steps and samples of a whole model from runs of a few of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lit_distill.compute.activation_checkpointing import Checkpointing
+from lit_distill.pipelines.loading import DTYPES
+from lit_distill.planning.blueprint import Blueprint, list_lengths, pattern_for_layers
+from lit_distill.planning.counter import Counter
+from lit_distill.planning.device_operations import Device
+from lit_distill.planning.fake_pipeline import set_dtype
+from lit_distill.planning.fake_step import FakeStudent, Figures
+from lit_distill.planning.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+MODES: tuple[Checkpointing, ...] = ("none", "selective", "block", "step", "nested")
+"""Checkpointing modes, mostly the fastest first."""
+
+FEW = 3
+"""Layers of the smaller of the two runs that the whole model is extrapolated from."""
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the moment when most is allocated.
+
+    Attributes:
+        weights: Frozen weights of what is on the device, and the buffers.
+        trained: What trains in float32, its gradient, and the optimizer's state.
+        activations: What is kept for the backward pass.
+        temporaries: What is allocated besides at that moment.
+    """
+
+    weights: float = 0.0
+    trained: float = 0.0
+    activations: float = 0.0
+    temporaries: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.trained + self.activations + self.temporaries
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A training step of one device.
+
+    Attributes:
+        mode: Checkpointing mode.
+        memory: Memory at the peak of an optimizer step but the first.
+        activation_peak: The most bytes of activations, temporaries and gradients at any moment.
+        flops: Floating point operations of a batch, those of recomputation included.
+        recomputed: Share of `flops` that mode none does not take.
+        peak_at: Where in the step the peak is.
+    """
+
+    mode: Checkpointing
+    memory: Memory
+    activation_peak: float
+    flops: float
+    recomputed: float
+    peak_at: str
+
+
+def plan_step(
+    source: str | Path | DiffusionPipeline,
+    settings: TrainingSettings,
+    mode: Checkpointing,
+    *,
+    revision: str | None = None,
+    optimizer: MakeOptimizer | None = None,
+) -> StepPlan:
+    """Return memory and compute of a training step, without weights and without a GPU.
+
+    Args:
+        source: Hub id or folder of a pipeline, of which only configuration files are read, or the
+            pipeline itself, of which only the configurations are used.
+        settings: What trains, and how.
+        mode: Checkpointing mode.
+        revision: Branch, tag or commit of a hub repository.
+        optimizer: Makes the optimizer of the trained parameters; default: AdamW.
+    """
+    return Planner(blueprint_of(source, revision), settings, optimizer=optimizer).step(mode)
+
+
+def blueprint_of(source: str | Path | DiffusionPipeline, revision: str | None = None) -> Blueprint:
+    """Return the configurations of a hub id, a folder or a pipeline."""
+    if isinstance(source, str | Path):
+        return Blueprint.read(source, revision)
+    return Blueprint.of(source)
+
+
+class Planner:
+    """Plans the stages of one pipeline with one set of settings.
+
+    Args:
+        blueprint: The pipeline's configurations.
+        settings: What trains, and how. Without a size it is the pipeline's own.
+        optimizer: Makes the optimizer of the trained parameters; default: AdamW.
+        device: Whose operations are counted.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        settings: TrainingSettings,
+        *,
+        optimizer: MakeOptimizer | None = None,
+        device: Device = "cuda",
+    ) -> None:
+        if settings.torch_dtype not in DTYPES:
+            raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}")
+        self.blueprint = blueprint
+        self.settings = settings
+        self.device = device
+        self._optimizer = optimizer or torch.optim.AdamW
+        self._steps: dict[Any, Figures] = {}
+
+    # The few layers that stand for all
+
+    @cached_property
+    def _whole(self) -> dict[str, nn.Module]:
+        """The denoisers in full, without memory."""
+        models = {key: self.blueprint.empty(key) for key in self.blueprint.denoisers}
+        for model in models.values():
+            set_dtype(model, getattr(torch, self.settings.torch_dtype))
+        return models
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        """How many layers the whole denoisers have, where a few stand for all; else empty."""
+        counts = self.blueprint.layer_counts()
+        lora = dict(self.settings.lora or {})
+        if any(lora.get(name) for name in ("rank_pattern", "layers_to_transform")):
+            return {}
+        if not counts or self._freeze(counts) is None:
+            return {}
+        sizes = [
+            {"numel": float(self._numel(self.blueprint.with_layers(each)))}
+            for each in _runs(counts)
+        ]
+        whole = sum(p.numel() for model in self._whole.values() for p in model.parameters())
+        alike = _extrapolate(sizes, counts)["numel"] == whole
+        return counts if alike else {}
+
+    @staticmethod
+    def _numel(blueprint: Blueprint) -> int:
+        models = [blueprint.empty(key) for key in blueprint.denoisers]
+        return sum(p.numel() for model in models for p in model.parameters())
+
+    def _freeze(self, counts: Mapping[str, int]) -> list[str] | None:
+        """Return the patterns of frozen parameters as a denoiser of a few layers has them.
+
+        None, if one of them names a single layer that is not the last.
+        """
+        few = self.blueprint.with_layers(dict.fromkeys(counts, FEW))
+        patterns: list[str] = []
+        for pattern in self.settings.freeze:
+            changed: str | None = pattern
+            for key, model in self._whole.items():
+                lengths = list_lengths(few.empty(key))
+                changed = changed and pattern_for_layers(changed, list_lengths(model), lengths)
+            if changed is None:
+                return None
+            patterns.append(changed)
+        return patterns
+
+    @cached_property
+    def _students(self) -> list[FakeStudent]:
+        """A student with few layers, and one with one layer more of each kind; or the whole."""
+        if not self._counts:
+            return [FakeStudent(self.blueprint, self.settings, list(self.settings.freeze))]
+        students = []
+        for counts in _runs(self._counts):
+            few = self.blueprint.with_layers(counts)
+            students.append(FakeStudent(few, self.settings, self._patterns(few)))
+        return students
+
+    def _patterns(self, few: Blueprint) -> list[str]:
+        patterns = []
+        for pattern in self.settings.freeze:
+            changed: str | None = pattern
+            for key, model in self._whole.items():
+                lengths = list_lengths(few.empty(key))
+                changed = changed and pattern_for_layers(changed, list_lengths(model), lengths)
+            assert changed is not None
+            patterns.append(changed)
+        return patterns
+
+    def _figures(self, run: Callable[[FakeStudent], Figures]) -> Figures:
+        return _extrapolate([run(student) for student in self._students], self._counts)
+
+    # Plans
+
+    @cached_property
+    def constants(self) -> Figures:
+        """Bytes of frozen weights (weights) and of those that train (trained), and the like."""
+        figures = self._figures(FakeStudent.weights)
+        for name in ("dequantised", "gathered"):  # of the largest layer, not of all
+            figures[name] = max(student.weights()[name] for student in self._students)
+        return figures
+
+    @cached_property
+    def optimizer_bytes(self) -> tuple[float, float]:
+        """Bytes of the optimizer's state, and of its temporaries, for each byte that trains."""
+        return optimizer_bytes(self._optimizer)
+
+    def count(self, mode: Checkpointing, **changes: Any) -> Figures:  # noqa: ANN401
+        """Return what a step of the whole model allocates and computes.
+
+        Args:
+            mode: Checkpointing mode.
+            **changes: Arguments of `FakeStudent.step`.
+        """
+        key = (mode, tuple(sorted(changes.items())))
+        if key not in self._steps:
+            self._steps[key] = self._figures(
+                lambda student: student.step(mode, self.device, **changes)
+            )
+        return self._steps[key]
+
+    def step(self, mode: Checkpointing, **changes: Any) -> StepPlan:  # noqa: ANN401
+        """Return the plan of a training step.
+
+        Args:
+            mode: Checkpointing mode.
+            **changes: Arguments of `FakeStudent.step`, such as another size.
+        """
+        figures = self.count(mode, **changes)
+        plain = self.count("none", **changes)["flops"]
+        peaks = {key: value for key, value in figures.items() if isinstance(key, tuple)}
+        where = max(peaks, key=lambda key: peaks[key])
+        weights, trained, peak, at = self._peak(figures, peaks)
+        rest = max(0.0, peak - weights - trained)
+        saved = min(figures["saved"], rest)
+        return StepPlan(
+            mode=mode,
+            memory=Memory(weights, trained, saved, rest - saved),
+            activation_peak=peaks[where],
+            flops=figures["flops"],
+            recomputed=1 - plain / figures["flops"],
+            peak_at=at,
+        )
+
+    def _peak(self, figures: Figures, peaks: Figures) -> tuple[float, float, float, str]:
+        """Return bytes of weights and of what trains, all bytes at the peak, and where it is."""
+        settings, constants = self.settings, self.constants
+        state, temporary = self.optimizer_bytes
+        shards = settings.shards
+        # The last step's gradients live until the next backward pass begins.
+        parameters = constants["trained"] / shards
+        gradients = parameters if shards > 1 else figures["gradients"]
+        optimizer = parameters * state
+        average = parameters if settings.ema else 0.0
+        buckets = gradients if settings.replicas > 1 and shards == 1 else 0.0
+        weights = constants["weights"] / shards + constants["gathered"]
+        trained = parameters + gradients + optimizer + average + buckets
+        fixed = weights + trained + constants["dequantised"]
+        moments = {f"{key[0]}: {', '.join(map(str, key[1:]))}": fixed + value
+                   for key, value in peaks.items()}
+        if settings.accumulate == 1 and shards == 1:
+            for key, value in peaks.items():
+                if key[0] == "backward":
+                    # Counted among what is allocated, from none to all.
+                    moments[f"backward: {', '.join(map(str, key[1:]))}"] = (
+                        fixed - gradients + value
+                    )
+        moments["optimizer"] = weights + trained + parameters * temporary
+        at = max(moments, key=lambda key: moments[key])
+        return weights, trained, moments[at], at
+
+    def sample(self, batch_size: int, output_type: str, **changes: Any) -> Figures:  # noqa: ANN401
+        """Return the temporaries (sample) and the FLOPs (flops) of two steps without gradients."""
+        peaks: list[float] = []
+
+        def run(student: FakeStudent) -> Figures:
+            figures = student.sample(batch_size, output_type, **changes)
+            peaks.append(figures["sample"])
+            return figures
+
+        return self._figures(run) | {"sample": max(peaks)}
+
+    def encode(self, batch_size: int = 1) -> Figures:
+        """Return the temporaries (encode) and the FLOPs (flops) of encoding images."""
+        return self._students[0].encode(batch_size)
+
+    def component_bytes(self, dtype_bytes: int | None = None) -> dict[str, float]:
+        """Return the bytes of each component's weights, by name; of denoisers, unquantised."""
+        size = dtype_bytes or torch.empty(0, dtype=DTYPES[self.settings.torch_dtype]).element_size()
+        sizes = {}
+        for key in self.blueprint.models:
+            model = self._whole[key] if key in self._whole else self.blueprint.empty(key)
+            sizes[key] = float(sum(p.numel() for p in model.parameters()) * size)
+        return sizes
+
+
+def _runs(counts: Mapping[str, int]) -> list[dict[str, int]]:
+    """Return the numbers of layers to run: few of each kind, then one kind with one more."""
+    few = dict.fromkeys(counts, FEW)
+    return [few, *({**few, name: FEW + 1} for name in counts)]
+
+
+def _extrapolate(runs: Sequence[Figures], counts: Mapping[str, int]) -> Figures:
+    """Return the figures of the whole model, each linear in the number of every kind of layer."""
+    base = runs[0]
+    shared: Iterable[Any] = [key for key in base if all(key in run for run in runs)]
+    return {
+        key: base[key]
+        + sum(
+            (number - FEW) * (run[key] - base[key])
+            for number, run in zip(counts.values(), runs[1:], strict=True)
+        )
+        for key in shared
+    }
+
+
+def optimizer_bytes(make: MakeOptimizer) -> tuple[float, float]:
+    """Return the bytes of an optimizer's state and temporaries for each byte of parameters.
+
+    Args:
+        make: Makes the optimizer of a list of parameters.
+    """
+    parameters = [nn.Parameter(torch.zeros(128, 128)) for _ in range(4)]
+    optimizer = make(parameters)
+    for group in optimizer.param_groups:
+        # On a GPU the implementation that takes all tensors at once is the default.
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    size = sum(parameter.nbytes for parameter in parameters)
+    optimizer.step()
+    state = sum(
+        value.nbytes
+        for each in optimizer.state.values()
+        for value in each.values()
+        if isinstance(value, torch.Tensor) and value.numel() > 1
+    )
+    counter = Counter()
+    counter.enter(["step"])
+    with counter:
+        optimizer.step()
+    return state / size, max(0, counter.peak) / size
