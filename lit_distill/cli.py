@@ -11,6 +11,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from lit_distill.commands.check import check
 from lit_distill.commands.export import export
 from lit_distill.commands.generate import generate
+from lit_distill.commands.plan import plan
 from lit_distill.commands.plot import plot
 from lit_distill.commands.predict import predict
 from lit_distill.commands.preflight import preflight
@@ -26,6 +27,7 @@ class CommandTrainer(pl.Trainer):
     generate = generate
     check = check
     preflight = preflight
+    plan = staticmethod(plan)
     plot = staticmethod(plot)
     export = export
     test = test  # type: ignore[assignment]
@@ -38,14 +40,23 @@ class DistillCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands with those arguments of theirs that are not options."""
-        given = {"model", "datamodule"}
-        further = dict.fromkeys(("generate", "check", "preflight", "plot", "export"), given)
+        given = {"model", "datamodule", "trainer_settings"}
+        names = ("generate", "check", "preflight", "plan", "plot", "export")
+        further = dict.fromkeys(names, given)
         return {**LightningCLI.subcommands(), **further}
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["trainer_settings"] = self.config[subcommand].trainer
         accepted = inspect.signature(getattr(self.trainer, subcommand)).parameters
         return {name: value for name, value in kwargs.items() if name in accepted}
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401
+        """Return the trainer; for ``plan`` one that needs none of the devices it plans for."""
+        if self.subcommand == "plan":
+            kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+            kwargs |= {"precision": "32-true", "logger": False}
+        return super().instantiate_trainer(**kwargs)
 
     def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401
         """Set this project's defaults."""
@@ -65,7 +76,7 @@ class DistillCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # On fit, Lightning would let the checkpoint's settings silently beat the command line's.
         subcommand = self.config.get("subcommand")
-        if subcommand in ("fit", "export", "plot"):
+        if subcommand in ("fit", "plan", "export", "plot"):
             return
         settings = self.config[subcommand].model.init_args if subcommand else {}
         # How this machine computes is no trait of the student.

@@ -142,6 +142,23 @@ class FakeStudent:
         gc.collect()
         return figures | counter.peaks
 
+    def default_size(self) -> tuple[int, int]:
+        """Return the height and width in pixels of the pipeline's own choice.
+
+        Raises:
+            ValueError: If only its call knows them.
+        """
+        pipe = self.pipe
+        scale = getattr(pipe, "vae_scale_factor", None)
+        edge = getattr(pipe, "default_sample_size", None)
+        edge = edge or next(iter(denoisers(pipe).values())).config.get("sample_size")
+        if not scale or not isinstance(edge, int):
+            raise ValueError(
+                f"{type(pipe).__name__} has no default size: set --height and --width, or "
+                "data.height and data.width"
+            )
+        return edge * scale, edge * scale
+
     def _has_blocks(self) -> bool:
         models = denoisers(self.pipe).values()
         return all(getattr(m, "_supports_gradient_checkpointing", False) for m in models)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_distill.compute.activation_checkpointing import Checkpointing
+from lit_distill.compute.activation_checkpointing import BLOCKWISE_MODES, Checkpointing
 from lit_distill.pipelines.loading import DTYPES
 from lit_distill.planning.blueprint import Blueprint, list_lengths, pattern_for_layers
 from lit_distill.planning.counter import Counter
@@ -146,12 +146,12 @@ class Planner:
         lora = dict(self.settings.lora or {})
         if any(lora.get(name) for name in ("rank_pattern", "layers_to_transform")):
             return {}
-        if not counts or self._freeze(counts) is None:
+        if not counts:
             return {}
-        sizes = [
-            {"numel": float(self._numel(self.blueprint.with_layers(each)))}
-            for each in _runs(counts)
-        ]
+        runs = [self.blueprint.with_layers(each) for each in _runs(counts)]
+        if self._freeze(runs[0]) is None:
+            return {}
+        sizes = [{"numel": float(self._numel(run))} for run in runs]
         whole = sum(p.numel() for model in self._whole.values() for p in model.parameters())
         alike = _extrapolate(sizes, counts)["numel"] == whole
         return counts if alike else {}
@@ -161,12 +161,11 @@ class Planner:
         models = [blueprint.empty(key) for key in blueprint.denoisers]
         return sum(p.numel() for model in models for p in model.parameters())
 
-    def _freeze(self, counts: Mapping[str, int]) -> list[str] | None:
+    def _freeze(self, few: Blueprint) -> list[str] | None:
         """Return the patterns of frozen parameters as a denoiser of a few layers has them.
 
         None, if one of them names a single layer that is not the last.
         """
-        few = self.blueprint.with_layers(dict.fromkeys(counts, FEW))
         patterns: list[str] = []
         for pattern in self.settings.freeze:
             changed: str | None = pattern
@@ -186,24 +185,28 @@ class Planner:
         students = []
         for counts in _runs(self._counts):
             few = self.blueprint.with_layers(counts)
-            students.append(FakeStudent(few, self.settings, self._patterns(few)))
+            students.append(FakeStudent(few, self.settings, self._freeze(few) or []))
         return students
-
-    def _patterns(self, few: Blueprint) -> list[str]:
-        patterns = []
-        for pattern in self.settings.freeze:
-            changed: str | None = pattern
-            for key, model in self._whole.items():
-                lengths = list_lengths(few.empty(key))
-                changed = changed and pattern_for_layers(changed, list_lengths(model), lengths)
-            assert changed is not None
-            patterns.append(changed)
-        return patterns
 
     def _figures(self, run: Callable[[FakeStudent], Figures]) -> Figures:
         return _extrapolate([run(student) for student in self._students], self._counts)
 
     # Plans
+
+    @cached_property
+    def modes(self) -> tuple[Checkpointing, ...]:
+        """Checkpointing modes that the denoisers support."""
+        models = self._whole.values()
+        if all(getattr(m, "_supports_gradient_checkpointing", False) for m in models):
+            return MODES
+        return tuple(mode for mode in MODES if mode not in BLOCKWISE_MODES)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels: those of the settings, or the pipeline's own."""
+        if self.settings.height and self.settings.width:
+            return self.settings.height, self.settings.width
+        return self._students[0].default_size()
 
     @cached_property
     def constants(self) -> Figures:
