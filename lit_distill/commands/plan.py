@@ -60,11 +60,9 @@ def plan(
     from lit_distill.planning.cards import card
     from lit_distill.planning.plan import plan as plan_job
     from lit_distill.planning.render import render
+    from lit_distill.planning.settings import TrainingSettings
 
-    if (height is None) != (width is None):
-        raise ValueError(f"--height={height}, --width={width}: set both or neither")
-    if not model.hparams["pretrained_model_name_or_path"]:
-        raise ValueError("model.pretrained_model_name_or_path is not set: a hub id or a folder")
+    _check(model, height, width)
     trainer = dict(trainer_settings or {})
     cards = devices or _number_of_devices(trainer)
     table = _Table(datamodule)
@@ -77,10 +75,10 @@ def plan(
     }
     found = plan_job(
         model.hparams["pretrained_model_name_or_path"],
-        _training_settings(settings),
+        TrainingSettings(**settings),
         card(gpu, memory_gb, tflops),
         revision=model.hparams["revision"],
-        optimizer=model.optimizer,  # type: ignore[arg-type]
+        optimizer=model.optimizer,
         devices=cards,
         mfu=mfu,
         sizes=sizes,
@@ -92,22 +90,27 @@ def plan(
     )
     print(render(found))
     if json is not None:
-        Path(json).parent.mkdir(parents=True, exist_ok=True)
-        Path(json).write_text(json_files.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
+        _write(found.as_dict(), Path(json))
 
 
-def _training_settings(values: dict[str, Any]) -> Any:  # noqa: ANN401
-    from lit_distill.planning.settings import TrainingSettings
+def _write(values: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json_files.dumps(values, indent=2) + "\n", encoding="utf-8")
 
-    return TrainingSettings(**values)
+
+def _check(model: DirectDistill, height: int | None, width: int | None) -> None:
+    if (height is None) != (width is None):
+        raise ValueError(f"--height={height}, --width={width}: set both or neither")
+    if not model.hparams["pretrained_model_name_or_path"]:
+        raise ValueError("model.pretrained_model_name_or_path is not set: a hub id or a folder")
 
 
 def _settings(
     model: DirectDistill, data: DistillDataModule, trainer: Mapping[str, Any], devices: int
 ) -> dict[str, Any]:
     """Return the fields of `TrainingSettings` that the configuration tells."""
-    names = ("torch_dtype", "lora", "lora_per_step", "freeze", "quantization", "rollout_batch_size")
-    names += ("grad_steps", "trajectory", "offload_activations", "scheduler")
+    names = ["torch_dtype", "lora", "lora_per_step", "freeze", "quantization", "scheduler"]
+    names += ["rollout_batch_size", "grad_steps", "trajectory", "offload_activations"]
     sharded = "fsdp" in str(trainer.get("strategy", "")).lower()
     return {
         **{name: model.hparams[name] for name in names},
@@ -175,11 +178,11 @@ def _run(
 
     accumulate = trainer.get("accumulate_grad_batches") or 1
     limit = trainer.get("max_steps")
-    limits = [] if limit in (None, -1) else [int(limit)]  # type: ignore[arg-type]
+    limits = [] if limit in (None, -1) else [int(limit)]
     epochs = trainer.get("max_epochs")
     if rows is not None and epochs not in (None, -1):
         batches = math.ceil(rows * data.repeat / (data.batch_size * devices))
-        limits.append(math.ceil(batches / accumulate) * int(epochs))  # type: ignore[arg-type]
+        limits.append(math.ceil(batches / accumulate) * int(epochs))
     if not limits:
         return Run(rows)
     return Run(rows, min(limits), min(limits) * accumulate)

@@ -107,6 +107,9 @@ class Blueprint:
             model: nn.Module = (
                 kind.from_config(config) if hasattr(kind, "load_config") else kind(config)
             )
+        if not hasattr(kind, "load_config"):
+            # Made empty, the two names of T5's embedding are two parameters.
+            model.tie_weights()  # type: ignore[operator]
         return model.eval()
 
     def layer_counts(self) -> dict[str, int]:
@@ -122,9 +125,10 @@ class Blueprint:
                 return {}
             for name in LAYER_FIELDS:
                 number = config.get(name)
-                if isinstance(number, int) and number > 4:
-                    if counts.setdefault(name, number) != number:
-                        return {}
+                if not isinstance(number, int) or number <= 4:
+                    continue
+                if counts.setdefault(name, number) != number:
+                    return {}
         return counts
 
     def with_layers(self, counts: Mapping[str, int]) -> Blueprint:

@@ -28,7 +28,7 @@ _FLASH_WIDTH = 256
 @contextmanager
 def operations_of(device: Device) -> Iterator[None]:
     """Let fake tensors take the operations of `device`; real tensors take their usual ones."""
-    functional.scaled_dot_product_attention = (  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = (
         _cuda_attention if device == "cuda" else _cpu_attention
     )
     if device == "cuda":
@@ -65,8 +65,8 @@ def _cuda_attention(
         return output[..., :width] if width % 8 else output
     bias = None if attn_mask is None else _bias(attn_mask, query, key)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    output = efficient(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
-    return output
+    output = efficient(query, key, value, bias, True, dropout_p, is_causal, scale=scale)
+    return output[0]
 
 
 def _cpu_attention(
@@ -109,7 +109,7 @@ def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _cuda_rms_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     normalized_shape: Any,  # noqa: ANN401
     weight: Tensor | None = None,
     eps: float | None = None,

@@ -63,7 +63,7 @@ class FakePipeline:
             set_dtype(model, self.dtype)
             self.fill(model)
         accepted = inspect.signature(self.blueprint.kind.__init__).parameters
-        parts = {name: None for name in accepted if name != "self"}
+        parts: dict[str, Any] = {name: None for name in accepted if name != "self"}
         options = {k: v for k, v in self.blueprint.options.items() if k in accepted}
         defaults = {
             name: parameter.default

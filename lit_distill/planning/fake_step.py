@@ -39,9 +39,7 @@ class FakeStudent:
         freeze: Patterns of parameters that are frozen, as they read in this pipeline.
     """
 
-    def __init__(
-        self, blueprint: Blueprint, settings: TrainingSettings, freeze: list[str]
-    ) -> None:
+    def __init__(self, blueprint: Blueprint, settings: TrainingSettings, freeze: list[str]) -> None:
         from lit_distill.compute.fused_lora import use_fused_lora  # peft is slow to import
 
         self.settings = settings
@@ -65,7 +63,7 @@ class FakeStudent:
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(self.fake.dtype)
-                parameter.register_post_accumulate_grad_hook(_free_gradient)
+                parameter.register_post_accumulate_grad_hook(_free_gradient)  # type: ignore[no-untyped-call]
 
     # What does not depend on the checkpointing mode
 
@@ -221,8 +219,8 @@ class FakeStudent:
         counter = Counter()
         counter.enter(["encode"])
         assert settings.height and settings.width
-        shape = (batch_size, 3, settings.height, settings.width)
-        if "3D" in type(vae.encoder).__name__ or hasattr(vae, "temperal_downsample"):
+        shape: tuple[int, ...] = (batch_size, 3, settings.height, settings.width)
+        if "temperal_downsample" in vae.config:  # Wan's and Qwen-Image's: an image is a frame
             shape = (batch_size, 3, 1, settings.height, settings.width)
         with operations_of("cuda"), counter:
             vae.encode(self.fake.empty(*shape, dtype=next(vae.parameters()).dtype))
@@ -247,12 +245,12 @@ class _Segments:
         self.forward = False
         self.counter.enter([("backward", "loss")])
 
-    def on_call(self, *_: Any) -> None:
+    def on_call(self, *_: Any) -> None:  # noqa: ANN401
         if self.forward:
             self.call += 1
             self.counter.enter([("forward", self.call, "begin")])
 
-    def on_block(self, places: list[Any], *_: Any) -> None:
+    def on_block(self, places: list[Any], *_: Any) -> None:  # noqa: ANN401
         if self.forward:
             self.counter.enter([("forward", self.call, *place) for place in places])
 
@@ -266,7 +264,7 @@ class _Segments:
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(back)
 
-    def _on_backward(self, names: list[Any], *_: Any) -> None:
+    def _on_backward(self, names: list[Any], *_: Any) -> None:  # noqa: ANN401
         self.counter.enter(names)
 
 
@@ -287,7 +285,9 @@ def _segments(counter: Counter, pipe: Any) -> Iterator[_Segments]:  # noqa: ANN4
             for name, blocks in repeated_blocks(denoiser).items():
                 for index, block in enumerate(blocks):
                     places = _places(name, index, len(blocks))
-                    hooks.append(block.register_forward_pre_hook(partial(segments.on_block, places)))
+                    hooks.append(
+                        block.register_forward_pre_hook(partial(segments.on_block, places))
+                    )
                     hooks.append(block.register_forward_hook(partial(segments.after, places)))
         yield segments
     finally:

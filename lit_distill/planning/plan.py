@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_distill.compute.activation_checkpointing import Checkpointing
 from lit_distill.planning.cards import GIB, Card
+from lit_distill.planning.cards import card as named_card
 from lit_distill.planning.planner import (
     MakeOptimizer,
     Memory,
@@ -170,7 +171,7 @@ def _gib(memory: Memory) -> dict[str, float]:
 def plan(
     source: str | Path | DiffusionPipeline,
     settings: TrainingSettings,
-    card: Card,
+    card: Card | str = "h100",
     *,
     revision: str | None = None,
     optimizer: MakeOptimizer | None = None,
@@ -192,7 +193,7 @@ def plan(
     Args:
         source: Hub id or folder of a pipeline, or the pipeline.
         settings: What trains, and how.
-        card: The card.
+        card: The card, or its name: h100, a100-80gb, l40s, rtx4090 or rtx5090.
         revision: Branch, tag or commit of a hub repository.
         optimizer: Makes the optimizer of the trained parameters; default: AdamW.
         devices: Number of cards.
@@ -207,6 +208,7 @@ def plan(
         teacher_cfg_scale: Guidance of the teacher.
         teacher_num_inference_steps: Steps of the teacher.
     """
+    card = named_card(card) if isinstance(card, str) else card
     blueprint = blueprint_of(source, revision)
     sizes = dict(sizes or {})
     if sizes:
@@ -219,7 +221,7 @@ def plan(
         planner = Planner(blueprint, settings, optimizer=optimizer)
     stages = Stages(planner, teacher_cfg_scale, teacher_num_inference_steps)
     encoders = 0.0 if cached else stages.encoders()
-    fit = {}
+    fit: dict[str, StepPlan] = {}
     for mode in modes or planner.modes:
         step = planner.step(mode)
         memory = replace(step.memory, weights=step.memory.weights + encoders)

@@ -272,15 +272,15 @@ class Planner:
         weights = constants["weights"] / shards + constants["gathered"]
         trained = parameters + gradients + optimizer + average + buckets
         fixed = weights + trained + constants["dequantised"]
-        moments = {f"{key[0]}: {', '.join(map(str, key[1:]))}": fixed + value
-                   for key, value in peaks.items()}
+        moments = {
+            f"{key[0]}: {', '.join(map(str, key[1:]))}": fixed + value
+            for key, value in peaks.items()
+        }
         if settings.accumulate == 1 and shards == 1:
             for key, value in peaks.items():
                 if key[0] == "backward":
                     # Counted among what is allocated, from none to all.
-                    moments[f"backward: {', '.join(map(str, key[1:]))}"] = (
-                        fixed - gradients + value
-                    )
+                    moments[f"backward: {', '.join(map(str, key[1:]))}"] = fixed - gradients + value
         moments["optimizer"] = weights + trained + parameters * temporary
         at = max(moments, key=lambda key: moments[key])
         return weights, trained, moments[at], at
@@ -306,7 +306,8 @@ class Planner:
         sizes = {}
         for key in self.blueprint.models:
             model = self._whole[key] if key in self._whole else self.blueprint.empty(key)
-            sizes[key] = float(sum(p.numel() for p in model.parameters()) * size)
+            tensors = [*model.parameters(), *model.buffers()]
+            sizes[key] = float(sum(tensor.numel() for tensor in tensors) * size)
         return sizes
 
 

@@ -31,9 +31,7 @@ def render(plan: Plan) -> str:
     for mode, step in plan.fit.items():
         cost = f"{step.flops / 1e15:8.3f}{step.recomputed:7.0%}{plan.seconds[mode]:9.2f}"
         chosen = " <- model.checkpointing" if mode == plan.configured else ""
-        lines.append(
-            f"  {mode:22}{_sizes(step.memory)}{cost}  {_fits(plan, step.memory)}{chosen}"
-        )
+        lines.append(f"  {mode:22}{_sizes(step.memory)}{cost}  {_fits(plan, step.memory)}{chosen}")
     lines += ["", *_notes(plan), "", recommendation(plan)]
     return "\n".join(lines)
 
@@ -91,5 +89,9 @@ def _duration(plan: Plan, mode: str) -> str:
     hours = plan.hours(mode)
     if hours is None:
         per = plan.seconds[mode] * plan.settings.accumulate * 1000 / 3600
-        return f"# 1,000 optimizer steps take {per:.1f} hours; data.metadata_path does not exist yet."
-    return f"# {plan.run.optimizer_steps:,} optimizer steps take {hours:.1f} hours, validation apart."
+        return (
+            f"# 1,000 optimizer steps take {per:.1f} hours; data.metadata_path does not exist yet."
+        )
+    return (
+        f"# {plan.run.optimizer_steps:,} optimizer steps take {hours:.1f} hours, validation apart."
+    )

@@ -89,9 +89,7 @@ def gathered_bytes(module: nn.Module, dtype: torch.dtype) -> float:
     inside = {id(p) for block in blocks for p in block.parameters()}
     root = _count(p for p in module.parameters() if id(p) not in inside)
     largest = max((_count(block.parameters()) for block in blocks), default=0)
-    trained = (
-        _count(p for p in block.parameters() if p.requires_grad) for block in blocks
-    )
+    trained = (_count(p for p in block.parameters() if p.requires_grad) for block in blocks)
     return size * (root + 2 * largest) + (size + 4) * max(trained, default=0)
 
 
