@@ -296,7 +296,10 @@ def _segments(counter: Counter, pipe: Any) -> Iterator[_Segments]:  # noqa: ANN4
 
 
 def _places(name: str, index: int, length: int) -> list[Any]:
-    """Return the names of a block's place; one between the ends has a peak below theirs."""
-    places = {"first": 0, "last but one": length - 2, "last": length - 1}
+    """Return the names of a block's place: those where the peak may be, and between them.
+
+    Memory rises or falls evenly from the second block to the last but one.
+    """
+    places = {"first": 0, "second": 1, "last but one": length - 2, "last": length - 1}
     named = [(name, place) for place, number in places.items() if number == index]
     return named or [(name, "between")]

