@@ -67,12 +67,10 @@ def plan(
     cards = devices or _number_of_devices(trainer)
     table = _Table(datamodule)
     sizes = {(height, width): 1} if height and width else table.sizes
+    steps = num_inference_steps or table.largest("num_inference_steps", 4)
+    scale = cfg_scale or table.largest("cfg_scale", 1.0)
     settings = _settings(model, datamodule, trainer, cards)
-    settings |= {
-        "prompt_tokens": prompt_tokens,
-        "num_inference_steps": num_inference_steps or table.largest("num_inference_steps", 4),
-        "cfg_scale": cfg_scale or table.largest("cfg_scale", 1.0),
-    }
+    settings |= {"num_inference_steps": steps, "cfg_scale": scale, "prompt_tokens": prompt_tokens}
     found = plan_job(
         model.hparams["pretrained_model_name_or_path"],
         TrainingSettings(**settings),
