@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lit_distill.compute.activation_checkpointing import Checkpointing
 from lit_distill.planning.cards import GIB, Card
 from lit_distill.planning.cards import card as named_card
+from lit_distill.planning.optimizer import MakeOptimizer
 from lit_distill.planning.planner import (
-    MakeOptimizer,
     Memory,
     Planner,
     StepPlan,

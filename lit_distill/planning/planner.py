@@ -14,10 +14,10 @@ from torch import nn
 from lit_distill.compute.activation_checkpointing import BLOCKWISE_MODES, Checkpointing
 from lit_distill.pipelines.loading import DTYPES
 from lit_distill.planning.blueprint import Blueprint, list_lengths, pattern_for_layers
-from lit_distill.planning.counter import Counter
 from lit_distill.planning.device_operations import Device
 from lit_distill.planning.fake_pipeline import set_dtype
 from lit_distill.planning.fake_step import FakeStudent, Figures
+from lit_distill.planning.optimizer import MakeOptimizer, optimizer_bytes
 from lit_distill.planning.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ MODES: tuple[Checkpointing, ...] = ("none", "selective", "block", "step", "neste
 
 FEW = 3
 """Layers of the smaller of the two runs that the whole model is extrapolated from."""
-
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -329,32 +327,3 @@ def _extrapolate(runs: Sequence[Figures], counts: Mapping[str, int]) -> Figures:
         )
         for key in shared
     }
-
-
-def optimizer_bytes(make: MakeOptimizer) -> tuple[float, float]:
-    """Return the bytes of an optimizer's state and temporaries for each byte of parameters.
-
-    Args:
-        make: Makes the optimizer of a list of parameters.
-    """
-    parameters = [nn.Parameter(torch.zeros(128, 128)) for _ in range(4)]
-    optimizer = make(parameters)
-    for group in optimizer.param_groups:
-        # On a GPU the implementation that takes all tensors at once is the default.
-        if group.get("foreach", False) is None and not group.get("fused"):
-            group["foreach"] = True
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    size = sum(parameter.nbytes for parameter in parameters)
-    optimizer.step()
-    state = sum(
-        value.nbytes
-        for each in optimizer.state.values()
-        for value in each.values()
-        if isinstance(value, torch.Tensor) and value.numel() > 1
-    )
-    counter = Counter()
-    counter.enter(["step"])
-    with counter:
-        optimizer.step()
-    return state / size, max(0, counter.peak) / size

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lit_distill.planning.blueprint import Blueprint, pattern_for_layers
-from lit_distill.planning.planner import MODES, Planner, optimizer_bytes, plan_step
+from lit_distill.planning.optimizer import optimizer_bytes
+from lit_distill.planning.planner import MODES, Planner, plan_step
 from lit_distill.planning.settings import TrainingSettings
 from lit_distill.planning.storage import bits_per_weight, gathered_bytes, weight_bytes
 
