@@ -26,8 +26,9 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Two files at a time: most tests use one core.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 docs: .venv/ready
 	$(BIN)/mkdocs build --strict

@@ -21,7 +21,7 @@ PIXELS = 8  # a token's side in pixels with the embedded VAE
 
 
 def make_pipeline(options: argparse.Namespace) -> Any:  # noqa: ANN401
-    """Return a QwenImagePipeline with a random transformer of the wanted size."""
+    """Return a QwenImagePipeline with a random transformer of the given size."""
     torch.manual_seed(0)
     pipe = load_pipeline("tiny-digits", torch_dtype=options.torch_dtype)
     kind = type(pipe.transformer)
@@ -39,7 +39,7 @@ def make_pipeline(options: argparse.Namespace) -> Any:  # noqa: ANN401
 
 
 def make_prompt(pipe: Any, tokens: int) -> str:  # noqa: ANN401
-    """Return a prompt that the pipeline makes `tokens` tokens of."""
+    """Return a prompt that the pipeline encodes as `tokens` tokens."""
     length = {n: pipe.encode_prompt(" ".join(["red"] * n))[0].shape[1] for n in (1, 2)}
     return " ".join(["red"] * (1 + (tokens - length[1]) // (length[2] - length[1])))
 
@@ -64,7 +64,7 @@ class Bare:
         }
 
     def __call__(self, counter: Bytes | Flops | None = None) -> float:
-        """Make a step; return its loss."""
+        """Make a step and return its loss."""
         latents = rollout(self.pipe, checkpointing=self.mode, **self.call())
         loss = (latents.float() - self.target).pow(2).mean()
         if counter:
@@ -76,7 +76,7 @@ class Bare:
 
     @torch.no_grad()
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Return what the pipeline gives the denoiser, for another implementation."""
+        """Return the denoiser's inputs, for another implementation."""
         seen: list[torch.Tensor] = []
         hook = self.pipe.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
@@ -89,7 +89,7 @@ class Bare:
 
 
 def counted(step: Any) -> dict[str, float]:  # noqa: ANN401
-    """Make a step for each counter; return the counts."""
+    """Make one step for each counter and return the counts."""
     counts: dict[str, float] = {}
     for kind in COUNTERS:
         with kind() as counter:
@@ -99,7 +99,7 @@ def counted(step: Any) -> dict[str, float]:  # noqa: ANN401
 
 
 def varied(options: argparse.Namespace, name: str, value: int) -> argparse.Namespace:
-    """Return the options with another number of one thing."""
+    """Return the options with one number changed."""
     other = argparse.Namespace(**vars(options) | {name: value})
     side = math.isqrt(other.image_tokens)
     other.size = {"height": side * PIXELS, "width": side * PIXELS}
@@ -109,7 +109,7 @@ def varied(options: argparse.Namespace, name: str, value: int) -> argparse.Names
 
 
 def bare_step(mode: str, options: argparse.Namespace) -> Bare:
-    """Return a step on a pipeline of its own, its optimizer's state made."""
+    """Return a step on a new pipeline, with the optimizer's state initialised."""
     pipe = make_pipeline(options)
     make_trainable(pipe, {"r": options.rank})
     use_fused_lora(pipe.transformer)

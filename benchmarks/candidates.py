@@ -1,6 +1,6 @@
-"""Losses and objectives that `quality.py` tries beside those of the package.
+"""Losses and objectives that `quality.py` compares with those of the package.
 
-What is not better than the package's own is not in the package; each shows how to write one.
+They are not better, so the package does not contain them. Each is an example of how to write one.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Perceptual(DistillLoss):
 
 
 class Frequency(DistillLoss):
-    """Mean squared error whose high spatial frequencies weigh more, to answer blur."""
+    """Mean squared error with more weight on high spatial frequencies, against blur."""
 
     needs_codec = True
 
@@ -103,18 +103,19 @@ class Frequency(DistillLoss):
 
 
 class _SeenError(Exception):
-    """Leaves a pipeline once the arguments of its denoiser's calls are known."""
+    """Stops a pipeline once the arguments of its denoiser's calls are known."""
 
 
 class Consistency(DirectDistill):
     """Trajectory-segmented consistency distillation, as in Hyper-SD (arXiv:2404.13686).
 
     Within each of the student's steps, the jump from one of the teacher's noise levels to the
-    step's end has to agree with the jump from the teacher's next level, made by a slowly following
-    copy of the student; the guided teacher's own step leads there. LoRA, flow matching.
+    end of the step should equal the jump from the teacher's next noise level. The second jump is
+    made by a moving average of the student, from where the guided teacher's step leads. For LoRA
+    and flow matching.
 
     Args:
-        decay: Of the copy.
+        decay: Of the moving average.
         **options: Of `DirectDistill`.
     """
 
@@ -188,7 +189,7 @@ class Consistency(DirectDistill):
 
     @contextmanager
     def _following(self) -> Iterator[None]:
-        """Let the slowly following copy stand in for what trains; it takes a step first."""
+        """Update the moving average, and use it in place of the trained weights."""
         own = {name: p.detach().clone() for name, p in self.trained().items()}
         if not self._copy:
             self._copy = {name: value.clone() for name, value in own.items()}
@@ -206,8 +207,8 @@ class Consistency(DirectDistill):
 class Adversarial(DirectDistill):
     """Direct Distillation plus a discriminator on frozen features, as in ADD (arXiv:2311.17042).
 
-    Hinge losses; a head a layer of the embedded pipeline's digit reader; R1 penalty on the features
-    of the teacher's images.
+    Hinge losses, one head for each layer of the embedded pipeline's digit reader, and an R1
+    penalty on the features of the teacher's images.
 
     Args:
         weight: Of the generator's loss beside the latents' mean squared error.
@@ -228,7 +229,7 @@ class Adversarial(DirectDistill):
         self._optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-3, betas=(0.0, 0.99))
 
     def losses(self, batch: Batch) -> Tensor:
-        """Train the discriminator by a step; return the student's losses, (B,)."""
+        """Train the discriminator for one step and return the student's losses, (B,)."""
         features, heads = self._networks
         target = self.teacher_target(batch)
         latents = self.student_rollout(batch)

@@ -1,4 +1,4 @@
-"""What a training step stores and computes, counted."""
+"""Counts what a training step stores and computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 def forward_flops(options: argparse.Namespace, text_width: int) -> int:
-    """Return the floating point operations of one denoiser call: two a multiplication."""
+    """Return the floating point operations of one denoiser call, two for each multiplication."""
     width, rank = options.width, options.rank
     tokens = options.image_tokens + options.text_tokens
     block = 12 * width**2 * tokens  # q, k, v, out and the MLP of four times the width
@@ -27,7 +27,7 @@ def forward_flops(options: argparse.Namespace, text_width: int) -> int:
 
 
 class Bytes:
-    """Counts the memory of a step, as a context around it."""
+    """Context that counts the memory of a step."""
 
     def __enter__(self) -> Bytes:
         self.saved = 0
@@ -36,7 +36,7 @@ class Bytes:
         return self
 
     def forward_done(self) -> None:
-        """Note what waits for the backward pass."""
+        """Record what is stored for the backward pass."""
         self.saved = self.live.now
 
     def __exit__(self, *exception: object) -> None:
@@ -51,13 +51,16 @@ class Bytes:
 
 
 class Flops(FlopCounterMode):
-    """Counts the operations of a step; never in one with `Bytes`, for it keeps tensors alive."""
+    """Context that counts the operations of a step.
+
+    Don't use it together with `Bytes`, because it keeps tensors alive.
+    """
 
     def __init__(self) -> None:
         super().__init__(display=False, custom_mapping=CPU_ATTENTION)
 
     def forward_done(self) -> None:
-        """Go on: the backward pass is counted too."""
+        """Do nothing: the backward pass is counted too."""
 
     def result(self) -> dict[str, float]:
         """Return the count."""

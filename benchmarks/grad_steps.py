@@ -1,11 +1,11 @@
-"""What truncated back-propagation (model.grad_steps) costs in quality and saves in time.
+"""Quality and time of truncated back-propagation (model.grad_steps).
 
     python benchmarks/grad_steps.py PAIRS
 
-PAIRS is a folder with train/ and heldout/ that `make demo` has written: runs/demo. The whole
-denoiser of the embedded pipeline is trained as configs/tiny_full.yaml does, 4 steps, once for each
-number of last steps that the gradient goes through and each of two schedules; then the held-out
-rows are drawn. Seconds are of the process's CPU, for training alone, without validation.
+PAIRS is a folder with train/ and heldout/ from `make demo`, such as runs/demo. The whole denoiser
+of the embedded pipeline is trained as in configs/tiny_full.yaml with 4 steps, once for each number
+of back-propagated steps and each of two schedules. The errors are those on the held-out rows.
+Seconds are the CPU time of training, without validation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEAD = "transformer.transformer_blocks.3."  # the last block's text branch leads
 def train(
     grad_steps: int | None, scheduler: dict[str, Any] | None, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train once; return seconds, and the error on held-out rows."""
+    """Train once and return seconds and the error on held-out rows."""
     pl.seed_everything(options.seed, verbose=False)
     module = DirectDistill(
         "tiny-digits",

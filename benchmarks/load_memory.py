@@ -1,12 +1,12 @@
-"""Host memory of loading a denoiser on two processes: FSDP2 beside one whole copy in each.
+"""Host memory of loading a denoiser on two processes, under FSDP2 and DDP.
 
     python benchmarks/load_memory.py [--out benchmarks/results/load_memory.json]
 
 A Qwen-Image transformer of about 2 GB in bfloat16 (random weights, the embedded pipeline's
-encoders) is made LoRA-trainable under ``strategy: fsdp2`` and, for comparison, under ``ddp``, on
-two gloo processes. The figure is what each process's peak of resident memory (VmHWM) grows by from
-just before `configure_model` until the weights were read once, over the size of the weights. On
-the CPU the shards are host memory too: no loading goes below 0.5 here; on GPUs they are not.
+encoders) is loaded for LoRA training under ``strategy: fsdp2`` and ``ddp`` on two gloo processes.
+The figure is the growth of each process's peak of resident memory (VmHWM), from just before
+`configure_model` until the weights were read once, relative to the size of the weights. On the CPU
+the shards are host memory too, so the least possible value is 0.5. On GPUs they are not.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def make_pipeline(folder: Path) -> int:
 
 
 def peak() -> int:
-    """Return the largest resident memory that this process ever had, in bytes."""
+    """Return the peak of this process's resident memory, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 class Measured(DirectDistill):
-    """Reports what loading took."""
+    """Reports the memory that loading took."""
 
     def configure_model(self) -> None:
-        """Load, and print the peak's growth."""
+        """Load, and print the growth of the peak."""
         import accelerate  # noqa: F401
         import diffusers  # noqa: F401
         import peft  # noqa: F401
@@ -74,7 +74,7 @@ def load(folder: str, strategy: str) -> None:
 
 
 def measure(folder: Path, strategy: str, size: int) -> list[float]:
-    """Return the growth of each process's peak over the size of the weights."""
+    """Return the growth of each process's peak relative to the size of the weights."""
     command = [sys.executable, __file__, "--load", str(folder), strategy]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [line for line in found.stdout.splitlines() if "MEASURED" in line]

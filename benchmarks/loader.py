@@ -1,9 +1,9 @@
-"""Time that training waits for data with the cache, and what the online teacher costs.
+"""Time that training waits for data with the cache, and the cost of the online teacher.
 
     python benchmarks/loader.py PAIRS [--steps 60]
 
-PAIRS is a folder that `lit-distill generate` has written, such as runs/demo/train. Kinds of targets
-are trained one after another, three times over; medians are reported.
+PAIRS is a folder from `lit-distill generate`, such as runs/demo/train. Each kind of target is
+trained on in turn, three times over. Medians are reported.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def tables(pairs: Path, out: Path) -> dict[str, Path]:
 def seconds(
     table: Path, pairs: Path, cache: Path, steps: int, teacher_steps: int
 ) -> dict[str, float]:
-    """Return the mean seconds of a step, and of waiting for its data."""
+    """Return the mean seconds of a step and of waiting for its data."""
     model = DirectDistill(
         "tiny-digits",
         torch_dtype="float32",

@@ -1,9 +1,9 @@
-"""How long a large table of pairs takes to load, and how much memory.
+"""Time and memory of loading a large table of pairs.
 
     python benchmarks/metadata.py --rows 1000000
 
-makes a CSV with sizes, and its (empty) image files in folders of 10,000, in a temporary folder,
-loads it in a fresh process as `fit` does, and writes benchmarks/results/metadata.json.
+This writes a CSV with sizes, and (empty) image files in folders of 10,000, to a temporary folder.
+It loads the table in a new process as `fit` does, and writes benchmarks/results/metadata.json.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def make(root: Path, rows: int) -> Path:
 
 
 def load(path: str) -> dict[str, float]:
-    """Load the table; return seconds, and the growth of the process at its highest, in MiB."""
+    """Load the table and return seconds and the largest growth of the process in MiB."""
     from lit_distill.data.datamodule import DistillDataModule
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,11 +1,11 @@
-"""How far training's rollout is from the exported student's in plain bfloat16, after every step.
+"""Difference between training's rollout and the exported student's in bfloat16, after every step.
 
     python benchmarks/precision_gap.py [--out benchmarks/results/precision_gap.json]
 
 On the embedded pipeline a LoRA and the whole denoiser are trained for 60 steps with torch_dtype
-bfloat16, exported, and drawn with by plain diffusers in bfloat16. The same weights are then run as
-training may run them: with casts of float32 weights (this package), under torch.autocast, and all
-in float32. Figures are relative differences of the latents, in the 2-norm over 16 samples.
+bfloat16 and exported. Plain diffusers generates with the export in bfloat16. The same weights are
+then used in three ways: with casts of float32 weights (as in this package), under torch.autocast,
+and all in float32. Figures are relative differences of the latents, in the 2-norm over 16 samples.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEPS = 4
 
 
 def make_pairs(out: Path) -> str:
-    """Draw 64 pairs and return their table."""
+    """Generate 64 pairs and return their table."""
     prompts = files("lit_distill").joinpath("assets", "tiny", "prompts_train.txt")
     options = f"--prompts {prompts} --out {out} --limit 64 --batch_size 16 --num_inference_steps 20"
     options += " --model.pretrained_model_name_or_path tiny-digits --model.torch_dtype float32"
@@ -60,7 +60,7 @@ def states(pipe: DiffusionPipeline, prompts: list[str]) -> list[torch.Tensor]:
 
 
 def trainable(checkpoint: Path, lora: dict[str, Any] | None) -> DiffusionPipeline:
-    """Return the pipeline as it was in training: frozen weights bfloat16, trained ones float32."""
+    """Return the pipeline as in training: frozen weights bfloat16, trained weights float32."""
     pipe = load_pipeline("tiny-digits", torch_dtype="bfloat16")
     make_trainable(pipe, lora)
     state = read_checkpoint(checkpoint)["state_dict"]
@@ -72,7 +72,7 @@ def trainable(checkpoint: Path, lora: dict[str, Any] | None) -> DiffusionPipelin
 
 
 def measure(metadata: str, lora: dict[str, Any] | None, out: Path) -> dict[str, list[float]]:
-    """Train, and return each way's difference after each step."""
+    """Train, and return the difference after each step for each kind of arithmetic."""
     torch.manual_seed(0)
     module = DirectDistill(
         "tiny-digits",

@@ -1,10 +1,11 @@
-"""What makes students better: every option, over seeds, on the embedded pipeline.
+"""Which settings make students better, over several seeds, on the embedded pipeline.
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py [--jobs 2] [--only default trajectory ...]
 
-Pairs are drawn, students trained and measured on 256 held-out pairs of prompts that none of them
-has seen. Errors are relative to those of the undistilled pipeline at 4 steps without guidance. What
-is finished in --work is not done again. Writes benchmarks/results/quality.json and .png.
+This generates pairs, trains students, and evaluates them on 256 held-out pairs of prompts that none
+of them has seen. Errors are relative to those of the undistilled pipeline at 4 steps without
+guidance. Rerun the command to resume: results in --work are reused. Writes
+benchmarks/results/quality.json and .png.
 """
 
 from __future__ import annotations
@@ -57,18 +58,18 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A student that is trained.
+    """One student to train.
 
     Attributes:
         settings: Of `DirectDistill`.
-        inference_steps: Of the rows; several: each row comes with each.
+        inference_steps: num_inference_steps of the rows. Each row is repeated for each of them.
         pairs: Number of pairs.
         max_steps: Optimizer steps.
         make: Makes the module.
         loss: Makes the loss.
         callbacks: Makes callbacks.
-        lr: Learning rate; None: 3e-3 for LoRA, 1e-3 for all weights.
-        cosine: Whether it falls to zero along a cosine.
+        lr: Learning rate. None: 3e-3 for LoRA, 1e-3 for all weights.
+        cosine: Whether the learning rate falls to zero along a cosine.
     """
 
     settings: dict[str, Any]
@@ -123,7 +124,7 @@ RUNS = {
 
 
 def make_pairs(work: Path) -> None:
-    """Draw 9 pairs of each prompt to train with, and 4 of each held-out one."""
+    """Generate 9 pairs of each training prompt, and 4 of each held-out prompt."""
     training = "--seeds_per_prompt 9 --store_trajectory true"
     _generate(work / "train", "prompts_train.txt", training)
     _generate(work / "heldout", "prompts_heldout.txt", "--seeds_per_prompt 4 --first_seed 1000000")
@@ -138,7 +139,7 @@ def _generate(out: Path, prompts: str, options: str) -> None:
 
 
 def table(work: Path, source: str, rows: int, inference_steps: tuple[int, ...]) -> Path:
-    """Return the path of a table of the first `rows` pairs at these numbers of steps."""
+    """Return the path of a table of the first `rows` pairs, with these numbers of steps."""
     name = f"{rows}_{'_'.join(map(str, inference_steps))}"
     path = work / source / f"{name}.csv"
     pairs = pd.read_csv(work / source / "metadata.csv").sample(frac=1, random_state=0)[:rows]
@@ -150,7 +151,7 @@ def table(work: Path, source: str, rows: int, inference_steps: tuple[int, ...]) 
 
 
 class Clock(pl.Callback):
-    """Counts the CPU seconds of training."""
+    """Measures the CPU seconds of training."""
 
     seconds = 0.0
 
@@ -164,7 +165,7 @@ class Clock(pl.Callback):
 
 
 def train(run: Run, seed: int, work: Path) -> dict[str, float]:
-    """Train a student; return what it is like on the held-out rows, by metric."""
+    """Train a student and return its metrics on the held-out rows."""
     pl.seed_everything(seed, verbose=False)
     lr = run.lr or (1e-3 if run.settings["lora"] is None else 3e-3)
     module = run.make(
@@ -207,7 +208,7 @@ def train(run: Run, seed: int, work: Path) -> dict[str, float]:
 
 
 def one(name: str, seed: int, work: Path) -> None:
-    """Do one run and keep its result."""
+    """Train one student and store its result."""
     warnings.simplefilter("ignore")
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.ERROR)
@@ -221,12 +222,12 @@ def one(name: str, seed: int, work: Path) -> None:
 
 
 def result_path(work: Path, name: str, seed: int) -> Path:
-    """Return where a run's result is kept."""
+    """Return the path of a student's result."""
     return work / "results" / f"{name}, seed {seed}.json"
 
 
 def train_all(jobs: list[tuple[str, int]], options: argparse.Namespace) -> None:
-    """Do runs, each in a process of its own, several at a time; say what comes of each."""
+    """Train students, each in its own process, several at a time, and print the results."""
 
     def do(job: tuple[str, int]) -> None:
         name, seed = job
@@ -242,7 +243,7 @@ def train_all(jobs: list[tuple[str, int]], options: argparse.Namespace) -> None:
 
 
 def summary(work: Path, names: list[str]) -> dict[str, Any]:
-    """Return mean and half the range over seeds of all metrics; errors relative to UNDISTILLED."""
+    """Return mean and half the range over seeds of all metrics, errors relative to UNDISTILLED."""
     base = json.loads(result_path(work, UNDISTILLED, 0).read_text())
     rows: dict[str, Any] = {}
     for name in names:
@@ -273,7 +274,7 @@ def print_table(rows: dict[str, dict[str, list[float]]]) -> None:
 
 
 def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draw errors of all runs, the default's as a line."""
+    """Plot the errors of all students, with a line at the default's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 0.28 * len(rows) + 1), layout="constrained")
@@ -291,7 +292,7 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Do what is not done; write table and plot."""
+    """Train what is missing, and write table and plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

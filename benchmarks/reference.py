@@ -1,14 +1,14 @@
 """The training step of DiffSynth-Studio, from a checkout of it, on our weights and inputs.
 
-Everything is its own: the denoiser, `model_fn_qwen_image`, `DirectDistillLoss`, its scheduler's
-step, gradient checkpointing, LoRA by peft. Ours are the numbers: weights, LoRA, noise, prompt
-embeddings, target, sigmas, and the width of the denoiser, which it has as a number in its code.
+The code is DiffSynth-Studio's: the denoiser, `model_fn_qwen_image`, `DirectDistillLoss`, its
+scheduler's step, gradient checkpointing, LoRA by peft. The numbers are ours: weights, LoRA, noise,
+prompt embeddings, target, sigmas, and the width of the denoiser, which is fixed in its code.
 
-Its MLPs compute x * sigmoid(1.702 x) where the published model has tanh's approximation of GELU:
-the losses of random small weights agree to 1e-6 all the same.
+Its MLPs compute x * sigmoid(1.702 x) where the published model uses the tanh approximation of GELU.
+With small random weights the losses agree to 1e-6 nevertheless.
 
-Needs `pip install einops`. Packages that it imports for other things and that are not installed
-(modelscope, torchvision, ...) are stood in for by empty ones while it is imported.
+Needs `pip install einops`. Other packages that it imports and that are not installed (modelscope,
+torchvision, ...) are replaced by empty ones while it is imported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _StandIn(types.ModuleType):
 
 
 class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Answers for packages that nobody else finds."""
+    """Import hook that provides empty packages for missing ones."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:  # noqa: ANN401
         if name.partition(".")[0] in ABSENT:
@@ -59,7 +59,7 @@ def load(path: Path) -> tuple[Any, Any]:
     """Return the reference's Qwen-Image pipeline module and its loss.
 
     Raises:
-        SystemExit: If `path` is no checkout of it.
+        SystemExit: If `path` is not a checkout of it.
     """
     if not (path / "diffsynth/diffusion/loss.py").is_file():
         raise SystemExit(f"--reference {path}: no checkout of DiffSynth-Studio")
@@ -117,14 +117,14 @@ def make_denoiser(module: Any, transformer: Any) -> Any:  # noqa: ANN401
 
 
 class ReferenceStep:
-    """The reference's step of training.
+    """The reference's training step.
 
     Args:
         path: The checkout.
         pipe: Our pipeline, with its LoRA.
-        inputs: What both share: ``prompt_embeds`` (1, tokens, width), ``noise`` and ``target``
-            (1, tokens, channels), ``sigmas`` (steps,).
-        blocks: Whether it runs its blocks again in the backward pass, its only checkpointing.
+        inputs: The inputs that both share: ``prompt_embeds`` (1, tokens, width), ``noise`` and
+            ``target`` (1, tokens, channels), ``sigmas`` (steps,).
+        blocks: Whether it recomputes its blocks in the backward pass, its only checkpointing.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class ReferenceStep:
         }
 
     def __call__(self, counter: Any = None) -> float:  # noqa: ANN401
-        """Make a step; return its loss."""
+        """Make a step and return its loss."""
         loss = self.loss(self.pipe, **self.inputs)
         if counter:
             counter.forward_done()

@@ -2,22 +2,24 @@
 
     python benchmarks/step.py [--layers 4 --width 384 --image_tokens 1024] [--reference PATH]
 
-A Qwen-Image transformer of random weights, with the embedded pipeline's encoders, is trained as
-LoRA in each checkpointing mode. After every step of the Trainer the same step is made without
-Lightning (rollout, mean squared error, backward pass, AdamW) and, with a checkout of
-DiffSynth-Studio, by that; same weights (the learning rate is 0), prompt embeddings, noise, target
-and sigmas, so all have the same loss, or the benchmark refuses. Reported are
+This trains a LoRA on a Qwen-Image transformer with random weights and the embedded pipeline's
+encoders, in each checkpointing mode. After every step of the Trainer the same step is made without
+Lightning (rollout, mean squared error, backward pass, AdamW). With a checkout of DiffSynth-Studio
+it is also made by that. All use the same weights (the learning rate is 0), prompt embeddings,
+noise, target and sigmas, so all must have the same loss. Otherwise the benchmark stops. It reports
 
-* seconds: of the whole process's CPU where there is no GPU, so run it on one thread
-  (OMP_NUM_THREADS=1); wall time on a GPU. Ratios are medians over neighbouring steps;
-* saved: bytes that live after the forward pass but did not before: what the backward pass needs;
-* peak: the most bytes that lived at any moment of the step besides what lived before it (weights,
-  optimizer); counted tensor by tensor, so not subject to allocators or other programs;
-* FLOPs: of matrix products and attention, recomputation included, by torch's FlopCounterMode;
-* overhead: seconds inside the loader, logging and the gradient's norm, as a share of the step.
+* seconds: CPU time of the whole process where there is no GPU, so run it on one thread
+  (OMP_NUM_THREADS=1). Wall time on a GPU. Ratios are medians over neighbouring steps.
+* saved: bytes that are stored for the backward pass, that is, allocated in the forward pass and not
+  freed.
+* peak: the most bytes allocated at any moment of the step, besides those from before it (weights,
+  optimizer). It is counted tensor by tensor, so allocators and other programs don't affect it.
+* FLOPs: of matrix products and attention, including recomputation, by torch's FlopCounterMode.
+* overhead: seconds in the loader, logging and the gradient's norm, as a share of the step.
 
-The reference checkpoints blocks or nothing: it is compared with none by none, else by blocks.
-Curves over steps, batch size, resolution and layers are counted, not timed.
+The reference checkpoints blocks or nothing. Mode none is compared with the reference without
+checkpointing, all other modes with its checkpointed blocks. Curves over steps, batch size,
+resolution and layers are counted, not timed.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ OVERHEAD = (
 
 
 def clock() -> float:
-    """Return seconds: of this process's CPU, or of the wall where work is done on a GPU."""
+    """Return seconds: CPU time of this process, or wall time if a GPU does the work."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()
@@ -73,7 +75,7 @@ def clock() -> float:
 
 
 class Watch(Profiler):
-    """Seconds of the CPU that chosen actions of the Trainer take, step by step."""
+    """CPU seconds of chosen actions of the Trainer, step by step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,18 +84,18 @@ class Watch(Profiler):
         self._begun: dict[str, float] = {}
 
     def start(self, action_name: str) -> None:
-        """Note the beginning."""
+        """Record the start."""
         if action_name in OVERHEAD:
             self._begun[action_name] = time.process_time()
 
     def stop(self, action_name: str) -> None:
-        """Add what has passed."""
+        """Add the time since the start."""
         if action_name in self._begun:
             self.now += time.process_time() - self._begun.pop(action_name)
 
 
 class TimedLogger(CSVLogger):
-    """Adds the seconds of logging to a watch."""
+    """Logger that adds its seconds to a watch."""
 
     watch: Watch
 
@@ -104,14 +106,17 @@ class TimedLogger(CSVLogger):
         self.watch.now += time.process_time() - begun
 
     def save(self) -> None:
-        """Write what is logged."""
+        """Write the logged values."""
         begun = time.process_time()
         super().save()
         self.watch.now += time.process_time() - begun
 
 
 class Interleaved(pl.Callback):
-    """Makes the other steps after each of the Trainer's. The first warms up, two are counted."""
+    """Makes the other steps after each step of the Trainer.
+
+    The first step warms up. Two further steps are counted instead of timed.
+    """
 
     def __init__(self, mode: str, options: argparse.Namespace, watch: Watch) -> None:
         self.mode, self.options, self.watch = mode, options, watch
@@ -121,7 +126,7 @@ class Interleaved(pl.Callback):
         self._begun = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:  # noqa: ANN401
-        """Make the other steps ready."""
+        """Prepare the other steps."""
         bare = Bare(module.pipe, self.mode, self.options)
         self.others: dict[str, Any] = {"bare": bare}
         if self.options.reference:
@@ -132,13 +137,13 @@ class Interleaved(pl.Callback):
             )
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:  # noqa: ANN401
-        """Begin to count, once the optimizer has its state."""
+        """Start to count, once the optimizer has its state."""
         if 1 <= trainer.global_step <= len(self.options.counters):
             self._counter = self.options.counters[trainer.global_step - 1]()
             self._counter.__enter__()
 
     def on_before_backward(self, *args: Any) -> None:  # noqa: ANN401
-        """Tell the counter."""
+        """Notify the counter."""
         if self._counter:
             self._counter.forward_done()
 
@@ -149,7 +154,7 @@ class Interleaved(pl.Callback):
         outputs: Any,  # noqa: ANN401
         *args: Any,  # noqa: ANN401
     ) -> None:
-        """Stop the Trainer's clock, make the other steps, and start it again."""
+        """Stop the Trainer's clock, make the other steps, and restart it."""
         seconds = {"trainer": clock() - self._begun}
         counter, self._counter = self._counter, None
         if counter:
@@ -201,7 +206,7 @@ def measure(mode: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         attention_backend=options.attention_backend,
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.0, weight_decay=0.0),
     )
-    module.student.loader.base = lambda: make_pipeline(options)  # type: ignore[method-assign]
+    module.loader.base = lambda: make_pipeline(options)  # type: ignore[method-assign]
     steps = 1 + len(options.counters) + options.repeats
     watch, logger = Watch(), TimedLogger(folder)
     logger.watch = watch
@@ -247,7 +252,7 @@ def write_table(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw what is stored and computed over steps, batch size, resolution and layers."""
+    """Plot bytes and FLOPs over steps, batch size, resolution and layers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -273,7 +278,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the options of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -316,7 +321,7 @@ def commit(checkout: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Measure, write and print the figures; return them."""
+    """Measure, write, print and return the figures."""
     options = parse(arguments)
     left_out = ("counters", "out", "size", "checkpointing", "target", "reference")
     sizes = {name: value for name, value in vars(options).items() if name not in left_out}

@@ -1,6 +1,8 @@
-"""Draw with an exported LoRA in plain diffusers: examples/infer.py MODEL LORA PROMPT OUT.png.
+"""Generate an image with an exported LoRA in plain diffusers, without lit_distill.
 
-Nothing here is of lit_distill: MODEL is a hub id or a folder.
+    python examples/infer.py MODEL LORA PROMPT OUT.png [SIZE]
+
+MODEL is a hub id or a folder.
 """
 
 import sys
@@ -10,12 +12,12 @@ from diffusers import DiffusionPipeline
 
 
 def main(model: str, lora: str, prompt: str, out: str, size: int = 1328) -> None:
-    """Draw `prompt` in 4 steps without guidance."""
+    """Generate `prompt` in 4 steps without guidance, and save the image to `out`."""
     pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     pipe.load_lora_weights(lora)
     image = pipe(
         prompt,
-        num_inference_steps=4,  # the number the student was trained with
+        num_inference_steps=4,  # the number that the student was trained with
         true_cfg_scale=1.0,  # pipelines without this argument: guidance_scale=1.0
         height=size,
         width=size,

@@ -1,4 +1,9 @@
-"""Train a LoRA with a plain Trainer, without the command line: examples/train.py CSV OUT."""
+"""Train a LoRA with a plain Trainer, without the command line.
+
+    python examples/train.py CSV OUT [MAX_STEPS]
+
+CSV is the table of pairs. The LoRA is written to the folder OUT/lora.
+"""
 
 import sys
 
@@ -8,10 +13,10 @@ from lit_distill import DirectDistill, DistillDataModule, export_student
 
 
 def main(metadata: str, out: str, max_steps: int = 250) -> None:
-    """Distil the embedded pipeline on `metadata` and write the LoRA to `out`."""
+    """Distil the embedded pipeline on `metadata` and write the LoRA below `out`."""
     data = DistillDataModule(metadata_path=metadata, val_fraction=0.125, batch_size=16)
     model = DirectDistill(
-        pretrained_model_name_or_path="tiny-digits",  # a hub id or a folder works the same way
+        pretrained_model_name_or_path="tiny-digits",  # or a hub id, or a folder
         torch_dtype="float32",
         lora={"r": 32},
         checkpointing="none",
@@ -26,7 +31,7 @@ def main(metadata: str, out: str, max_steps: int = 250) -> None:
     trainer.fit(model, datamodule=data)
     checkpoint = f"{out}/student.ckpt"
     trainer.save_checkpoint(checkpoint)
-    print(f"LoRA written to {export_student(checkpoint, out)}")
+    print(f"LoRA written to {export_student(checkpoint, f'{out}/lora')}")
 
 
 if __name__ == "__main__":

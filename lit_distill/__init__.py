@@ -1,7 +1,5 @@
 """Direct Distillation for any diffusers pipeline, on PyTorch Lightning."""
 
-__version__ = "0.1.0"
-
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.evaluation.metrics import CLIPScore, Diversity, FrechetDistance, Sharpness
 from lit_distill.export.export_on_save import ExportOnSave
@@ -14,13 +12,16 @@ from lit_distill.planning.plan import plan
 from lit_distill.planning.settings import TrainingSettings
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.ema import EMA
+from lit_distill.training.fsdp_strategy import FSDP2  # registers `strategy: fsdp2`
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 from lit_distill.training.losses import DistillLoss, LatentL1, LatentMSE, LatentRMSE
 from lit_distill.training.lr_scheduler import WarmupCosine
 from lit_distill.training.throughput import TrainingMonitor
+from lit_distill.version import __version__
 
 __all__ = [
     "EMA",
+    "FSDP2",
     "CLIPScore",
     "DirectDistill",
     "DistillDataModule",
@@ -38,6 +39,7 @@ __all__ = [
     "TrainingMonitor",
     "TrainingSettings",
     "WarmupCosine",
+    "__version__",
     "export_student",
     "load_pipeline",
     "load_student",

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
+import sys
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_distill.commands.check import check
+from lit_distill.commands.checkpoint_settings import checkpoint_model
 from lit_distill.commands.export import export
 from lit_distill.commands.generate import generate
+from lit_distill.commands.parser import CommandParser
 from lit_distill.commands.plan import plan
 from lit_distill.commands.plot import plot
 from lit_distill.commands.predict import predict
 from lit_distill.commands.preflight import preflight
+from lit_distill.commands.stopped import stop_report
 from lit_distill.commands.test import test
 from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.errors import InputError
+from lit_distill.export.exporter import ExportError
+from lit_distill.preflight.checks import PreflightError
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
+from lit_distill.training.signals import StoppedBySignal
+
+EXPECTED_ERRORS = (InputError, PreflightError, ExportError, OSError, FloatingPointError)
+"""Errors whose message says what a user can do; anything else is a fault of the program."""
 
 
 class CommandTrainer(pl.Trainer):
-    """Lightning's Trainer with the subcommands as methods, which is where LightningCLI looks."""
+    """Lightning's Trainer with the subcommands as methods, where LightningCLI expects them."""
 
     generate = generate
     check = check
@@ -39,11 +53,10 @@ class DistillCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return the subcommands with those arguments of theirs that are not options."""
-        given = {"model", "datamodule", "trainer_settings"}
+        """Return the subcommands, each with its arguments that are not options."""
         names = ("generate", "check", "preflight", "plan", "plot", "export")
-        further = dict.fromkeys(names, given)
-        return {**LightningCLI.subcommands(), **further}
+        added = {name: {"model", "datamodule", "trainer_settings"} for name in names}
+        return {**LightningCLI.subcommands(), **added}
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -65,49 +78,49 @@ class DistillCLI(LightningCLI):
                 "model": {"class_path": "lit_distill.DirectDistill"},
                 "data": {"class_path": "lit_distill.DistillDataModule"},
                 "trainer.default_root_dir": "runs",
-                # DistillDataModule gives every rank its share of every bucket.
+                # DistillDataModule distributes the rows of every bucket over the ranks.
                 "trainer.use_distributed_sampler": False,
-                # The whole of it, before the first step: there the undistilled pipeline's error,
-                # which gap_closed is relative to, costs no second denoiser, and curves start.
+                # A full validation before the first step: it is where the curves start, and the
+                # undistilled pipeline's error, to which gap_closed is relative, costs no second
+                # denoiser there.
                 "trainer.num_sanity_val_steps": -1,
             }
         )
 
     def _parse_ckpt_path(self) -> None:
-        # On fit, Lightning would let the checkpoint's settings silently beat the command line's.
+        # On fit, Lightning would silently prefer the checkpoint's settings to the command line's.
         subcommand = self.config.get("subcommand")
-        if subcommand in ("fit", "plan", "export", "plot"):
+        config = self.config.get(str(subcommand), {})
+        ignored = (None, "fit", "plan", "export", "plot")
+        if subcommand in ignored or not config.get("ckpt_path"):
             return
-        settings = self.config[subcommand].model.init_args if subcommand else {}
-        # How this machine computes is no trait of the student.
-        machine = {k: settings[k] for k in ("attention_backend", "quantization") if k in settings}
-        super()._parse_ckpt_path()
-        for name, value in machine.items():
-            self.config[subcommand].model.init_args[name] = value
+        settings = {subcommand: {"model": checkpoint_model(config.ckpt_path, config)}}
+        self.config = self.parser.parse_object(settings, self.config)
 
     def before_fit(self) -> None:
-        """Show images of held-out rows at every validation, unless an ImageGrid is set up."""
+        """Log images of held-out rows at every validation, unless an ImageGrid is configured."""
         self._add_callback(ImageGrid())
 
     def before_predict(self) -> None:
-        """Write the images, unless an ImageWriter is set up."""
+        """Write the images, unless an ImageWriter is configured."""
         self._add_callback(ImageWriter())
 
     def _add_callback(self, callback: pl.Callback) -> None:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(known, type(callback)) for known in callbacks):
+        if not any(isinstance(other, type(callback)) for other in callbacks):
             callbacks.append(callback)
 
 
 def build_cli(args: ArgsType = None) -> DistillCLI:
-    """Parse `args` (default: the process's) and run the subcommand."""
+    """Parse `args` (default: `sys.argv`) and run the subcommand."""
     return DistillCLI(
         DirectDistill,
         DistillDataModule,
         trainer_class=CommandTrainer,
+        parser_class=CommandParser,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        # The optimizer is made by the module, after the pipeline is loaded.
+        # The module creates the optimizer, after the pipeline is loaded.
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
@@ -116,5 +129,37 @@ def build_cli(args: ArgsType = None) -> DistillCLI:
 
 
 def main(args: ArgsType = None) -> None:
-    """Run the command `lit-distill`."""
-    build_cli(args)
+    """Run the command `lit-distill`.
+
+    Without `args`, as the command, it prints errors that a user can mend in a few lines and exits
+    with status 2; ``--debug`` or the environment variable LIT_DISTILL_DEBUG=1 shows the traceback.
+    With `args`, as a program calls it, it raises them.
+    """
+    if args is not None:
+        build_cli(args)
+        return
+    debug = os.environ.get("LIT_DISTILL_DEBUG", "") not in ("", "0")
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        debug = True
+    try:
+        build_cli()
+    except StoppedBySignal as stop:
+        _print_once(stop_report(stop, sys.argv[1:]))
+        raise
+    except KeyboardInterrupt:  # outside of what a run finishes first
+        if debug:
+            raise
+        _print_once("interrupted")
+        sys.exit(128 + signal.SIGINT)
+    except EXPECTED_ERRORS as error:
+        if debug:
+            raise
+        _print_once(f"error: {error}\nThe traceback: --debug")
+        sys.exit(2)
+
+
+def _print_once(text: str) -> None:
+    """Print to the standard error stream, on one of several processes."""
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        print(text, file=sys.stderr)

@@ -1,12 +1,19 @@
-"""What error messages share."""
+"""Errors that a user can mend, and what their messages share."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Iterable
 
 
-def did_you_mean(name: str, names: Any) -> str:  # noqa: ANN401
+class InputError(ValueError):
+    """Something that the user gave can't be used; the message says where, what and what to do.
+
+    The command prints such a message without a traceback.
+    """
+
+
+def with_suggestions(name: str, names: Iterable[str], cutoff: float = 0.4) -> str:
     """Return the name, quoted, with the nearest known names if there are any."""
-    matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
+    matches = difflib.get_close_matches(name, list(names), n=3, cutoff=cutoff)
     return f"{name!r}" + (f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else "")

@@ -1,7 +1,7 @@
-"""The main job on the embedded pipeline: pairs, training, evaluation. `make demo` runs it.
+"""The whole workflow on the embedded pipeline: pairs, training, evaluation, export (`make demo`).
 
-Every stage is a command of `lit-distill`, printed before it runs. Run again, it reuses what is
-finished.
+Every stage is a command of `lit-distill`, which is printed before it runs. A second run reuses
+finished stages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHECKPOINT = OUT / "student.ckpt"
 
 
 def stage(title: str, arguments: list[str]) -> None:
-    """Announce and run one command."""
+    """Print and run one command."""
     print(f"\n== {title}\n$ lit-distill {shlex.join(arguments)}", flush=True)
     started = time.monotonic()
     main(arguments)
@@ -27,7 +27,7 @@ def stage(title: str, arguments: list[str]) -> None:
 
 
 def pairs(prompts: str, out: Path, *options: str) -> list[str]:
-    """Return the command that draws the teacher's pairs to `out`, 50 steps with guidance 4."""
+    """Return the command that generates the teacher's pairs, 50 steps with guidance 4, in `out`."""
     prompts_file = str(files("lit_distill").joinpath("assets", "tiny", prompts))
     model = ["--model.pretrained_model_name_or_path", "tiny-digits"]
     model += ["--model.torch_dtype", "float32", "--trainer.accelerator", "cpu"]
@@ -38,11 +38,11 @@ def pairs(prompts: str, out: Path, *options: str) -> list[str]:
 
 if __name__ == "__main__":
     stage(
-        "512 pairs of the teacher",
+        "Generate 512 pairs with the teacher",
         pairs("prompts_train.txt", OUT / "train", "--seeds_per_prompt", "2", "--limit", "512"),
     )
     stage(
-        "148 held-out pairs: two seeds each of 74 prompts that the student never sees",
+        "Generate 148 held-out pairs: 74 prompts that the student never sees, two seeds each",
         pairs(
             "prompts_heldout.txt",
             OUT / "heldout",
@@ -53,20 +53,20 @@ if __name__ == "__main__":
         ),
     )
     if not CHECKPOINT.is_file():
-        shutil.rmtree(OUT / "fit", ignore_errors=True)  # what an interrupted run left
+        shutil.rmtree(OUT / "fit", ignore_errors=True)  # logs of an interrupted run
         logger = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", str(OUT)]
         logger += ["--trainer.logger.name", "fit", "--trainer.logger.version", "0"]
-        stage("training a LoRA", ["fit", "--config", "configs/tiny_lora.yaml", *logger])
+        stage("Train a LoRA", ["fit", "--config", "configs/tiny_lora.yaml", *logger])
         shutil.copy(OUT / "fit/version_0/checkpoints/last.ckpt", CHECKPOINT)
     stage(
-        "evaluation on the held-out pairs",
+        "Evaluate on the held-out pairs",
         ["test", "--ckpt_path", str(CHECKPOINT), "--trainer.default_root_dir", str(OUT)]
         + ["--data.val_metadata_path", str(OUT / "heldout/metadata.csv"), "--data.batch_size", "16"]
         + ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
         + ["--logs", str(OUT / "fit")],
     )
     stage(
-        "export for plain diffusers",
+        "Export for plain diffusers",
         ["export", "--ckpt_path", str(CHECKPOINT), "--out", str(OUT / "lora")],
     )
     print(f"\nOpen {OUT / 'report/report.html'} in a browser")

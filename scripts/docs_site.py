@@ -1,6 +1,6 @@
-"""What makes pages that are right on GitHub right on the site too; mkdocs runs it (`hooks`).
+"""Hooks of mkdocs that make pages written for GitHub work on the site too.
 
-The changelog stays where GitHub shows it, and links that leave docs/ lead to the repository.
+Two pages are added from the repository's root, and links that leave docs/ point to GitHub.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Any, config: Any) -> Any:  # noqa: ANN401
-    """Add the changelog and the pictures that pages show from elsewhere in the repository."""
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    files.append(File.generated(config, "changelog.md", content=changelog))
+    """Add changelog and contributing guide, and the pictures that pages show from outside docs/."""
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, name.lower(), content=text))
     for page in list(files.documentation_pages()):
         for mark, _, target, _ in LINK.findall(page.content_string):
             place = posixpath.normpath(posixpath.join("docs", page.src_uri, "..", target))
@@ -29,9 +30,9 @@ def on_files(files: Any, config: Any) -> Any:  # noqa: ANN401
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:  # noqa: ANN401
-    """Let links out of docs/ lead to the repository, and pictures to their copies."""
+    """Point links that leave docs/ to the repository, and pictures to their copies."""
 
-    def lead(match: re.Match[str]) -> str:
+    def redirect(match: re.Match[str]) -> str:
         mark, text, target, anchor = match.groups()
         place = posixpath.normpath(posixpath.join("docs", page.file.src_uri, "..", target))
         if ":" in target or place.startswith("docs/"):
@@ -39,7 +40,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str: 
         if mark:
             target = posixpath.relpath(place, posixpath.dirname(page.file.src_uri) or ".")
         else:
-            target = f"{config['repo_url']}/blob/main/{place}"
+            target = f"{config['extra']['repository']}/blob/main/{place}"
         return f"{mark}[{text}]({target}{anchor or ''})"
 
-    return LINK.sub(lead, markdown)
+    return LINK.sub(redirect, markdown)

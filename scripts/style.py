@@ -20,9 +20,9 @@ from lit_distill.adapters.inject import make_trainable
 from lit_distill.adapters.lora_files import to_state
 from lit_distill.adapters.lora_formats import layout_of
 from lit_distill.adapters.weights import extract_lora
-from lit_distill.data.dataset import LATENTS_KEY
+from lit_distill.data.latents_file import LATENTS_KEY
+from lit_distill.data.metadata import read_metadata
 from lit_distill.pipelines.latent_codec import LatentCodec
-from lit_distill.teacher.prompts import read_prompts
 
 OUT = Path("runs/style")
 STYLE = OUT / "style"
@@ -39,7 +39,7 @@ def train_style(base: Path) -> None:
     drawn = torch.stack([load_file(path)[LATENTS_KEY] for path in paths])
     with torch.no_grad():
         bank = codec.encode(1 - codec.decode(drawn))
-        prompts = [prompt.text for prompt in read_prompts(base / "metadata.csv")]
+        prompts = read_metadata(base / "metadata.csv")["prompt"].tolist()
         texts = pipe.encode_prompt(prompts)[0]
         blank = pipe.encode_prompt(" ")[0]
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]

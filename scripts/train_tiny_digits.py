@@ -286,6 +286,8 @@ def rename_for_older_readers(folder: Path) -> None:
 
 def save(pipe: QwenImagePipeline, folder: Path) -> QwenImagePipeline:
     """Saves the pipeline in fp16 with its prompt lists, and reads it back in fp32."""
+    # The pipeline's class has one default size for all checkpoints: `load_pipeline` reads this one.
+    pipe.transformer.register_to_config(_default_sample_size=SIZE // pipe.vae_scale_factor)
     copy.deepcopy(pipe).to(torch.float16).save_pretrained(folder)
     prompts: dict[bool, list[str]] = {False: [], True: []}
     for triple in TRIPLES:

@@ -190,6 +190,7 @@ def parse(arguments, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(ParsedError):
         patch.setattr(DistillCLI, "before_instantiate_classes", stop)
+        patch.setattr(DistillCLI, "_parse_ckpt_path", lambda self: None)  # there is no such file
         build_cli(arguments)
 
 

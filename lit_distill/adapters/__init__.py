@@ -1,5 +1,5 @@
-"""LoRA: injected into a pipeline, taken out of it, read and written in the names of other tools.
+"""LoRA: added to a pipeline, extracted from it, read and written in the layouts of other tools.
 
-What is written reads back exactly; a file of another model is refused by name.
+A file that was written reads back exactly. A file of another model is refused, naming its keys.
 Must not know training, data sets, or how a student is evaluated.
 """

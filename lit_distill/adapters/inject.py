@@ -1,4 +1,4 @@
-"""What is trained: LoRA put into a pipeline, taken out of it, switched off, fused into it."""
+"""Selects what is trained: adds LoRA adapters, freezes parameters, sets the training mode."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 
 from lit_distill.compute.repeated_blocks import repeated_blocks
 from lit_distill.compute.step_adapters import share_active_adapter, step_names
-from lit_distill.errors import did_you_mean
+from lit_distill.errors import InputError, with_suggestions
 from lit_distill.pipelines.components import call_parameters, denoisers
-from lit_distill.pipelines.rollout import switch_by_step
+from lit_distill.pipelines.rollout import switch_adapters_per_step
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -28,22 +28,22 @@ def make_trainable(
     train_mode: Sequence[str] = (),
     lora_per_step: int | None = None,
 ) -> None:
-    """Freeze the pipeline, then unfreeze what is trained, in float32.
+    """Freeze the pipeline and make the denoisers, or adapters on them, trainable in float32.
 
     Args:
         pipe: The pipeline, changed in place.
         lora: Fields of `peft.LoraConfig` (``r``, ``lora_alpha``, ``target_modules``, ...) for an
-            adapter on every denoiser; by default all attention and MLP linears of the repeated
-            blocks are adapted, with ``lora_alpha = r``. None trains the denoisers' own weights.
-        freeze: Patterns of parameters that stay frozen all the same, as in
+            adapter on every denoiser. By default it adapts all attention and MLP linears of the
+            repeated blocks, with ``lora_alpha = r``. None: train the denoisers' weights.
+        freeze: Patterns of parameters to keep frozen, for example
             ``transformer.transformer_blocks.59.txt_mlp.*``.
-        train_mode: Patterns of modules that are put into training mode, but for their dropout.
-        lora_per_step: Number of steps, each of which gets an adapter of its own; ``pipe()`` and
-            `rollout` switch them. None: one adapter for all steps.
+        train_mode: Patterns of modules to put into training mode, except for their dropout.
+        lora_per_step: Number of steps, each with its own adapter; ``pipe()`` and `rollout` switch
+            them. None: one adapter for all steps.
 
     Raises:
-        ValueError: If `lora` has an unknown field, or names a module that no denoiser has, or a
-            pattern fits nothing, or no plain pipeline of this class could switch adapters.
+        InputError: If `lora` has an unknown field or names a module that no denoiser has, a pattern
+            matches nothing, or plain diffusers could not switch adapters of this pipeline.
     """
     if lora_per_step:
         _check_switchable(pipe)
@@ -55,47 +55,47 @@ def make_trainable(
             denoiser.requires_grad_(True)
         else:
             _add_lora(denoiser, lora, step_names(lora_per_step or 0))
-            denoiser.eval()  # peft's layers come with their dropout switched on
+            denoiser.eval()  # peft adds its layers in training mode, with dropout
         for parameter in denoiser.parameters():
-            # At lr 1e-5 most bfloat16 weights are too coarse to take a step; float32 ones move.
+            # At lr 1e-5 most updates of bfloat16 weights would be rounded to nothing.
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     freeze_parameters(pipe, freeze)
     set_training_mode(pipe, train_mode)
     if lora_per_step:
-        switch_by_step(pipe)
+        switch_adapters_per_step(pipe)
 
 
 def _check_switchable(pipe: DiffusionPipeline) -> None:
-    by_hand = "callback_on_step_end" in call_parameters(pipe)
-    if not by_hand or not hasattr(pipe, "load_lora_weights"):
-        lacks = "load_lora_weights" if by_hand else "callback_on_step_end"
-        raise ValueError(
-            f"model.lora_per_step: {type(pipe).__name__} has no {lacks}, without which plain "
-            "diffusers could not draw with what is trained; train one LoRA for all steps (null)"
+    has_callback = "callback_on_step_end" in call_parameters(pipe)
+    if not has_callback or not hasattr(pipe, "load_lora_weights"):
+        missing = "load_lora_weights" if has_callback else "callback_on_step_end"
+        raise InputError(
+            f"model.lora_per_step: {type(pipe).__name__} has no {missing}, so plain diffusers "
+            "could not use a LoRA for each step; train one LoRA for all steps (null)"
         )
 
 
 def set_training_mode(
     pipe: DiffusionPipeline, patterns: Sequence[str], training: bool = True
 ) -> None:
-    """Put modules of the denoisers whose names fit into training mode, but for their dropout.
+    """Put modules with matching names into training mode, except for their dropout.
 
     Raises:
-        ValueError: If a pattern fits none, naming the nearest ones.
+        InputError: If a pattern matches no module; suggests the closest names.
     """
     modules = {
         f"{key}.{name}": module
         for key, denoiser in denoisers(pipe).items()
         for name, module in denoiser.named_modules()
     }
-    for chosen in _fitting(modules, patterns, "model.train_mode: no module"):
-        for module in chosen.modules():
+    for parent in _matching(modules, patterns, "model.train_mode: no module"):
+        for module in parent.modules():
             module.training = training and not isinstance(module, nn.Dropout)
 
 
 def trained_parameters(pipe: DiffusionPipeline) -> dict[str, nn.Parameter]:
-    """Return what trains, by name: ``transformer.<parameter>``."""
+    """Return the trainable parameters of the denoisers, by name: ``transformer.<parameter>``."""
     return {
         f"{key}.{name}": parameter
         for key, denoiser in denoisers(pipe).items()
@@ -105,35 +105,35 @@ def trained_parameters(pipe: DiffusionPipeline) -> dict[str, nn.Parameter]:
 
 
 def freeze_parameters(pipe: DiffusionPipeline, patterns: Sequence[str]) -> None:
-    """Freeze the denoisers' trained parameters whose names fit one of the patterns.
+    """Freeze the trainable parameters whose names match one of the patterns.
 
     Raises:
-        ValueError: If a pattern fits none, naming the nearest ones.
+        InputError: If a pattern matches no trainable parameter; suggests the closest names.
     """
     trained = trained_parameters(pipe)
-    for parameter in _fitting(trained, patterns, "model.freeze: no trained parameter"):
+    for parameter in _matching(trained, patterns, "model.freeze: no trained parameter"):
         parameter.requires_grad_(False)
 
 
-def _fitting(named: dict[str, Any], patterns: Sequence[str], nothing: str) -> list[Any]:
-    """Return what the patterns fit; an error that begins with `nothing` if one fits none."""
-    fitting = []
+def _matching(named: dict[str, Any], patterns: Sequence[str], no_match: str) -> list[Any]:
+    """Return the values whose names match; `no_match` starts the message if a pattern has none."""
+    matching = []
     for pattern in patterns:
         names = fnmatch.filter(named, pattern)
         if not names:
-            raise ValueError(f"{nothing} is called {did_you_mean(pattern, named)}")
-        fitting += [named[name] for name in names]
-    return fitting
+            raise InputError(f"{no_match} is called {with_suggestions(pattern, named)}")
+        matching += [named[name] for name in names]
+    return matching
 
 
 def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  # noqa: ANN401
-    """Add an adapter, or one for each of the names, all of them trainable."""
+    """Add a trainable adapter named ``default``, or one for each of the names."""
     from peft import LoraConfig, inject_adapter_in_model
 
     accepted = inspect.signature(LoraConfig).parameters
     if unknown := set(lora) - set(accepted):
-        raise ValueError(
-            f"lora: unknown field {did_you_mean(sorted(unknown)[0], accepted)}; the fields are "
+        raise InputError(
+            f"lora: unknown field {with_suggestions(sorted(unknown)[0], accepted)}; the fields are "
             "those of peft.LoraConfig"
         )
     fields = dict(lora)
@@ -144,22 +144,25 @@ def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  #
         for target in fields["target_modules"]:
             if not any(name == target or name.endswith(f".{target}") for name in linears):
                 suffixes = {".".join(n.split(".")[-k:]) for n in linears for k in (1, 2, 3)}
-                raise ValueError(
+                raise InputError(
                     f"lora.target_modules: {type(denoiser).__name__} has no linear layer "
-                    f"{did_you_mean(target, suffixes)}"
+                    f"{with_suggestions(target, suffixes)}"
                 )
     trained = []
     for name in names or ["default"]:
-        config = LoraConfig(**fields)
         with warnings.catch_warnings():
-            # That there is one already: so it is meant.
+            # peft warns when a second adapter is added, which is intended here.
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-            if hasattr(denoiser, "add_adapter"):
-                denoiser.add_adapter(config, name)
-            else:
-                inject_adapter_in_model(config, denoiser, name)
+            try:
+                config = LoraConfig(**fields)
+                if hasattr(denoiser, "add_adapter"):
+                    denoiser.add_adapter(config, name)
+                else:
+                    inject_adapter_in_model(config, denoiser, name)
+            except Exception as error:  # peft raises several kinds for values of the wrong type
+                raise InputError(f"lora {fields}: peft can't use these fields: {error}") from error
         trained += [p for p in denoiser.parameters() if p.requires_grad]
-    for parameter in trained:  # adding one freezes those before it
+    for parameter in trained:  # adding an adapter freezes the previous ones
         parameter.requires_grad_(True)
     if names:
         share_active_adapter(denoiser, names)
@@ -168,7 +171,7 @@ def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  #
 def default_target_modules(denoiser: nn.Module) -> list[str]:
     """Return the names of the attention and MLP linears of the denoiser's repeated blocks.
 
-    Linears that embed, normalise or modulate are left out. Full names: an ending such as
+    Linears of embeddings, norms and modulation are excluded. Names are full names: a suffix such as
     ``attn.to_out`` is a linear in one kind of Flux2's blocks and a list in the other.
     """
     blocks = repeated_blocks(denoiser)
@@ -177,18 +180,25 @@ def default_target_modules(denoiser: nn.Module) -> list[str]:
         inside = [block for block in blocks if name.startswith(f"{block}.")]
         if not isinstance(module, nn.Linear) or not inside:
             continue
-        ending = name.removeprefix(max(inside, key=len) + ".").partition(".")[2]
-        if ending and not any(word in ending for word in ("norm", "mod", "emb")):
+        suffix = name.removeprefix(max(inside, key=len) + ".").partition(".")[2]
+        if suffix and not any(word in suffix for word in ("norm", "mod", "emb")):
             targets.append(name)
     return targets
 
 
+def enable_adapter_dropout(module: nn.Module) -> None:
+    """Put the dropout of a module's adapters, if they have any, into training mode."""
+    for name, layer in module.named_modules():
+        if name.endswith("lora_dropout"):
+            layer.train()
+
+
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
-    """Let the module compute as if it had no adapters: bit for bit the base model.
+    """Disable the module's adapters until the context is left: bit for bit the base model.
 
-    Not for a graph that is still to be back-propagated: recomputation would miss the adapters.
-    peft's own `disable_adapters` is not used because switching back unfreezes everything.
+    Not to be used while a graph is back-propagated, since recomputation would miss the adapters.
+    peft's `disable_adapters` is not used because re-enabling with it unfreezes everything.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

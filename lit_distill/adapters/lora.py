@@ -1,4 +1,4 @@
-"""LoRA as factors: the update of each module, sums and comparisons of such updates."""
+"""LoRA as pairs of factors: the update of each module, sums and comparisons of LoRAs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Factors(NamedTuple):
     Attributes:
         down: (rank, in) or, for a convolution, (rank, in, height, width).
         up: (out, rank) or (out, rank, 1, 1).
-        alpha: Scale of the update, times the rank.
+        alpha: The scale of the update times the rank.
     """
 
     down: Tensor
@@ -28,11 +28,11 @@ class Factors(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """The factor of the product ``up @ down``."""
         return self.alpha / self.rank
 
     def folded(self) -> Factors:
-        """Return the same update with a scale of 1, for layouts that store no alpha."""
+        """Return the same update with scale 1, for layouts that store no alpha."""
         if self.scale == 1:
             return self
         return Factors(self.down, self.up * self.scale, float(self.rank))
@@ -49,12 +49,12 @@ LoRA = dict[str, dict[str, Factors]]
 
 
 def add_loras(first: LoRA, second: LoRA) -> LoRA:
-    """Return the LoRA whose update is the sum of two: ranks add up where both adapt a module."""
+    """Return the sum of two LoRAs; where both adapt a module, their ranks add up."""
     total: LoRA = {component: dict(weights) for component, weights in first.items()}
     for component, weights in second.items():
-        mine = total.setdefault(component, {})
+        summed = total.setdefault(component, {})
         for name, factors in weights.items():
-            mine[name] = _add(mine[name], factors) if name in mine else factors
+            summed[name] = _add(summed[name], factors) if name in summed else factors
     return total
 
 
@@ -66,28 +66,33 @@ def _add(one: Factors, two: Factors) -> Factors:
 
 
 def differences(found: LoRA, expected: LoRA, tolerance: float) -> list[str]:
-    """Return what is said of every module that two LoRAs don't update alike.
+    """Return a message for every module whose update differs between two LoRAs.
 
-    The updates are compared by what they make of a few random inputs, so that large ones need not
-    be multiplied out.
+    The updates are compared on a few random inputs, without multiplying out the factors.
+
+    Args:
+        found: The LoRA that was read back.
+        expected: The LoRA that was trained.
+        tolerance: Largest relative error.
     """
     lines = []
     for component, weights in expected.items():
-        arrived = found.get(component, {})
-        for name in sorted(set(weights) | set(arrived)):
-            mine, theirs = _probe(weights.get(name)), _probe(arrived.get(name))
-            if theirs is None and mine is not None and mine.any():
-                lines.append(f"{component}.{name} did not arrive")
-            elif mine is None and theirs is not None and theirs.any():
-                lines.append(f"{component}.{name} arrived, but was not trained")
-            elif mine is not None and theirs is not None:
-                error = (mine - theirs).norm() / mine.norm().clamp_min(1e-30)
-                if not error <= tolerance and (mine.any() or theirs.any()):
+        loaded = found.get(component, {})
+        for name in sorted(set(weights) | set(loaded)):
+            trained, read = _probe(weights.get(name)), _probe(loaded.get(name))
+            if read is None and trained is not None and trained.any():
+                lines.append(f"{component}.{name} is missing")
+            elif trained is None and read is not None and read.any():
+                lines.append(f"{component}.{name} was loaded, but was not trained")
+            elif trained is not None and read is not None:
+                error = (trained - read).norm() / trained.norm().clamp_min(1e-30)
+                if not error <= tolerance and (trained.any() or read.any()):
                     lines.append(f"{component}.{name} differs by {error:.1e} (relative)")
     return lines
 
 
 def _probe(factors: Factors | None) -> Tensor | None:
+    """Return the update applied to four random inputs, (out, 4); None if there is no update."""
     if factors is None:
         return None
     down, up = factors.down.float().flatten(1), factors.up.float().flatten(1)

@@ -1,24 +1,33 @@
-"""LoRA as factors, and its files: written exactly, read strictly.
+"""Reads and writes LoRA files in the layouts of `lora_formats`.
 
-A key that stands for no module is refused by name, so that a file of another model is never half
-loaded. Where a tool computes several modules as one (queries, keys and values) their factors are
-joined block-diagonally, and taken apart again.
+Reading is strict: keys that belong to no module are an error, so that a LoRA of another model is
+never loaded in part. Where a tool fuses several modules into one (queries, keys and values), their
+factors are joined block-diagonally when written and split again when read.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lit_distill.adapters.lora import Factors, LoRA
-from lit_distill.adapters.lora_formats import Layout, adaptable, file_name, known_names, names_of
+from lit_distill.adapters.lora_formats import (
+    Layout,
+    adaptable_modules,
+    file_name,
+    known_names,
+    layout_names,
+)
+from lit_distill.adapters.lora_settings import read_settings
+from lit_distill.data.text import decode, parse_json, shorten
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers
 
 if TYPE_CHECKING:
@@ -26,26 +35,26 @@ if TYPE_CHECKING:
 
 
 METADATA_KEY = "lit_distill"
-"""Where a file's metadata holds the facts of the student, as JSON."""
+"""Key of a file's metadata with the settings of the student, as JSON."""
 
 
 # Writing
 
 
 def to_state(weights: dict[str, Factors], layout: Layout, denoiser: nn.Module) -> dict[str, Tensor]:
-    """Return a LoRA as the tensors of a file.
+    """Return the tensors of a LoRA file in a layout.
 
     Raises:
-        ValueError: If a module has no name in this layout.
+        InputError: If a module has no name in this layout.
     """
     state: dict[str, Tensor] = {}
-    rest = dict(weights)
-    sizes = adaptable(denoiser)
-    for name, parts in names_of(layout.table, denoiser).items():
-        if not any(part in rest for part in parts):
+    remaining = dict(weights)
+    sizes = adaptable_modules(denoiser)
+    for name, parts in layout_names(layout.table, denoiser).items():
+        if not any(part in remaining for part in parts):
             continue
-        found = [rest.pop(part, None) for part in parts]
-        factors = found[0] if len(parts) == 1 else _join(found, [sizes[part] for part in parts])
+        group = [remaining.pop(part, None) for part in parts]
+        factors = group[0] if len(parts) == 1 else _join(group, [sizes[part] for part in parts])
         assert factors is not None
         key = layout.prefix + (name.replace(".", "_") if layout.flat else name)
         factors = factors if layout.alpha else factors.folded()
@@ -53,36 +62,40 @@ def to_state(weights: dict[str, Factors], layout: Layout, denoiser: nn.Module) -
         state |= {down: factors.down.contiguous(), up: factors.up.contiguous()}
         if layout.alpha:
             state[f"{key}.alpha"] = torch.tensor(factors.alpha)
-    if rest:
-        raise ValueError(
-            f"{len(rest)} adapted modules of {type(denoiser).__name__} have no name in this "
-            f"format, for example {', '.join(list(rest)[:3])}; use format diffusers, peft or merged"
+    if remaining:
+        raise InputError(
+            f"{len(remaining)} adapted modules of {type(denoiser).__name__} have no name in this "
+            f"format, for example {', '.join(list(remaining)[:3])}; use format diffusers, peft or "
+            "merged"
         )
     return state
 
 
-def _join(found: list[Factors | None], sizes: list[tuple[int, ...]]) -> Factors:
-    """Return one update for several modules that lie below one another in one weight."""
-    given = next(factors for factors in found if factors is not None)
+def _join(group: list[Factors | None], sizes: list[tuple[int, ...]]) -> Factors:
+    """Join the updates of modules that are concatenated along the output dimension of one weight.
+
+    Modules without an update get one of zeros.
+    """
+    first = next(factors for factors in group if factors is not None)
     parts = [
         factors
         or Factors(
-            torch.zeros_like(given.down), given.up.new_zeros(size[0], given.rank), given.alpha
+            torch.zeros_like(first.down), first.up.new_zeros(size[0], first.rank), first.alpha
         )
-        for factors, size in zip(found, sizes, strict=True)
+        for factors, size in zip(group, sizes, strict=True)
     ]
     if len({factors.scale for factors in parts}) > 1:
         parts = [factors.folded() for factors in parts]
     scale = parts[0].scale
-    if all(torch.equal(factors.down, given.down) for factors in parts):
-        # As trained by a tool that computes them as one.
-        return Factors(given.down, torch.cat([factors.up for factors in parts]), scale * given.rank)
+    if all(torch.equal(factors.down, first.down) for factors in parts):
+        # A LoRA that was trained on the fused module shares `down`.
+        return Factors(first.down, torch.cat([factors.up for factors in parts]), scale * first.rank)
     down = torch.cat([factors.down for factors in parts])
     return Factors(down, _block_diagonal([factors.up for factors in parts]), scale * len(down))
 
 
 def _split(joined: Factors, rows: list[int]) -> list[Factors]:
-    """Undo `_join`; factors that are not block-diagonal share `down`."""
+    """Undo `_join`. Factors that are not block-diagonal get the same `down`."""
     ups = torch.split(joined.up, rows)
     count = len(rows)
     if joined.rank % count == 0:
@@ -106,41 +119,59 @@ _KEY = re.compile(
     r"(?P<name>.+?)\.(?:(?P<factor>lora_(?:A|B|down|up))(?:\.default)?\.weight|alpha)"
 )
 
-_LORA_METADATA = "lora_adapter_metadata"  # where diffusers keeps the settings of a LoRA
+_FACTORS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", None: "alpha"}
+
+_OTHER_KINDS = {
+    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "lora_mid": "LoCon with a third factor",
+    "lora_embedding_": "LoRA of an embedding",
+    ".bias": "a trained bias",
+    "oft_": "OFT",
+    "ia3_": "IA3",
+    "vera_lambda": "VeRA",
+    ".diff": "differences of whole weights",
+}
+"""Parts of the keys of other kinds of adapters."""
+
+_MAX_HEADER = 100_000_000  # of the safetensors format, in bytes
 
 
 def read_lora(path: str | Path, pipe: DiffusionPipeline, stem: str | None = None) -> LoRA:
     """Read a LoRA in the layout of diffusers, peft, ComfyUI, kohya or DiffSynth-Studio.
 
     Args:
-        path: A .safetensors file, or a folder with one (one a denoiser, where there are two).
-        pipe: The pipeline that it is for.
-        stem: Name of the file in the folder, without .safetensors, if it holds several LoRAs.
+        path: A .safetensors file, or a folder with one, or with one for each denoiser.
+        pipe: The pipeline to which the LoRA belongs.
+        stem: Name of the file without .safetensors, for a folder with several LoRAs.
 
     Returns:
-        Factors of every adapted module of every denoiser, in the file's data type.
+        The factors of all adapted modules, in the file's data type.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, has a key that stands for no module of the pipeline,
-            factors that don't fit together or the module, or an alpha for some modules only.
+        InputError: If the file is truncated, a key belongs to no module of the pipeline, factors do
+            not match each other or the module or are not finite, only some modules have an alpha,
+            or the adapter is more than plain LoRA.
     """
-    found = {}
+    lora = {}
     for component, denoiser in denoisers(pipe).items():
         file = lora_file(path, component, pipe, stem)
         if file is not None:
-            found[component] = _read_file(file, component, denoiser)
-    return found
+            lora[component] = _read_file(file, component, denoiser)
+    return lora
 
 
 def lora_file(
     path: str | Path, component: str, pipe: DiffusionPipeline, stem: str | None = None
 ) -> Path | None:
-    """Return the file of one denoiser's LoRA; None if there is none for a second denoiser.
+    """Return the file with the LoRA of a denoiser; None if a second denoiser has none.
 
     Raises:
         FileNotFoundError: If there is none for the first denoiser.
-        ValueError: If there are several to choose from.
+        InputError: If there are several candidates.
     """
     path = Path(path)
     first = component == next(iter(denoisers(pipe)))
@@ -154,15 +185,15 @@ def lora_file(
             raise FileNotFoundError(f"LoRA {file} does not exist")
         return file if file.is_file() else None
     others = [name for name in denoisers(pipe) if name != component]
-    own = [*path.glob(f"*_{component}.safetensors"), *path.glob(f"{component}/*.safetensors")]
+    named = [*path.glob(f"*_{component}.safetensors"), *path.glob(f"{component}/*.safetensors")]
     unnamed = [
         file
         for file in path.glob("*.safetensors")
         if not any(file.stem.endswith(f"_{name}") for name in [component, *others])
     ]
-    files = own + (unnamed if first else [])
+    files = named + (unnamed if first else [])
     if len(files) > 1:
-        raise ValueError(f"{path} holds several files, name one: {', '.join(map(str, files))}")
+        raise InputError(f"{path} holds several files, name one: {', '.join(map(str, files))}")
     if first and not files:
         raise FileNotFoundError(f"{path} holds no LoRA (a .safetensors file)")
     return files[0] if files else None
@@ -172,103 +203,119 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file.
 
     Raises:
-        ValueError: If it is truncated or of another kind.
+        InputError: If it is truncated or not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file")
     try:
+        with path.open("rb") as stream:  # safetensors would take the last of two equal names
+            length = int.from_bytes(stream.read(8), "little")
+            parse_json(decode(stream.read(min(length, _MAX_HEADER))))
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    except Exception as error:  # safetensors and torch raise several kinds
+        raise InputError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
 def _read_file(path: Path, component: str, denoiser: nn.Module) -> dict[str, Factors]:
     state, metadata = load_tensors(path)
     names = known_names(component, denoiser)
-    groups: dict[str, dict[str, Tensor]] = {}
-    strange = []
-    for key, tensor in state.items():
-        match = _KEY.fullmatch(key)
-        if match is None or match["name"] not in names:
-            strange.append(key)
-        else:
-            factor = {"lora_A": "down", "lora_B": "up"}.get(match["factor"] or "alpha")
-            factor = factor or (match["factor"] or "alpha").removeprefix("lora_")
-            groups.setdefault(match["name"], {})[factor] = tensor
-    if strange or not groups:
-        near = difflib.get_close_matches(strange[0] if strange else "", names, n=1, cutoff=0.5)
-        hint = f" (a known name like it is {near[0]!r})" if near else ""
-        raise ValueError(
-            f"{path}: {len(strange)} of {len(state)} keys stand for no module of "
-            f"{type(denoiser).__name__}: {', '.join(strange[:3])}{hint}. Is it a LoRA, of this "
-            "model, of the denoiser alone (text encoders are not adapted here)?"
-        )
-    settings = _settings(path, metadata, component)
+    groups = _group(path, state, names, denoiser)
+    settings = read_settings(path, metadata, component)
     needs_alpha = any(".lora_down." in key for key in state) or any(
         "alpha" in g for g in groups.values()
     )
-    sizes = adaptable(denoiser)
+    sizes = adaptable_modules(denoiser)
     weights: dict[str, Factors] = {}
     for name, group in groups.items():
-        factors = _factors(path, name, group, needs_alpha)
         parts = names[name]
-        factors = factors._replace(alpha=_alpha(settings, parts[0], factors))
+        factors = _factors(path, name, group, needs_alpha)
         _check_shape(path, name, factors, [sizes[part] for part in parts])
+        alpha = settings.alpha_of(parts[0], factors.rank)
+        if alpha is not None:
+            if "alpha" in group and not math.isclose(alpha, factors.alpha, rel_tol=1e-6):
+                raise InputError(
+                    f"{path}: {name} has alpha {factors.alpha:g}, but its settings say {alpha:g}"
+                )
+            factors = factors._replace(alpha=alpha)
         split = _split(factors, [sizes[part][0] for part in parts]) if len(parts) > 1 else [factors]
+        if double := set(parts) & set(weights):
+            raise InputError(
+                f"{path} adapts {double.pop()} twice, the second time as {name}; which one is "
+                "meant is not known"
+            )
         weights |= dict(zip(parts, split, strict=True))
     return weights
 
 
+def _group(
+    path: Path, state: dict[str, Tensor], names: Collection[str], denoiser: nn.Module
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a file by module, each with the keys down, up and perhaps alpha."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in state.items():
+        match = _KEY.fullmatch(key)
+        if match is None or match["name"] not in names:
+            unknown.append(key)
+            continue
+        factor = _FACTORS[match["factor"]]
+        group = groups.setdefault(match["name"], {})
+        if factor in group:
+            raise InputError(f"{path}: {match['name']} has two factors {factor!r}")
+        group[factor] = tensor
+    for key in unknown:
+        for mark, kind in _OTHER_KINDS.items():
+            if mark in key:
+                raise InputError(
+                    f"{path}: this kind of adapter is not supported: {kind} (as in "
+                    f"{shorten(key, 120)}); only plain LoRA is"
+                )
+    if unknown or not groups:
+        first = unknown[0][:200] if unknown else ""
+        close = difflib.get_close_matches(first, names, n=1, cutoff=0.5)
+        hint = f" (a similar known name is {close[0]!r})" if close else ""
+        examples = ", ".join(shorten(key, 120).strip("'") for key in unknown[:3])
+        raise InputError(
+            f"{path}: {len(unknown)} of {len(state)} keys belong to no module of "
+            f"{type(denoiser).__name__}: {examples}{hint}. Is it a LoRA of this "
+            "model, for the denoiser only (LoRAs of text encoders are not supported)?"
+        )
+    return groups
+
+
 def _factors(path: Path, name: str, group: dict[str, Tensor], needs_alpha: bool) -> Factors:
     if missing := {"down", "up"} - set(group):
-        raise ValueError(f"{path}: {name} has no factor {missing.pop()!r} (lora_A/down, lora_B/up)")
+        raise InputError(f"{path}: {name} has no factor {missing.pop()!r} (lora_A/down, lora_B/up)")
     if needs_alpha and "alpha" not in group:
-        raise ValueError(
+        raise InputError(
             f"{path}: {name} has no alpha; this layout stores one for every module, and without it "
-            "the strength of the update is not known"
+            "the strength of the update is unknown"
         )
-    rank = group["down"].shape[0]
-    return Factors(group["down"], group["up"], float(group.get("alpha", torch.tensor(rank))))
+    for factor, tensor in group.items():
+        if not tensor.is_floating_point() and not (factor == "alpha" and not tensor.is_complex()):
+            raise InputError(
+                f"{path}: {name}: {factor} holds {tensor.dtype}, not numbers of floats"
+            )
+        if not torch.isfinite(tensor.float()).all():
+            raise InputError(f"{path}: {name}: {factor} holds NaN or infinite values")
+    down, up, alpha = group["down"], group["up"], group.get("alpha")
+    if down.ndim < 2 or 0 in down.shape:
+        raise InputError(f"{path}: {name}: down {tuple(down.shape)} is no factor")
+    if alpha is not None and alpha.numel() != 1:
+        raise InputError(f"{path}: {name}: alpha {tuple(alpha.shape)} must be a single number")
+    return Factors(down, up, float(len(down) if alpha is None else alpha))
 
 
 def _check_shape(path: Path, name: str, factors: Factors, sizes: list[tuple[int, ...]]) -> None:
-    down, up = factors.down.shape, factors.up.shape
+    down, up = tuple(factors.down.shape), tuple(factors.up.shape)
     if len(up) < 2 or up[1] != down[0]:
-        raise ValueError(f"{path}: {name}: down {tuple(down)} and up {tuple(up)} differ in rank")
-    rows = sum(size[0] for size in sizes)
-    if up[0] != rows or tuple(down[1:]) != sizes[0][1:]:
-        raise ValueError(
-            f"{path}: {name}: down {tuple(down)} and up {tuple(up)} do not fit a weight of "
-            f"{(rows, *sizes[0][1:])}; is it a LoRA of another size of this model?"
+        raise InputError(f"{path}: {name}: down {down} and up {up} differ in rank")
+    rows, inputs = sum(size[0] for size in sizes), sizes[0][1:]
+    if up[0] != rows or down[1:] != inputs or up[2:] != (1,) * (len(inputs) - 1):
+        raise InputError(
+            f"{path}: {name}: down {down} and up {up} do not match a weight of "
+            f"{(rows, *inputs)}; is it a LoRA of another size of this model?"
         )
-
-
-def _settings(path: Path, metadata: dict[str, str], component: str) -> dict[str, Any]:
-    """Return what peft's file beside the weights, or diffusers' metadata, say of the LoRA."""
-    beside = path.parent / "adapter_config.json"
-    if path.name == "adapter_model.safetensors":
-        if not beside.is_file():
-            raise ValueError(f"{path} needs peft's adapter_config.json beside it: alpha is there")
-        settings: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
-        if not isinstance(settings.get("lora_alpha"), int | float):
-            raise ValueError(f"{beside} has no lora_alpha")
-        return settings
-    stored = json.loads(metadata.get(_LORA_METADATA, "{}"))
-    return {
-        key.removeprefix(f"{component}."): value
-        for key, value in stored.items()
-        if key.startswith(f"{component}.")
-    }
-
-
-def _alpha(settings: dict[str, Any], module: str, factors: Factors) -> float:
-    if "lora_alpha" not in settings:
-        return factors.alpha
-    patterns: dict[str, float] = settings.get("alpha_pattern") or {}
-    alpha = next(
-        (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)),
-        settings["lora_alpha"],
-    )
-    # Rank-stabilised LoRA divides by the root of the rank.
-    return float(alpha) * (math.sqrt(factors.rank) if settings.get("use_rslora") else 1.0)

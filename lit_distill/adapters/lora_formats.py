@@ -1,7 +1,7 @@
-"""How each tool names the weights of a LoRA: a prefix, a spelling of the factors, and a table.
+"""The LoRA layouts of other tools: a prefix, the names of the factors, and a table of modules.
 
-Tables are read in both directions: the names that a denoiser's own modules have elsewhere are
-listed, so that the inverse of what is written is exact, and a key not on the list is of no use.
+To add a format, add its layouts to `LAYOUTS`. Each table is used in both directions, for writing
+and for reading, so that one is the exact inverse of the other.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lit_distill.errors import InputError
+
 Table = Mapping[str, tuple[str, ...]]
-"""Name elsewhere -> diffusers' names of the modules in it; ``{}`` stands for a block's number."""
+"""The tool's name of a module -> diffusers' names of its parts; ``{}`` is a block's number."""
 
 
 class Layout(NamedTuple):
-    """How one tool writes the LoRA of one family.
+    """How a tool names the LoRA weights of a family.
 
     Attributes:
-        prefix: Comes before every name.
-        table: Names; empty: diffusers' own.
-        flat: Whether dots in names become underscores.
+        prefix: Prefix of every name.
+        table: Names of the modules; empty: diffusers' names.
+        flat: Whether dots in names are replaced by underscores.
         factors: Names of the two factors, down and up.
-        alpha: Whether an alpha is stored for every module; else it is folded into the weights.
-        diffusers_reads: Whether diffusers has a reader of it.
+        alpha: Whether an alpha is stored for every module; otherwise it is folded into the weights.
+        diffusers_reads: Whether diffusers can read the layout.
     """
 
     prefix: str
@@ -157,16 +159,16 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
 
 
 def file_name(stem: str, component: str, components: Iterable[str]) -> str:
-    """Return the name of the file of one denoiser's LoRA: of the first of them the plain stem."""
+    """Return the file name of a denoiser's LoRA; only that of the first denoiser has no suffix."""
     first = component == next(iter(components))
     return f"{stem if first else f'{stem}_{component}'}.safetensors"
 
 
 def layout_of(format: str, component: str, denoiser: nn.Module) -> Layout:
-    """Return how `format` writes the LoRA of a denoiser.
+    """Return the layout of `format` for a denoiser.
 
     Raises:
-        ValueError: If that is not known.
+        InputError: If there is none for this model.
     """
     if format == "diffusers":
         return _PLAIN._replace(prefix=f"{component}.")
@@ -175,23 +177,23 @@ def layout_of(format: str, component: str, denoiser: nn.Module) -> Layout:
     known = LAYOUTS[format]
     name = type(denoiser).__name__
     if name not in known:
-        raise ValueError(
-            f"format {format}: how it names the modules of {name} is not known here; use "
-            f"diffusers, peft or merged (known: {', '.join(known)})"
+        raise InputError(
+            f"format {format}: its names for the modules of {name} are not known; use diffusers, "
+            f"peft or merged (known: {', '.join(known)})"
         )
     layout = known[name]
     config: Any = getattr(denoiser, "config", {})
     if name == "FluxTransformer2DModel" and config["num_attention_heads"] != 24 and layout.table:
-        # diffusers' reader of FLUX.1 splits single blocks at the published width, 3072.
+        # diffusers' reader of FLUX.1 assumes the published width of single blocks, 3072.
         return layout._replace(diffusers_reads=False)
-    # Stability AI's UNet has other names than diffusers'; trainers of SD 1.5 use diffusers'.
+    # Trainers of SDXL use Stability AI's names of the UNet, those of SD 1.5 diffusers' names.
     if layout.flat and config.get("addition_embed_type") == "text_time":
         return layout._replace(table=sgm_names(denoiser))
     return layout
 
 
-def adaptable(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the linears and convolutions that a LoRA can adapt, with their weights' shapes."""
+def adaptable_modules(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the linears and convolutions that a LoRA can adapt: name -> shape of the weight."""
     return {
         name.removesuffix(".base_layer"): tuple(module.weight.shape)
         for name, module in denoiser.named_modules()
@@ -200,7 +202,7 @@ def adaptable(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def sgm_names(unet: Any) -> Table:  # noqa: ANN401
-    """Return Stability AI's names of an SDXL UNet's modules: ``input_blocks.4.1...``."""
+    """Return Stability AI's names of the modules of an SDXL UNet: ``input_blocks.4.1...``."""
     layers = unet.config.layers_per_block
     places = {"mid_block.attentions.0": "middle_block.1"}
     places |= {f"mid_block.resnets.{i}": f"middle_block.{2 * i}" for i in range(2)}
@@ -217,7 +219,7 @@ def sgm_names(unet: Any) -> Table:  # noqa: ANN401
     inside = {"conv1": "in_layers.2", "conv2": "out_layers.3"}
     inside |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
     names = {}
-    for module in adaptable(unet):
+    for module in adaptable_modules(unet):
         place = ".".join(module.split(".")[: 3 if module.startswith("mid_block") else 4])
         if place in places:
             rest = module.removeprefix(f"{place}.")
@@ -225,9 +227,9 @@ def sgm_names(unet: Any) -> Table:  # noqa: ANN401
     return names
 
 
-def names_of(table: Table, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return `table` for the denoiser at hand: names elsewhere -> its own modules."""
-    modules = adaptable(denoiser)
+def layout_names(table: Table, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return `table` with block numbers filled in: the tool's names -> modules of the denoiser."""
+    modules = adaptable_modules(denoiser)
     if not table:
         return {module: (module,) for module in modules}
     numbers = {number for module in modules for number in re.findall(r"\.(\d+)\.", module)}
@@ -240,15 +242,14 @@ def names_of(table: Table, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def known_names(component: str, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return every name, with its prefix, that some tool gives to modules of the denoiser."""
-    kind = type(denoiser).__name__
-    known = [layouts[kind] for layouts in LAYOUTS.values() if kind in layouts]
-    tables = [layout.table for layout in known]
+    """Return all names, with prefix, that any tool uses for modules of the denoiser."""
+    model = type(denoiser).__name__
+    tables = [layouts[model].table for layouts in LAYOUTS.values() if model in layouts]
     if isinstance(getattr(denoiser, "config", {}).get("layers_per_block"), int):
         tables.append(sgm_names(denoiser))
     names: dict[str, tuple[str, ...]] = {}
     for table in [{}, *tables]:
-        names |= names_of(table, denoiser)
+        names |= layout_names(table, denoiser)
     prefixes = ("", f"{component}.", "transformer.", "diffusion_model.", "base_model.model.")
     dotted = {prefix + name: parts for prefix in prefixes for name, parts in names.items()}
     flat = {"lora_unet_" + name.replace(".", "_"): parts for name, parts in names.items()}

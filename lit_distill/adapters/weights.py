@@ -1,4 +1,4 @@
-"""LoRA weights taken from a pipeline's adapters, loaded into them, or fused into the base."""
+"""Moves LoRA weights: out of a pipeline's adapters, into them, or into the base weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_distill.adapters.lora import Factors, LoRA
 from lit_distill.adapters.lora_files import read_lora
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.loading import load_pipeline
 
@@ -24,11 +25,11 @@ def load_base_pipeline(
     torch_dtype: Any = None,  # noqa: ANN401
     **options: Any,  # noqa: ANN401
 ) -> DiffusionPipeline:
-    """Load what a student starts from: the pretrained pipeline, the teacher's LoRA fused into it.
+    """Load the pretrained pipeline and fuse the teacher's LoRA into it, if there is one.
 
     Args:
         hyper: Hyperparameters of `DirectDistill`.
-        torch_dtype: Data type of the weights; default: that of `hyper`.
+        torch_dtype: Data type of the weights; default: the one in `hyper`.
         **options: Further arguments of `load_pipeline`.
     """
     pipe = load_pipeline(
@@ -44,7 +45,7 @@ def load_base_pipeline(
 
 @torch.no_grad()
 def fuse_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
-    """Add a LoRA to the denoisers' own weights, once and for all; summed in float32."""
+    """Add a LoRA to the denoisers' weights permanently; the sum is computed in float32."""
     for component, weights in lora.items():
         denoiser = denoisers(pipe)[component]
         for name, factors in weights.items():
@@ -53,15 +54,15 @@ def fuse_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
 
 
 def extract_lora(pipe: DiffusionPipeline, adapter: str | None = None) -> LoRA:
-    """Return copies of the factors of the pipeline's adapters.
+    """Return the LoRA of the pipeline's adapters, copied, float32, on the CPU.
 
     Args:
         pipe: The pipeline.
         adapter: Name of the adapter; None: the active one.
 
     Raises:
-        ValueError: If an adapter is more than two factors (DoRA, a bias), which no other layout
-            than peft's own can hold.
+        InputError: If an adapter has more than two factors (DoRA, a bias): only peft's own layout
+            can store those.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -69,52 +70,52 @@ def extract_lora(pipe: DiffusionPipeline, adapter: str | None = None) -> LoRA:
     for component, denoiser in denoisers(pipe).items():
         layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
         for name, layer in layers.items():
-            own = adapter or layer.active_adapters[0]
-            if own not in layer.lora_A:
+            adapter_name = adapter or layer.active_adapters[0]
+            if adapter_name not in layer.lora_A:
                 continue
-            down, up = layer.lora_A[own], layer.lora_B[own]
-            if layer.use_dora.get(own) or up.bias is not None:
-                raise ValueError(
+            down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+            if layer.use_dora.get(adapter_name) or up.bias is not None:
+                raise InputError(
                     f"{component}.{name}: its adapter is not plain LoRA (use_dora, lora_bias), "
-                    "which cannot be written as two factors, in no format; train without these"
+                    "and no export format supports that; train without these options"
                 )
             down, up = (factor.weight.detach().float().cpu().clone() for factor in (down, up))
-            alpha = layer.scaling[own] * len(down)
+            alpha = layer.scaling[adapter_name] * len(down)
             lora.setdefault(component, {})[name] = Factors(down, up, alpha)
     return lora
 
 
 @torch.no_grad()
 def load_into_adapters(pipe: DiffusionPipeline, lora: LoRA, adapter: str | None = None) -> None:
-    """Copy factors into adapters that `lora_config_fields` describes, which are there already.
+    """Copy a LoRA into existing adapters, made with the fields of `lora_config_fields`.
 
     Args:
         pipe: The pipeline.
-        lora: The factors.
-        adapter: Name of the adapter; None: all that there are.
+        lora: The LoRA.
+        adapter: Name of the adapter; None: all adapters.
     """
     for component, weights in lora.items():
         for name, factors in weights.items():
             layer: Any = denoisers(pipe)[component].get_submodule(name)
-            for own in [adapter] if adapter else layer.lora_A:
-                layer.lora_A[own].weight.copy_(factors.down)
-                layer.lora_B[own].weight.copy_(factors.up)
+            for adapter_name in [adapter] if adapter else layer.lora_A:
+                layer.lora_A[adapter_name].weight.copy_(factors.down)
+                layer.lora_B[adapter_name].weight.copy_(factors.up)
 
 
 def lora_config_fields(lora: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Return the fields of `peft.LoraConfig` of adapters that hold `lora`.
+    """Return the fields of `peft.LoraConfig` for adapters of the same shape as `lora`.
 
     Raises:
-        ValueError: If two denoisers are adapted in different modules, ranks or alphas: one set of
-            fields serves both.
+        InputError: If two denoisers differ in their adapted modules, ranks or alphas: both get the
+            same fields.
     """
     shapes = [
-        # An integer where it is one, as everybody writes it.
+        # Whole numbers as integers, as in configuration files.
         {n: (f.rank, int(f.alpha) if f.alpha == int(f.alpha) else f.alpha) for n, f in w.items()}
         for w in lora.values()
     ]
     if any(shape != shapes[0] for shape in shapes):
-        raise ValueError(
+        raise InputError(
             f"the LoRA must adapt the same modules of {', '.join(lora)}, with the same ranks and "
             "alphas"
         )
@@ -132,15 +133,17 @@ def lora_config_fields(lora: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def _targets(modules: set[str], denoiser: nn.Module) -> list[str] | str:
-    """Return the shortest `target_modules` that mean exactly these modules.
+    """Return the shortest `target_modules` that select exactly these modules.
 
-    Name endings where they do: FLUX's ``proj_out`` ends the blocks' names and is the last layer's
-    whole name; FLUX.2's ``attn.to_out`` is a linear in some blocks, a list in others.
+    Suffixes if they are unambiguous, otherwise a regular expression. Examples of ambiguous
+    suffixes: FLUX's ``proj_out`` is a layer of the blocks and also the last layer; FLUX.2's
+    ``attn.to_out`` is a linear in some blocks and a list in others.
     """
     names = {name for name, _ in denoiser.named_modules()}
-    endings = sorted({re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in modules})
-    if {name for name in names if f".{name}".endswith(tuple(f".{e}" for e in endings))} == modules:
-        return endings
+    suffixes = sorted({re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in modules})
+    dotted = tuple(f".{suffix}" for suffix in suffixes)
+    if {name for name in names if f".{name}".endswith(dotted)} == modules:
+        return suffixes
     blocks = {re.sub(r"\\\.\d+\\\.", r"\.\\d+\.", re.escape(name), count=1) for name in modules}
     expression = "|".join(sorted(blocks))
     if {name for name in names if re.fullmatch(expression, name)} == modules:

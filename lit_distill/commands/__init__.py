@@ -1,5 +1,5 @@
-"""The subcommands of `lit-distill` beside Lightning's own, one function a file.
+"""The subcommands that `lit-distill` adds to Lightning's, one function per file.
 
 A command checks its arguments before any long work; its docstring is its `--help`.
-Only calls what the other wings offer: nothing here is needed by programs.
+It only calls the other wings: programs need nothing from here.
 """

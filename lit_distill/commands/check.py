@@ -1,4 +1,4 @@
-"""`lit-distill check`: every file of a data set read, and seeds verified."""
+"""`lit-distill check`: reads every file of a data set, and verifies seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check(
     *,
     pairing: int = 0,
 ) -> None:
-    """Check a data set: the tables, every image in full, the headers of latents.
+    """Check a data set: the tables, every image and all latents in full.
 
     No model is needed, except for --pairing, which generates some pairs again: with the teacher
     that provenance.json beside the table records, or else with the model's settings.
@@ -34,7 +34,7 @@ def check(
     paths = [p for p in (datamodule.metadata_path, datamodule.val_metadata_path) if p]
     if not paths:
         raise SystemExit("data.metadata_path is not set: the table to check")
-    good = True
+    passed = True
     for path in paths:
         try:
             table = check_data(
@@ -42,12 +42,12 @@ def check(
             )
         except (OSError, MetadataError) as error:
             print(error)
-            good = False
+            passed = False
             continue
         print(f"{path}: {len(table)} rows, no problem\n{summary(table)}")
         if pairing:
-            found = check_pairing(path, table, model, trainer.strategy.root_device, pairing)
-            print(found.drop(columns="alike").to_string(index=False))
-            good &= bool(found["alike"].all())
-    if not good:
+            pairs = check_pairing(path, table, model, trainer.strategy.root_device, pairing)
+            print(pairs.drop(columns="alike").to_string(index=False))
+            passed &= bool(pairs["alike"].all())
+    if not passed:
         raise SystemExit(1)

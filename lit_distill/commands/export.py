@@ -28,7 +28,7 @@ def export(
         dtype: Data type of the tensors: float32, bfloat16 or float16; default: float32 for a
             LoRA, that of the base model for merged.
         max_shard_size: Largest file of format merged.
-        push_to_hub: Hub repository (user/name) to upload the folder to; made if missing.
+        push_to_hub: Hub repository (user/name) to upload the folder to; created if missing.
     """
     if not trainer.is_global_zero:
         return

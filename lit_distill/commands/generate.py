@@ -45,15 +45,16 @@ def generate(
         datamodule: Only its call_columns are used: fields of the prompts that are arguments of the
             pipeline's call.
         prompts: Text file with one prompt a line, or .csv, .json or .jsonl with a field prompt,
-            and height and width where sizes differ.
+            and height and width where sizes differ, and seed where it is given. Other fields must
+            be in call_columns.
         out: Local folder to write to.
-        seeds_per_prompt: Number of images for each prompt, each with a seed of its own.
+        seeds_per_prompt: Number of images for each prompt, each with a different seed.
         num_inference_steps: Steps of the teacher.
         cfg_scale: Classifier-free guidance of the teacher, 1 = off. Its negative prompt:
             model.call_kwargs '{negative_prompt: blurry}'.
-        scheduler: A scheduler class of diffusers, such as UniPCMultistepScheduler, configured as
-            the pipeline's scheduler is; default: the pipeline's own.
-        height: Height in pixels of prompts without one; default: the pipeline's own.
+        scheduler: A scheduler class of diffusers, such as UniPCMultistepScheduler, with the
+            configuration of the pipeline's scheduler; default: the pipeline's scheduler.
+        height: Height in pixels of prompts without one; default: the pipeline's default.
         width: Width in pixels; set together with height.
         batch_size: Prompts per batch and process.
         first_seed: Seed of the first row; the others count up from it. Use other seeds for
@@ -65,13 +66,13 @@ def generate(
         store_trajectory: Also keep the teacher's states at the noise levels of the student's
             steps, for training with model.trajectory.
     """
-    settings = model.hparams
+    settings = model.settings
     teacher = Teacher(
-        model=settings["teacher_model"] or settings["pretrained_model_name_or_path"],
-        lora=settings["teacher_lora"],
-        revision=None if settings["teacher_model"] else settings["revision"],
-        torch_dtype=settings["torch_dtype"],
-        call_kwargs=model.call_kwargs,
+        model=settings.teacher_model or settings.model_name(),
+        lora=settings.teacher_lora,
+        revision=None if settings.teacher_model else settings.revision,
+        torch_dtype=settings.torch_dtype,
+        call_kwargs=settings.call_kwargs or {},
         call_columns=datamodule.call_columns if datamodule else {},
         num_inference_steps=num_inference_steps,
         cfg_scale=cfg_scale,
@@ -82,8 +83,8 @@ def generate(
         rand_device=rand_device,
         student_num_inference_steps=student_num_inference_steps,
         student_cfg_scale=student_cfg_scale,
-        student_scheduler=settings["scheduler"],
-        student_sigmas=settings["sigmas"],
+        student_scheduler=settings.scheduler,
+        student_sigmas=settings.sigmas,
         store_trajectory=store_trajectory,
     )
     rows = read_prompts(prompts, teacher.call_columns)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.errors import InputError
 from lit_distill.training.direct_distill import DirectDistill
 
 if TYPE_CHECKING:
@@ -72,19 +73,19 @@ def plan(
     settings = _settings(model, datamodule, trainer, cards)
     settings |= {"num_inference_steps": steps, "cfg_scale": scale, "prompt_tokens": prompt_tokens}
     found = plan_job(
-        model.hparams["pretrained_model_name_or_path"],
+        model.settings.pretrained_model_name_or_path,
         TrainingSettings(**settings),
         card(gpu, memory_gb, tflops),
-        revision=model.hparams["revision"],
+        revision=model.settings.revision,
         optimizer=model.optimizer,
         devices=cards,
         mfu=mfu,
         sizes=sizes,
-        configured=model.hparams["checkpointing"],
+        configured=model.settings.checkpointing,
         run=_run(trainer, datamodule, rows or table.rows, cards),
         cached=datamodule.cache_dir is not None,
-        teacher_cfg_scale=model.hparams["teacher_cfg_scale"],
-        teacher_num_inference_steps=model.hparams["teacher_num_inference_steps"],
+        teacher_cfg_scale=model.settings.teacher_cfg_scale,
+        teacher_num_inference_steps=model.settings.teacher_num_inference_steps,
     )
     print(render(found))
     if json is not None:
@@ -98,9 +99,9 @@ def _write(values: dict[str, Any], path: Path) -> None:
 
 def _check(model: DirectDistill, height: int | None, width: int | None) -> None:
     if (height is None) != (width is None):
-        raise ValueError(f"--height={height}, --width={width}: set both or neither")
-    if not model.hparams["pretrained_model_name_or_path"]:
-        raise ValueError("model.pretrained_model_name_or_path is not set: a hub id or a folder")
+        raise InputError(f"--height={height}, --width={width}: set both or neither")
+    if not model.settings.pretrained_model_name_or_path:
+        raise InputError("model.pretrained_model_name_or_path is not set: a hub id or a folder")
 
 
 def _settings(
@@ -111,11 +112,11 @@ def _settings(
     names += ["rollout_batch_size", "grad_steps", "trajectory", "offload_activations"]
     sharded = "fsdp" in str(trainer.get("strategy", "")).lower()
     return {
-        **{name: model.hparams[name] for name in names},
+        **{name: getattr(model.settings, name) for name in names},
         "height": data.height,
         "width": data.width,
         "batch_size": data.batch_size,
-        "call_kwargs": model.call_kwargs,
+        "call_kwargs": model.settings.call_kwargs or {},
         "accumulate": trainer.get("accumulate_grad_batches") or 1,
         "ema": any("EMA" in str(_class_path(each)) for each in _callbacks(trainer)),
         "shards": devices if sharded else 1,

@@ -1,4 +1,4 @@
-"""`lit-distill predict`: the student's images of prompts, or of held-out rows."""
+"""`lit-distill predict`: generates the student's images of prompts, or of held-out rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.export.facts import recorded_facts
 from lit_distill.teacher.prompts import prompt_batches, read_prompts
 from lit_distill.training.checkpoint_io import read_checkpoint
 from lit_distill.training.direct_distill import DirectDistill
@@ -49,7 +50,7 @@ def predict(
     """
     loader: DataLoader[Any] | None = None
     if prompts is not None:
-        facts = read_checkpoint(ckpt_path)["lit_distill"]["facts"] if ckpt_path else {}
+        facts = recorded_facts(read_checkpoint(ckpt_path)) if ckpt_path else {}
         given = {"num_inference_steps": num_inference_steps, "cfg_scale": cfg_scale}
         given |= {"height": height, "width": width}
         facts = facts | {name: value for name, value in given.items() if value is not None}

@@ -17,17 +17,17 @@ def preflight(
     width: int | None = None,
     num_inference_steps: int = 4,
 ) -> None:
-    """Check that a pipeline can be distilled, by a few small samples, and report what to set.
+    """Check with a few small samples that a pipeline can be distilled, and report what to set.
 
-    For quantised weights it also reports how far they turn the gradient, if both fit. Runs on the
-    device of trainer.accelerator, in the pipeline's torch_dtype.
+    For quantised weights it also reports how much they change the gradient, if there is memory for
+    both. Runs on the device of trainer.accelerator, in the pipeline's torch_dtype.
 
     Args:
         trainer: Device and precision.
         model: The pipeline, what is trained of it, and its call_kwargs.
         prompt: A typical prompt.
-        height: Height in pixels; default: the pipeline's own. Small sizes are quick.
-        width: Width in pixels; default: the pipeline's own.
+        height: Height in pixels; default: the pipeline's default. Small sizes are quick.
+        width: Width in pixels; default: the pipeline's default.
         num_inference_steps: Steps of the student.
     """
     model.configure_model()
@@ -35,7 +35,7 @@ def preflight(
     size = {name: value for name, value in sides.items() if value is not None}
     call = {"prompt": prompt, "num_inference_steps": num_inference_steps, **size}
     report = run_preflight(model.student, trainer, **call)
-    if model.hparams["quantization"]:
+    if model.settings.quantization:
         report.findings.append(quantization_error(model.student, trainer, **call))
     print(report)
     report.raise_failures()

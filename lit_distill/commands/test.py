@@ -34,7 +34,7 @@ def test(
         model: The pipeline, unless a checkpoint names it.
         datamodule: The held-out rows.
         ckpt_path: Checkpoint (.ckpt) of the student.
-        verbose: Also print Lightning's own table.
+        verbose: Also print Lightning's table.
         weights_only: Passed on to torch.load.
         out: Folder to write to; default: report in trainer.default_root_dir.
         compare: Contenders beside the student: checkpoints (.ckpt), or hub ids or folders of

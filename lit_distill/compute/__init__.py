@@ -1,5 +1,5 @@
-"""How a denoiser computes: what is recomputed, in which precision, sharded, compiled or quantised.
+"""How a denoiser computes: checkpointing, precision, sharding, compilation, quantisation.
 
-Every mode returns the same output and the same gradient as the plain module.
-Knows torch modules only: no pipeline, no rows, no Lightning.
+Except for quantisation, a mode changes neither the output nor the gradient, up to rounding.
+Must not know pipelines, data or Lightning: it sees torch modules only.
 """

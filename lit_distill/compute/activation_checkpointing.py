@@ -1,4 +1,7 @@
-"""What the backward pass computes again instead of keeping it, and where the rest is kept."""
+"""Activation checkpointing of a denoiser, by block, with optional offloading to host memory.
+
+Checkpointing of whole denoiser calls (modes ``step`` and ``nested``) is in `pipelines.rollout`.
+"""
 
 from __future__ import annotations
 
@@ -18,59 +21,60 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from lit_distill.compute.recompute_pruning import RecomputePlan, recorded_outputs, unused_layers
+from lit_distill.compute.recompute_pruning import SkippedLayers, recorded_outputs, unused_layers
 from lit_distill.compute.step_adapters import StepAdapters
+from lit_distill.errors import InputError
 
 Checkpointing = Literal["none", "block", "selective", "step", "nested"]
 
 MODES_BY_MEMORY: tuple[Checkpointing, ...] = ("nested", "step", "block", "selective", "none")
-"""Checkpointing modes, the one that stores least first."""
+"""Checkpointing modes, from the least activation memory to the most."""
 
 BLOCKWISE_MODES: tuple[Checkpointing, ...] = ("nested", "block", "selective")
-"""Those that run the denoiser's blocks again one by one."""
+"""Modes that recompute the denoiser block by block."""
 
 
 def check_mode(checkpointing: str, offload: bool) -> None:
-    """Refuse what is not a way to checkpoint.
+    """Check that the checkpointing mode is known and works with offloading.
 
     Raises:
-        ValueError: If the mode is not known, or keeps no inputs of blocks that could be offloaded.
+        ValueError: If the mode is unknown, or stores no block inputs that could be offloaded.
     """
     if checkpointing == "auto":
-        raise ValueError(
-            "checkpointing auto is chosen when a training with DistillDataModule begins, and does "
-            "not count with offloading; name one of " + ", ".join(get_args(Checkpointing))
+        raise InputError(
+            "checkpointing auto is resolved when training with DistillDataModule starts, and does "
+            "not support offloading; choose one of " + ", ".join(get_args(Checkpointing))
         )
     if checkpointing not in get_args(Checkpointing):
-        raise ValueError(
+        raise InputError(
             f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, "
             f"got {checkpointing!r}"
         )
     if offload and checkpointing not in ("block", "selective"):
-        raise ValueError(
-            f"offloading moves the inputs of blocks to the host: with checkpointing "
-            f"{checkpointing} there is nothing to move; use block or selective"
+        raise InputError(
+            f"offloading moves block inputs to host memory, and checkpointing {checkpointing} "
+            "stores none; use block or selective"
         )
 
 
-_BLOCKS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-"""How many blocks a call of a denoiser runs, once a rollout has counted them."""
+_BLOCK_COUNTS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""Number of blocks in one call of a denoiser, counted during its first rollout."""
 
-_UNUSED: WeakKeyDictionary[Any, dict[Any, frozenset[Any]]] = WeakKeyDictionary()
-"""Layers of a block that are skipped when it runs again, by what requires gradients."""
+_UNUSED_LAYERS: WeakKeyDictionary[Any, dict[Any, frozenset[Any]]] = WeakKeyDictionary()
+"""Layers of a block to skip during recomputation, by which of its tensors require gradients."""
 
 
-class Blocks:
-    """A denoiser's forward with diffusers' gradient checkpointing of its blocks.
+class BlockCheckpointing:
+    """Runs a denoiser's forward with diffusers' gradient checkpointing of its blocks.
 
-    The backward pass begins with what ran last: to drop and to run again the last block would free
-    nothing. So it is kept, from the second rollout on, for its number has to be known.
+    The last block is not checkpointed: the backward pass starts with it, so recomputing it would
+    save no memory. This takes effect from the second rollout, once the blocks have been counted.
 
     Args:
         denoiser: The denoiser.
-        forward: Its forward.
-        keep_attention: Keep what attention has computed, and run again all but that.
-        offload: Keep the blocks' inputs in the host's memory.
+        original_forward: Its forward method.
+        keep_attention: Store the outputs of attention and recompute everything else.
+        offload: Store the blocks' inputs in host memory.
 
     Raises:
         ValueError: If the denoiser does not support gradient checkpointing.
@@ -79,80 +83,82 @@ class Blocks:
     def __init__(
         self,
         denoiser: Any,  # noqa: ANN401
-        forward: Callable[..., Any],
+        original_forward: Callable[..., Any],
         *,
         keep_attention: bool = False,
         offload: bool = False,
     ) -> None:
-        switched = (m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing"))
-        self.modules = [m for m in switched if m.gradient_checkpointing is False]
+        supported = (m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing"))
+        self.modules = [m for m in supported if m.gradient_checkpointing is False]
         if not getattr(denoiser, "_supports_gradient_checkpointing", False):
-            raise ValueError(
+            raise InputError(
                 f"{type(denoiser).__name__} does not support gradient checkpointing of its blocks; "
                 "use checkpointing: step"
             )
-        self.denoiser, self.forward, self.offload = denoiser, forward, offload
+        self.denoiser = denoiser
+        self.original_forward = original_forward
         self.keep_attention = keep_attention
-        self.loras = StepAdapters.of(denoiser)
-        self.last = _BLOCKS.get(denoiser, 0)
-        denoiser.enable_gradient_checkpointing(self._block)
-        self._switch(False)
+        self.offload = offload
+        self.step_adapters = StepAdapters.of(denoiser)
+        self.block_count = _BLOCK_COUNTS.get(denoiser, 0)
+        denoiser.enable_gradient_checkpointing(self._checkpoint_block)
+        self._set_enabled(False)
 
-    def run(self, keep_last: bool, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Return what forward does.
+    def forward(self, keep_last: bool, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Return the output of the original forward, with its blocks checkpointed.
 
-        The switch is set within, not around, the call: with ``nested`` the call runs again in the
-        backward pass, after the rollout has returned.
+        Checkpointing is enabled inside the call rather than around the rollout: with ``nested`` the
+        call runs again in the backward pass, after the rollout has returned.
 
         Args:
-            keep_last: Whether the backward pass is going to begin with the last block.
-            *args: Those of the forward.
-            **kwargs: Those of the forward.
+            keep_last: Whether the backward pass will start with this call's last block.
+            *args: Arguments of the original forward.
+            **kwargs: Arguments of the original forward.
         """
-        self.done, self.keep_last = 0, keep_last
-        self._switch(True)
+        self.blocks_done, self.keep_last = 0, keep_last
+        self._set_enabled(True)
         try:
-            output = self.forward(*args, **kwargs)
+            output = self.original_forward(*args, **kwargs)
         finally:
-            self._switch(False)
-        _BLOCKS[self.denoiser] = self.done
+            self._set_enabled(False)
+        _BLOCK_COUNTS[self.denoiser] = self.blocks_done
         return output
 
-    def _switch(self, on: bool) -> None:
+    def _set_enabled(self, enabled: bool) -> None:
         for module in self.modules:
-            module.gradient_checkpointing = on
-            # Another rollout's may have come between: a batch can be drawn in parts.
-            module._gradient_checkpointing_func = self._block
+            module.gradient_checkpointing = enabled
+            # Another rollout may have replaced it meanwhile: a batch can be split into several.
+            module._gradient_checkpointing_func = self._checkpoint_block
 
-    def _block(self, block: Any, *args: Any) -> Any:  # noqa: ANN401
-        self.done += 1
-        if self.keep_last and self.done == self.last:
+    def _checkpoint_block(self, block: Any, *args: Any) -> Any:  # noqa: ANN401
+        self.blocks_done += 1
+        if self.keep_last and self.blocks_done == self.block_count:
             return block(*args)
-        plan = RecomputePlan()
+        skipped = SkippedLayers()
 
         def contexts() -> Any:  # noqa: ANN401
             if not self.keep_attention:
-                return nullcontext(), plan.again()
-            first, again = _keeping_attention()
-            return first, _both(again, plan.again())
+                return nullcontext(), skipped.during_recompute()
+            forward, recompute = _selective_contexts()
+            return forward, _both(recompute, skipped.during_recompute())
 
-        key = (sum(p.requires_grad for p in block.parameters()), *map(_wants_gradient, args))
-        known = _UNUSED.setdefault(block, {})
-        # To pinned memory, without waiting for the copy; on a CPU it is a plain copy.
+        key = (sum(p.requires_grad for p in block.parameters()), *map(_requires_grad, args))
+        known = _UNUSED_LAYERS.setdefault(block, {})
+        # Pinned memory makes the copy asynchronous; on a CPU it is a plain copy.
         with (
             save_on_cpu(pin_memory=True) if self.offload else nullcontext(),
             recorded_outputs() as layers,
         ):
-            # `__call__`, since checkpoint would take a module's attributes for its own options.
-            call = self.loras.as_now(block.__call__)
+            # Not the module itself: `checkpoint` would read its attributes as options.
+            call = self.step_adapters.bind_active(block.__call__)
             output = checkpoint(call, *args, use_reentrant=False, context_fn=contexts)
         if key not in known:
             known[key] = unused_layers(_tensors(output), _tensors(args), layers)
-        plan.skip = known[key]
+        skipped.layers = known[key]
         return output
 
 
-def _wants_gradient(value: Any) -> bool:  # noqa: ANN401
+def _requires_grad(value: Any) -> bool:  # noqa: ANN401
     return isinstance(value, Tensor) and value.requires_grad
 
 
@@ -166,17 +172,17 @@ def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
         yield
 
 
-def _keeping_attention() -> Any:  # noqa: ANN401
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+def _selective_contexts() -> Any:  # noqa: ANN401
+    return create_selective_checkpoint_contexts(_save_attention)  # type: ignore[no-untyped-call]
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ANN401
-    keep = _is_attention(op)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def _save_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ANN401
+    save = _is_attention(op)
+    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @functools.cache
 def _is_attention(op: torch._ops.OpOverload) -> bool:
-    """Return whether an operation is a fused attention: torch's own, or flash-attn's, xformers'."""
+    """Return whether an operator is fused attention, of torch, flash-attn or xformers."""
     name: str = op.name()  # type: ignore[no-untyped-call]
     return any(word in name for word in ("attention", "attn", "flash")) and "backward" not in name

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def repeated_blocks(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the denoiser's repeated blocks, lists of modules of one class, by name."""
+    """Return the denoiser's lists of repeated blocks (modules of one class), by name."""
     return {
         name: module
         for name, module in denoiser.named_modules()

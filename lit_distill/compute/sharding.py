@@ -1,4 +1,4 @@
-"""FSDP2: a denoiser that no single GPU holds, each process keeping its share of every block."""
+"""Sharding of a denoiser with FSDP2: each process stores a part of every block."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def shard(denoiser: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shard each repeated block, then the rest, for arithmetic in `dtype`.
+    """Shard each repeated block, then the remaining parameters; compute in `dtype`.
 
     Raises:
-        RuntimeError: If a trainable parameter is left whole: its gradient would be wrong.
+        RuntimeError: If a parameter was not sharded: its gradient would be wrong.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
@@ -25,20 +25,20 @@ def shard(denoiser: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # the pipeline's own: timesteps may be float32
+        cast_forward_inputs=False,  # the pipeline chooses them: timesteps may be float32
     )
-    # The root comes last: without it, parameters outside the blocks get each process's own
-    # gradient. It reshards after a forward too, which no backward may follow (validation, EMA).
-    blocks = [block for each in repeated_blocks(denoiser).values() for block in each]
-    for module in [*reversed(blocks), denoiser]:  # inner ones first
+    # The root comes last. Without it the gradients of parameters outside the blocks would not be
+    # reduced. It reshards after the forward, too, since no backward may follow (validation, EMA).
+    blocks = [block for blocks in repeated_blocks(denoiser).values() for block in blocks]
+    for module in [*reversed(blocks), denoiser]:  # inner modules first
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     unsharded = [n for n, p in denoiser.named_parameters() if not isinstance(p, DTensor)]
     if unsharded:
         raise RuntimeError(f"{type(denoiser).__name__}: {unsharded[:3]} were not sharded")
 
 
-def _hand_out(state: dict[str, Any], denoiser: nn.Module) -> None:
-    """Fill a sharded denoiser with the weights that process 0 has."""
+def broadcast_state_dict(state: dict[str, Any], denoiser: nn.Module) -> None:
+    """Load weights that only process 0 has into a sharded denoiser."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -46,13 +46,13 @@ def _hand_out(state: dict[str, Any], denoiser: nn.Module) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor as one, on every process; sharded ones are gathered, a collective."""
+    """Return the whole tensor on every process. Gathers sharded tensors, which is a collective."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather else tensor
 
 
 def shard_like(like: Tensor, value: Tensor) -> Tensor:
-    """Return a whole tensor, the same on every process, sharded and placed as `like` is."""
+    """Shard and place a whole tensor, the same on every process, as `like` is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     value = value.to(like.device)
@@ -63,5 +63,5 @@ def shard_like(like: Tensor, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign_tensor(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor, the same on every process, into a possibly sharded one."""
+    """Copy a whole tensor, the same on every process, into a possibly sharded one."""
     target.copy_(shard_like(target, value))

@@ -1,8 +1,8 @@
-"""A LoRA for every step of the student: which of a denoiser's adapters is the active one.
+"""One LoRA per student step: switches the active adapter of a denoiser.
 
-peft asks every layer which of its adapters is active. Here all layers of a denoiser share one list,
-so that to switch them is one assignment, and no `requires_grad` changes with it, as it does with
-peft's own `set_adapter`.
+In peft every layer stores the names of its active adapters. Here all layers of a denoiser share one
+list, so switching takes one assignment. Unlike peft's `set_adapter` it leaves `requires_grad`
+unchanged.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from lit_distill.errors import InputError
+
 _ATTRIBUTE = "_lit_distill_step_loras"
 
 
@@ -22,10 +24,10 @@ def step_names(count: int) -> list[str]:
 
 
 class StepAdapters:
-    """The adapters of a denoiser's steps, of which one at a time is active.
+    """The per-step adapters of a denoiser, of which one at a time is active.
 
     Args:
-        names: Their names, one a step; none where the denoiser has nothing to switch.
+        names: Their names, one per step; empty if there is nothing to switch.
     """
 
     def __init__(self, names: list[str]) -> None:
@@ -34,51 +36,52 @@ class StepAdapters:
 
     @classmethod
     def of(cls, denoiser: nn.Module) -> StepAdapters:
-        """Return those of a denoiser; with nothing to switch if it has none or they are off.
+        """Return the denoiser's step adapters; empty if it has none or they are disabled.
 
-        What a user has activated beside them with peft or diffusers, a style, stays active.
+        Other adapters that the user has activated with peft or diffusers, such as a style LoRA,
+        stay active.
         """
-        own: StepAdapters | None = getattr(denoiser, _ATTRIBUTE, None)
-        layers = [] if own is None else _layers(denoiser)
-        if own is None or any(layer._disable_adapters for layer in layers):
+        adapters: StepAdapters | None = getattr(denoiser, _ATTRIBUTE, None)
+        layers = [] if adapters is None else _adapter_layers(denoiser)
+        if adapters is None or any(layer._disable_adapters for layer in layers):
             return cls([])
-        if any(layer._active_adapter is not own._active for layer in layers):
+        if any(layer._active_adapter is not adapters._active for layer in layers):
             chosen: list[str] = list(layers[0].active_adapters)
-            if not set(chosen) & set(own._names):
+            if not set(chosen) & set(adapters._names):
                 return cls([])
-            own._active[:] = chosen
+            adapters._active[:] = chosen
             for layer in layers:
-                layer._active_adapter = own._active
-            own._activate(own._names[0])
-        return own
+                layer._active_adapter = adapters._active
+            adapters._activate(adapters._names[0])
+        return adapters
 
-    def at(self, step: int, total: int, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `call` such that a step's LoRA is active whenever it runs: also when run again.
+    def bind_step(self, step: int, total: int, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `call` with a step's adapter active whenever it runs, recomputation included.
 
         Args:
-            step: Number of the step, from 0.
-            total: Steps of the whole run.
-            call: Runs the denoiser.
+            step: Index of the step, from 0.
+            total: Number of steps in the schedule.
+            call: Calls the denoiser.
 
         Raises:
-            ValueError: If the run has another number of steps.
+            ValueError: If the schedule has another number of steps than there are adapters.
         """
         if not self._names:
             return call
         if total != len(self._names):
-            raise ValueError(
-                f"the student has a LoRA for each of {len(self._names)} steps, but is to draw with "
+            raise InputError(
+                f"the student has a LoRA for each of {len(self._names)} steps, but was called with "
                 f"a schedule of {total}: set num_inference_steps to {len(self._names)}, with a "
-                "scheduler that makes one step of each"
+                "scheduler that takes one step for each"
             )
-        return partial(self._run, self._names[step], call)
+        return partial(self._call_with, self._names[step], call)
 
-    def as_now(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `call` such that what is active now is so whenever it runs."""
-        now = [name for name in self._active if name in self._names]
-        return partial(self._run, now[0], call) if now else call
+    def bind_active(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `call` with the adapter that is active now active whenever it runs."""
+        active = [name for name in self._active if name in self._names]
+        return partial(self._call_with, active[0], call) if active else call
 
-    def _run(self, name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _call_with(self, name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         before = list(self._active)
         self._activate(name)
         try:
@@ -91,17 +94,18 @@ class StepAdapters:
 
 
 def share_active_adapter(denoiser: nn.Module, names: list[str]) -> None:
-    """Make adapters, which the denoiser has already, those of its steps; the first is active."""
-    loras = StepAdapters(names)
-    for layer in _layers(denoiser):
-        layer._active_adapter = loras._active
-    setattr(denoiser, _ATTRIBUTE, loras)
+    """Use existing adapters of the denoiser as its step adapters; the first becomes active."""
+    adapters = StepAdapters(names)
+    for layer in _adapter_layers(denoiser):
+        layer._active_adapter = adapters._active
+    setattr(denoiser, _ATTRIBUTE, adapters)
 
 
 def switch_adapter_callback(names: list[str]) -> Callable[..., dict[str, Any]]:
-    """Return the `callback_on_step_end` with which plain diffusers switches adapters.
+    """Return a `callback_on_step_end` that switches adapters in plain diffusers.
 
-    It is the one of the model card. After the last step comes the first one, for the next call.
+    The model card shows the same callback. After the last step it activates the first adapter, for
+    the next call.
     """
 
     def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
@@ -111,7 +115,7 @@ def switch_adapter_callback(names: list[str]) -> Callable[..., dict[str, Any]]:
     return callback
 
 
-def _layers(denoiser: nn.Module) -> list[Any]:
+def _adapter_layers(denoiser: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]

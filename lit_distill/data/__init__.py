@@ -1,5 +1,5 @@
-"""The table of pairs and its files: read, checked, put into batches of one size.
+"""Pairs to learn from: a metadata table, parsed and checked, and its rows as batches.
 
-Nothing is resized or guessed; whatever is wrong is one error that names rows, columns and values.
-Knows no pipeline and no model: a batch is plain data.
+A table is refused with every problem in one error, or every row of it can be used.
+Must not know pipelines or training: a batch holds prompts, seeds, settings and targets.
 """

@@ -1,13 +1,17 @@
-"""Batches: rows that share everything but prompt, seed and target, put together and split."""
+"""The batch: its fields, how rows are collated into it, and how it is split into parts."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from lit_distill.data.images import Picture, read_picture
+from lit_distill.errors import InputError
 
 TARGETS = ("image", "encoded", "latents", "trajectory", "sigmas")
 
@@ -15,19 +19,19 @@ NO_TARGET: dict[str, Any] = dict.fromkeys(TARGETS)
 
 
 class Batch(TypedDict):
-    """What `DistillDataModule` yields: B rows that share everything but prompt, seed and target.
+    """A batch of `DistillDataModule`: B rows that share all settings.
 
     Attributes:
         prompt: B texts.
-        seed: B seeds of the start noise.
-        rand_device: Device whose generator draws the noise.
-        num_inference_steps: The student's.
-        cfg_scale: The student's, 1 = off.
-        size: (height, width) in pixels; None: the pipeline's own default.
-        call: Further arguments of the pipeline's call: B pictures or texts, or a number for all.
-        image: The teacher's images, (B, 3, height, width), range [0, 1], or None.
-        encoded: What the VAE made of the images, (B, C, h, w) or (B, C, 1, h, w), in their place
-            where they were encoded before training; or None.
+        seed: B seeds of the initial noise.
+        rand_device: Device whose generator samples the noise.
+        num_inference_steps: Steps of the student.
+        cfg_scale: Guidance of the student, 1 = off.
+        size: (height, width) in pixels; None: the pipeline's default.
+        call: Further arguments of the pipeline's call: B pictures or texts, or one number for all.
+        image: The teacher's images, (B, 3, height, width), float32, range [0, 1], or None.
+        encoded: The VAE's encoding of the images, (B, C, h, w) or (B, C, 1, h, w), instead of
+            `image` if the images were encoded before training; or None.
         latents: The teacher's exact final latents, (B, ...), or None.
         trajectory: The teacher's states between the student's steps, (B, steps - 1, ...), or None.
         sigmas: Noise levels of these states, (B, steps - 1), or None.
@@ -50,13 +54,13 @@ class Batch(TypedDict):
 
 
 def collate(rows: list[dict[str, Any]]) -> Batch:
-    """Make a batch of rows of one bucket."""
+    """Collate rows of one bucket into a batch.
+
+    Raises:
+        InputError: If the targets of the rows differ in shape; names a row and its file.
+    """
     first = rows[0]
-
-    def stacked(name: str) -> Tensor | None:
-        tensors = [row[name] for row in rows]
-        return None if any(tensor is None for tensor in tensors) else torch.stack(tensors)
-
+    stacked = partial(_stack, rows)
     size = (int(first["height"]), int(first["width"]))
     return {
         "prompt": [str(row["prompt"]) for row in rows],
@@ -75,13 +79,31 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
     }
 
 
+def _stack(rows: list[dict[str, Any]], name: str) -> Tensor | None:
+    """Return one kind of target of all rows; None if a row has none."""
+    tensors = [row[name] for row in rows]
+    if any(tensor is None for tensor in tensors):
+        return None
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    expected, _ = Counter(shapes).most_common(1)[0]
+    for row, shape in zip(rows, shapes, strict=True):
+        if shape != expected:
+            example = rows[shapes.index(expected)]
+            raise InputError(
+                f"row {row['row']}: {row['file']} holds {name} of shape {shape}, but {expected} is "
+                f"expected, as in row {example['row']} ({example['file']}): rows of one size need "
+                "targets of one shape"
+            )
+    return torch.stack(tensors)
+
+
 def open_pictures(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a row's call arguments with pictures in place of their paths."""
+    """Return a row's call arguments with its pictures loaded."""
     return {k: read_picture(v) if isinstance(v, Picture) else v for k, v in call.items()}
 
 
 def collate_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the call arguments of a batch: a number common to all, or a list of all else."""
+    """Return the call arguments of a batch: numbers once, everything else as a list."""
     return {
         name: value if isinstance(value, int | float) else [call[name] for call in calls]
         for name, value in calls[0].items()
@@ -89,7 +111,7 @@ def collate_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def split_batch(batch: Batch, size: int | None) -> list[Batch]:
-    """Return the batch in parts of at most `size` rows; None: in one part."""
+    """Split a batch into parts of at most `size` rows. None: return it as the only part."""
     rows = len(batch["row"])
     if size is None or size >= rows:
         return [batch]
@@ -97,7 +119,26 @@ def split_batch(batch: Batch, size: int | None) -> list[Batch]:
     def part(value: Any, start: int) -> Any:  # noqa: ANN401
         if isinstance(value, dict):
             return {name: part(entry, start) for name, entry in value.items()}
-        # The size is a tuple; what is one for each row is a list or a tensor.
+        # Only lists and tensors have an entry per row; the size is a tuple.
         return value[start : start + size] if isinstance(value, list | Tensor) else value
 
     return [part(batch, start) for start in range(0, rows, size)]
+
+
+def has_target(batch: Batch) -> bool:
+    """Return whether the rows hold the teacher's result: latents, or an image, perhaps encoded."""
+    return any(batch[kind] is not None for kind in ("latents", "encoded", "image"))
+
+
+def call_arguments(batch: Batch, call_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call for a batch, but for steps and guidance.
+
+    Args:
+        batch: The rows. Each sample gets its own generator, seeded with the row's seed.
+        call_kwargs: Fixed arguments of the call; those of the rows take precedence.
+    """
+    size = dict(zip(("height", "width"), batch["size"] or (), strict=False))
+    device = batch["rand_device"]
+    generators = [torch.Generator(device).manual_seed(seed) for seed in batch["seed"]]
+    rows = {"prompt": batch["prompt"], "generator": generators, **size}
+    return {**(call_kwargs or {}), **rows, **batch["call"]}

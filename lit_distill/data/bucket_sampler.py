@@ -1,4 +1,4 @@
-"""The order of rows: batches from one bucket, alike on all processes, exact after a resume."""
+"""The order of rows: each batch from one bucket, the same plan on all processes, exact resume."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lit_distill.data.batch import Batch, collate
+from lit_distill.errors import InputError
 
 Rows = Dataset[dict[str, Any]]
 
 
 class BucketBatchSampler:
-    """Plans an epoch's batches, each from one bucket: a pure function of (seed, epoch).
+    """Plans the batches of an epoch, each from one bucket, as a pure function of (seed, epoch).
 
-    All ranks draw from the same bucket at the same step. With several ranks the last batch of a
-    bucket is filled up with rows from its beginning, so that every rank has work at every step.
+    All ranks use the same bucket at the same step. With several ranks the last batch of a bucket is
+    filled up with rows from the bucket's beginning, so that every rank has a batch at every step.
 
     Args:
-        buckets: Indices that may share a batch, one array a bucket.
-        batch_size: Rows a batch and rank, >= 1.
-        shuffle: Whether rows and batches come in a new order each epoch.
-        seed: Seed of that order.
-        repeat: How often an epoch passes over every row.
-        drop_last: Whether batches that a bucket's last rows don't fill are left out.
-        rank: This process.
+        buckets: Indices of rows that may share a batch, one array per bucket.
+        batch_size: Rows per batch and rank, >= 1.
+        shuffle: Whether to shuffle rows and batches every epoch.
+        seed: Seed of the shuffling.
+        repeat: Number of passes over every row in an epoch.
+        drop_last: Whether to drop the incomplete last batch of each bucket.
+        rank: Rank of this process.
         world_size: Number of processes.
+
+    Attributes:
+        overfit: Number of batches that make up every epoch, the same ones each time; None: an epoch
+            has all batches.
     """
 
     def __init__(
@@ -52,12 +57,13 @@ class BucketBatchSampler:
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
+        self.overfit: int | None = None
         self.epoch = 0
         self.position = 0
 
     def plan(self) -> list[list[int]]:
-        """Return this rank's batches of the current epoch."""
-        rng = np.random.default_rng([self.seed, self.epoch])
+        """Return the batches of this rank in the current epoch."""
+        rng = np.random.default_rng([self.seed, self.epoch if self.overfit is None else 0])
         chunks = []
         size = self.batch_size * self.world_size
         for bucket in self.buckets:
@@ -82,12 +88,17 @@ class BucketBatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         yield from self.plan()[self.position :]
 
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether all batches of the current epoch have been used."""
+        return self.position >= (len(self) if self.overfit is None else self.overfit)
+
 
 class PairLoader(DataLoader[dict[str, Any]]):
-    """A `DataLoader` over pairs that knows where it is and can go on from there.
+    """A stateful `DataLoader` over pairs, for exact resume.
 
-    Lightning keeps its state in the checkpoint and gives it back on resume. Epochs are counted
-    here: Lightning's own count runs ahead when training stops in the middle of one.
+    Lightning saves its state in the checkpoint and restores it on resume. Epochs are counted here
+    because Lightning's count is one too high if training stops in the middle of an epoch.
     """
 
     batch_sampler: BucketBatchSampler
@@ -103,33 +114,40 @@ class PairLoader(DataLoader[dict[str, Any]]):
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the rest of the epoch, or the next one; held-out rows always from the first."""
+        """Yield the rest of the epoch or the next one; without shuffling, always a whole epoch."""
         batches = self.batch_sampler
         if not batches.shuffle:
             batches.position = 0
-        elif batches.position >= len(batches):
+        elif batches.epoch_is_over:
             batches.epoch, batches.position = batches.epoch + 1, 0
-        for batch in super().__iter__():
+        iterator = super().__iter__()
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except InputError as error:
+                raise InputError(_message(error)) from error
             batches.position += 1
             yield batch
 
     def _order(self) -> dict[str, int]:
-        """Return what the order of rows depends on, beside the epoch."""
+        """Return what the order of rows depends on, besides the epoch."""
         batches = self.batch_sampler
         rows = sum(len(bucket) for bucket in batches.buckets)
         step = batches.batch_size * batches.world_size
         return {"seed": batches.seed, "repeat": batches.repeat, "rows": rows, "rows_a_batch": step}
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch, the number of batches of it that were handed out, and the order."""
+        """Return the epoch, the number of its batches already yielded, and what sets the order."""
         batches = self.batch_sampler
         return {"epoch": batches.epoch, "position": batches.position, **self._order()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken.
+        """Resume at the position of `state`.
 
-        With as many rows a batch over all processes, the rest of the epoch is the same, however
-        many processes there are; else it goes on after as many rows as were seen.
+        The rest of the epoch is the same if the number of rows per batch over all processes is,
+        whatever the number of processes. Otherwise it skips as many rows as were used before.
         """
         order = self._order()
         for name, value in order.items():
@@ -138,13 +156,19 @@ class PairLoader(DataLoader[dict[str, Any]]):
                     f"data: {name}={value} differs from the checkpoint's {state[name]}; the rest "
                     "of this epoch may repeat or miss rows"
                 )
-        seen = state["position"] * state["rows_a_batch"]
+        rows_done = state["position"] * state["rows_a_batch"]
         self.batch_sampler.epoch = state["epoch"]
-        self.batch_sampler.position = seen // order["rows_a_batch"]
+        self.batch_sampler.position = rows_done // order["rows_a_batch"]
+
+
+def _message(error: InputError) -> str:
+    """Return an error's message, without the traceback that a worker process adds to it."""
+    text = str(error)
+    return text.rpartition(f"{InputError.__name__}: ")[2].strip() if "Traceback" in text else text
 
 
 class PlannedBatches(Dataset[Batch]):
-    """Whole batches as items."""
+    """A dataset whose items are the batches of a plan."""
 
     def __init__(self, dataset: Rows, plan: list[list[int]]) -> None:
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""Pairs to learn from: batches of one size, step count and guidance, from a metadata table."""
+"""The LightningDataModule of pairs from a metadata table."""
 
 from __future__ import annotations
 
@@ -11,40 +11,44 @@ from torch.utils.data import DataLoader
 from lit_distill.data.batch import Batch
 from lit_distill.data.bucket_sampler import BucketBatchSampler, PairLoader, PlannedBatches
 from lit_distill.data.dataset import PairDataset
+from lit_distill.data.filesystem import is_url
 from lit_distill.data.metadata import hold_out, read_metadata
+from lit_distill.errors import InputError
 
 
 class DistillDataModule(pl.LightningDataModule):
-    """Teacher's pairs from a CSV ``image,prompt,seed,rand_device,num_inference_steps,cfg_scale``.
+    """Loads pairs from a CSV ``image,prompt,seed,rand_device,num_inference_steps,cfg_scale``.
 
-    Steps and guidance are the student's. Images are never resized. Batches share size, steps,
-    guidance and random device. Set ``use_distributed_sampler=False`` in a Trainer of several
-    processes (the command line does): this module gives every rank its share.
+    Steps and guidance are the student's. Images are never resized. The rows of a batch share size,
+    steps, guidance and random device. Set ``use_distributed_sampler=False`` in a Trainer of several
+    processes (the command line does): this module distributes the rows itself.
 
     Args:
-        metadata_path: CSV, JSON or JSONL of the training pairs, a file or a URL (docs/data.md).
-        val_metadata_path: CSV of held-out pairs, for validate, test and predict.
-        val_fraction: Without `val_metadata_path`: hold out about this share of the prompts.
-        base_path: Folder that files are relative to; default: the CSV's.
-        call_columns: Columns that are arguments of the pipeline's call, argument to column, such as
-            {image: edit_image} for an edit pipeline. Paths of pictures, numbers or texts.
+        metadata_path: Table of the training pairs: CSV, JSON or JSONL, a file or a URL.
+        val_metadata_path: Table of held-out pairs, for validate, test and predict.
+        val_fraction: Without `val_metadata_path`: share of the prompts to hold out, approximately.
+        base_path: Folder that files are relative to; default: the table's folder.
+        call_columns: Columns to pass to the pipeline's call, as argument: column, for example
+            {image: edit_image} for an edit pipeline. Values are paths of pictures, numbers or
+            texts.
         height: With `width`, the size in pixels that every image must have.
         width: See `height`.
-        max_pixels: Largest area of an image in pixels. Without height, width and max_pixels
-            every image is used at its own size.
+        max_pixels: Largest accepted area of an image in pixels. Without height, width and
+            max_pixels, images of any size are accepted and used at their size.
         allow_outside: Accept files that are not below base_path: absolute paths, "..", URLs.
-        batch_size: Rows a batch and process.
-        num_workers: Processes that read files; 0 reads in the training process.
-        repeat: How often an epoch passes over the training rows.
-        drop_last: Leave out training batches that the last rows of a size, step count or guidance
-            don't fill.
-        cache_dir: Folder where prompts and images are kept encoded. With it all of them are encoded
-            before training, then the encoders are let go of: they and the denoiser need not fit
-            together. Without it they are encoded when first used, and stay.
+        batch_size: Rows per batch and process.
+        num_workers: Number of worker processes that read files; 0: read in the training process.
+        repeat: Number of passes over the training rows in an epoch.
+        drop_last: Drop incomplete training batches: the last rows of each combination of size,
+            steps and guidance.
+        cache_dir: Folder for encoded prompts and images, which are stored in a folder
+            ``encodings-v1`` inside it. If set, all of them are encoded before
+            training, and the encoders are freed: encoders and denoiser need not fit into memory
+            together. Otherwise they are encoded at first use, and the encoders stay.
         seed: Seed of the order of rows and of the held-out split.
 
     Raises:
-        ValueError: If an argument is out of range.
+        InputError: If an argument is out of range.
     """
 
     def __init__(
@@ -67,12 +71,14 @@ class DistillDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if (height is None) != (width is None):
-            raise ValueError(f"data.height={height}, data.width={width}: set both or neither")
+            raise InputError(f"data.height={height}, data.width={width}: set both or neither")
         for name, value in (("batch_size", batch_size), ("repeat", repeat)):
             if value < 1:
-                raise ValueError(f"data.{name} must be >= 1, got {value}")
+                raise InputError(f"data.{name} must be >= 1, got {value}")
         if not 0 <= val_fraction < 1:
-            raise ValueError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
+            raise InputError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
+        if cache_dir is not None and is_url(str(cache_dir)):
+            raise InputError(f"data.cache_dir must be a local folder, got {cache_dir!r}")
         self.metadata_path = metadata_path
         self.val_metadata_path = val_metadata_path
         self.val_fraction = val_fraction
@@ -92,9 +98,9 @@ class DistillDataModule(pl.LightningDataModule):
         self.val_set: PairDataset | None = None
 
     def setup(self, stage: str) -> None:
-        """Read and check the tables that `stage` (fit, validate, test, predict) needs."""
+        """Read and check the tables needed in `stage` (fit, validate, test or predict)."""
         if stage == "fit" and self.metadata_path is None:
-            raise ValueError("data.metadata_path is not set: the CSV of the training pairs")
+            raise InputError("data.metadata_path is not set: the table of the training pairs")
         if self.val_metadata_path is not None:
             self.val_set = PairDataset(self._read(self.val_metadata_path))
         if self.metadata_path is not None and (stage == "fit" or self.val_set is None):
@@ -102,7 +108,7 @@ class DistillDataModule(pl.LightningDataModule):
             if self.val_set is None and self.val_fraction:
                 held_out = hold_out(table["prompt"], self.val_fraction, self.seed)
                 if held_out.all() or not held_out.any():
-                    raise ValueError(
+                    raise InputError(
                         f"data.val_fraction={self.val_fraction} leaves no prompt on one side: "
                         f"{self.metadata_path} has {table['prompt'].nunique()} different prompts"
                     )
@@ -110,7 +116,7 @@ class DistillDataModule(pl.LightningDataModule):
                 table = table[~held_out]
             self.train_set = PairDataset(table)
         if stage != "fit" and self.val_set is None:
-            raise ValueError(
+            raise InputError(
                 f"{stage} needs held-out rows: set data.val_metadata_path or data.val_fraction"
             )
 
@@ -118,12 +124,22 @@ class DistillDataModule(pl.LightningDataModule):
         return read_metadata(path, self.base_path, self.call_columns, **self.limits())
 
     def limits(self) -> dict[str, Any]:
-        """Return what rows have to keep to, arguments of `read_metadata`."""
+        """Return the limits on rows, as arguments of `read_metadata`."""
         names = ("height", "width", "max_pixels", "allow_outside")
         return {name: getattr(self, name) for name in names}
 
     def _loader(self, dataset: PairDataset, train: bool) -> PairLoader:
         trainer = self.trainer
+        connector = getattr(trainer, "_accelerator_connector", None)
+        if (
+            trainer
+            and trainer.world_size > 1
+            and getattr(connector, "use_distributed_sampler", False)
+        ):
+            raise InputError(
+                "set use_distributed_sampler=False in the Trainer: the data module gives every "
+                "process its share of the rows"
+            )
         batches = BucketBatchSampler(
             dataset.buckets(),
             batch_size=self.batch_size,
@@ -134,6 +150,10 @@ class DistillDataModule(pl.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
+        limit = getattr(trainer, "overfit_batches", 0) if train else 0
+        if limit:  # a number of batches, or a share of them
+            number = limit if isinstance(limit, int) else int(limit * len(batches))
+            batches.overfit = min(number, len(batches))
         return PairLoader(dataset, batches, self.num_workers)
 
     def train_dataloader(self) -> PairLoader:
@@ -141,8 +161,8 @@ class DistillDataModule(pl.LightningDataModule):
         assert self.train_set is not None, "call setup('fit') first"
         loader = self._loader(self.train_set, train=True)
         if len(loader.batch_sampler) == 0:
-            raise ValueError(
-                f"data.drop_last leaves no batch: no size, step count and guidance has "
+            raise InputError(
+                f"data.drop_last leaves no batch: no combination of size, steps and guidance has "
                 f"{self.batch_size} rows for each process (data.batch_size)"
             )
         return loader
@@ -156,7 +176,7 @@ class DistillDataModule(pl.LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Return a loader of the held-out rows, a plain one: Lightning rebuilds it to predict."""
+        """Return a plain loader of the held-out rows, since Lightning re-creates it for predict."""
         assert self.val_set is not None, "call setup('predict') first"
         plan = self._loader(self.val_set, train=False).batch_sampler.plan()
         return DataLoader(PlannedBatches(self.val_set, plan), batch_size=None)

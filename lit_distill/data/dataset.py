@@ -1,4 +1,4 @@
-"""Rows of a metadata table with their images or latents, read on access."""
+"""The rows of a metadata table as a torch dataset."""
 
 from __future__ import annotations
 
@@ -7,29 +7,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.torch import load
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_distill.data.batch import open_pictures
-from lit_distill.data.filesystem import opened
 from lit_distill.data.images import read_image
-
-LATENTS_KEY = "latents"
-
-TRAJECTORY_KEY = "trajectory"
-
-SIGMAS_KEY = "sigmas"
-"""Names of tensors in a file of the ``latents`` column: the final latents; where they were made
-with store_trajectory, also the states between the student's steps, (steps - 1, ...), and the noise
-level of each, (steps - 1,)."""
+from lit_distill.data.latents_file import (
+    LATENTS_KEY,
+    SIGMAS_KEY,
+    TRAJECTORY_KEY,
+    read_latents,
+)
+from lit_distill.errors import InputError
 
 
 class PairDataset(Dataset[dict[str, Any]]):
-    """The rows of a checked table, with their images or latents read on access.
+    """The rows of a checked table; images and latents are read on access.
 
     Attributes:
-        encoded: Reads what the VAE has made of an image file, once that is kept somewhere.
+        encoded: Returns the stored VAE encoding of an image file; None: images are not encoded yet.
     """
 
     def __init__(self, table: pd.DataFrame) -> None:
@@ -43,54 +39,49 @@ class PairDataset(Dataset[dict[str, Any]]):
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row; exact latents are preferred to the image they decode to."""
+        """Return one row; if it has exact latents, they are loaded instead of the image."""
         row = self.record(index)
         image, encoded, tensors = None, None, {}
         if row["latents"]:
             try:
-                with opened(row["latents"]) as stream:
-                    tensors = load(stream.read())
-                    tensors[LATENTS_KEY]
-            except Exception as error:  # safetensors raises its own kinds, without the file's name
-                raise ValueError(
-                    f"row {row['row']}: {row['latents']} holds no tensor "
-                    f"{LATENTS_KEY!r} in safetensors format: {error}"
-                ) from error
+                tensors = read_latents(row["latents"])
+            except InputError as error:
+                raise InputError(f"row {row['row']}: {error}") from error
         elif row["image"] and self.encoded is not None:
             encoded = self.encoded(row["image"])
         elif row["image"]:
             image = read_image(row["image"])
             if tuple(image.shape[1:]) != (row["height"], row["width"]):
-                raise ValueError(
+                raise InputError(
                     f"row {row['row']}: {row['image']} is {image.shape[1]}x{image.shape[2]} (height"
                     f" x width), but the table says {row['height']}x{row['width']}"
                 )
-        targets = {"image": image, "encoded": encoded}
+        targets = {"image": image, "encoded": encoded, "file": row["latents"] or row["image"]}
         targets |= {key: tensors.get(key) for key in (LATENTS_KEY, TRAJECTORY_KEY, SIGMAS_KEY)}
         return row | targets | {"call": open_pictures(row["call"])}
 
     @property
     def prompts(self) -> Any:  # noqa: ANN401
-        """All rows' prompts, an array."""
+        """The prompts of all rows, as an array."""
         return self.columns["prompt"]
 
     def record(self, index: int) -> dict[str, Any]:
-        """Return one row as it is in the table: files are paths."""
+        """Return one row of the table, with paths instead of files."""
         return {name: column[index] for name, column in self.columns.items()}
 
     def image_sizes(self) -> list[dict[str, Any]]:
-        """Return a row of every size among those whose target is an image."""
+        """Return one row of each size, among rows whose target is an image."""
         names = ("image", "latents", "height", "width")
         rows = zip(*(self.columns[name].tolist() for name in names), strict=True)
-        first: dict[tuple[int, int], int] = {}
+        examples: dict[tuple[int, int], int] = {}
         for index, (image, latents, height, width) in enumerate(rows):
             if image and not latents:
-                first.setdefault((height, width), index)
-        return [self.record(index) for index in first.values()]
+                examples.setdefault((height, width), index)
+        return [self.record(index) for index in examples.values()]
 
     def buckets(self) -> list[np.ndarray]:
-        """Return the indices of rows that may share a batch, one array a bucket."""
+        """Return the indices of rows that may share a batch, one array per bucket."""
         keys = ["height", "width", "num_inference_steps", "cfg_scale", "rand_device", "call_key"]
-        kind = np.where(self.table["latents"] != "", 2, np.where(self.table["image"] != "", 1, 0))
-        groups = self.table.assign(kind=kind).groupby([*keys, "kind"], sort=True)
+        target = np.where(self.table["latents"] != "", 2, np.where(self.table["image"] != "", 1, 0))
+        groups = self.table.assign(target=target).groupby([*keys, "target"], sort=True)
         return [np.sort(index) for index in groups.indices.values()]

@@ -1,9 +1,7 @@
-"""Reads every file of a data set whole, and tells what is in it."""
+"""The full check of a data set for `lit-distill check`: every file is read, not only the table."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +10,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from tqdm.auto import tqdm
 
-from lit_distill.data.dataset import LATENTS_KEY
-from lit_distill.data.filesystem import THREADS, opened
+from lit_distill.data.filesystem import THREADS
 from lit_distill.data.images import Picture, read_picture
+from lit_distill.data.latents_file import LATENTS_KEY, not_finite, read_latents
 from lit_distill.data.metadata import parse_metadata
 from lit_distill.data.schema import add_row_problems
 from lit_distill.data.table_io import Problems
-
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Data types of latents in safetensors files, and their bytes."""
+from lit_distill.errors import InputError
 
 
 def check_data(
@@ -31,7 +28,7 @@ def check_data(
     call_columns: dict[str, str] | None = None,
     **limits: Any,  # noqa: ANN401
 ) -> pd.DataFrame:
-    """Do as `read_metadata`, and read every picture whole and the header of all latents.
+    """Check the table as `read_metadata` does, decode every picture, and read all latents.
 
     Args:
         path: As in `read_metadata`.
@@ -44,7 +41,7 @@ def check_data(
 
     Raises:
         FileNotFoundError: If there is no such table.
-        MetadataError: Naming every row, column and value that can't be used (up to 50).
+        MetadataError: Lists every row, column and value that can't be used (up to 50).
     """
     problems = Problems(path)
     table = parse_metadata(path, problems, base_path, call_columns, **limits)
@@ -55,11 +52,17 @@ def check_data(
     return table
 
 
+def is_flat(picture: Image.Image) -> bool:
+    """Return whether all pixels of a picture are equal."""
+    bands = picture.convert("RGB").split()
+    return all(low == high for low, high in (band.getextrema() for band in bands))
+
+
 def summary(table: pd.DataFrame) -> str:
-    """Return how many rows there are of each kind, as text."""
+    """Return the number of rows of each size, setting and kind of target, as a text table."""
     latents, image = table["latents"] != "", table["image"] != ""
     target = np.select([latents, image], ["latents", "image"], "online teacher")
-    kinds = pd.DataFrame(
+    settings = pd.DataFrame(
         {
             "height": table["height"].replace(0, "default"),
             "width": table["width"].replace(0, "default"),
@@ -69,12 +72,12 @@ def summary(table: pd.DataFrame) -> str:
             "target": target,
         }
     )
-    counts = kinds.astype(str).value_counts().rename("rows").reset_index()
+    counts = settings.astype(str).value_counts().rename("rows").reset_index()
     return str(counts.to_string(index=False))
 
 
-def _all(function: Callable[[Any], Any], values: list[Any], title: str) -> list[Any]:
-    """Return the function's results, computed by threads under a progress bar."""
+def _map_files(function: Callable[[Any], Any], values: list[Any], title: str) -> list[Any]:
+    """Apply a function to all values in threads, with a progress bar."""
     if not values:
         return []
     with ThreadPoolExecutor(THREADS) as pool:
@@ -82,26 +85,29 @@ def _all(function: Callable[[Any], Any], values: list[Any], title: str) -> list[
 
 
 def _check_pictures(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -> None:
-    """Decode every picture; its size must be the one that the table says."""
+    """Decode every picture; compare the size of targets with the table's."""
 
-    def wrong(task: tuple[str, tuple[int, int] | None]) -> str | None:
+    def problem(task: tuple[str, tuple[int, int] | None]) -> str | None:
         path, size = task
+        is_target = size is not None
         try:
             picture = read_picture(path)
-        except ValueError as error:
+        except InputError as error:
             return str(error)
-        found = (picture.height, picture.width)
-        if size is not None and found != size:
+        actual = (picture.height, picture.width)
+        if size is not None and actual != size:
             listed = f"the table says {size[0]}x{size[1]}"
-            return f"{path} is {found[0]}x{found[1]} (height x width), but {listed}"
+            return f"{path} is {actual[0]}x{actual[1]} (height x width), but {listed}"
+        if is_target and is_flat(picture):
+            return f"{path} is a single colour, as a safety checker or an overflow leaves an image"
         return None
 
     def check(indices: np.ndarray, tasks: list[Any], title: str) -> None:
-        found = _all(wrong, tasks, title)
+        messages = _map_files(problem, tasks, title)
         bad = np.zeros(len(table), dtype=bool)
-        bad[indices] = [text is not None for text in found]
-        texts = dict(zip(indices.tolist(), found, strict=True))
-        add_row_problems(table, bad, problems, lambda index: str(texts[index]))
+        bad[indices] = [message is not None for message in messages]
+        by_index = dict(zip(indices.tolist(), messages, strict=True))
+        add_row_problems(table, bad, problems, lambda index: str(by_index[index]))
 
     images = table["image"].to_numpy()
     sizes = table[["height", "width"]].to_numpy().tolist()
@@ -114,56 +120,32 @@ def _check_pictures(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -
 
 
 def _check_latents(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -> None:
-    """Read the headers of latents: complete files, and one shape for all rows of a size."""
+    """Read latents: files must be whole, their values finite, with one shape for each size."""
     paths = table["latents"].to_numpy()
     indices = np.flatnonzero(fine & (paths != ""))
 
-    def shape(path: str) -> tuple[int, ...] | str:
+    def shape_or_problem(path: str) -> tuple[int, ...] | str:
         try:
-            return latents_header(path)[0]
+            tensors = read_latents(path)
         except ValueError as error:
             return str(error)
+        if problem := not_finite(tensors):
+            return f"{path} holds {problem}; generate this row again"
+        return tuple(tensors[LATENTS_KEY].shape)
 
-    shapes = _all(shape, paths[indices].tolist(), "latents")
+    shapes = _map_files(shape_or_problem, paths[indices].tolist(), "latents")
     sizes = table[["height", "width"]].to_numpy().tolist()
     keys = [(*sizes[i], table["call_key"].iloc[i]) for i in indices]
     counts: dict[Any, Counter[tuple[int, ...]]] = {}
-    for key, found in zip(keys, shapes, strict=True):
-        if not isinstance(found, str):
-            counts.setdefault(key, Counter())[found] += 1
-    for index, key, found in zip(indices, keys, shapes, strict=True):
+    for key, shape in zip(keys, shapes, strict=True):
+        if not isinstance(shape, str):
+            counts.setdefault(key, Counter())[shape] += 1
+    for index, key, shape in zip(indices, keys, shapes, strict=True):
         usual = counts[key].most_common(1)[0][0] if key in counts else None
-        if isinstance(found, str):
-            text = found
-        elif found != usual:
-            text = f"latents are of shape {found}, but {usual} in most rows of this size"
+        if isinstance(shape, str):
+            text = shape
+        elif shape != usual:
+            text = f"latents are of shape {shape}, but {usual} in most rows of this size"
         else:
             continue
         problems.add(text, int(table["row"].iloc[index]), str(table["image"].iloc[index]))
-
-
-def latents_header(path: str) -> tuple[tuple[int, ...], str]:
-    """Return the shape and the data type, as in F32, of a file of latents.
-
-    Raises:
-        ValueError: If it is not a complete safetensors file with floats in a tensor ``latents``.
-    """
-    with opened(path) as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            # Its authors' own limit: a file of something else claims absurd lengths.
-            header = json.loads(stream.read(length) if length <= 100_000_000 else b"")
-            entry = header[LATENTS_KEY]
-            shape, dtype = tuple(entry["shape"]), str(entry["dtype"])
-            end = max(e["data_offsets"][1] for k, e in header.items() if k != "__metadata__")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} holds no tensor {LATENTS_KEY!r} in safetensors format"
-            ) from error
-        size = stream.seek(0, 2) - 8 - length
-    if dtype not in FLOATS:
-        raise ValueError(f"{path} holds latents of type {dtype}; accepted: {', '.join(FLOATS)}")
-    begin, stop = entry["data_offsets"]
-    if size != end or stop - begin != math.prod(shape) * FLOATS[dtype]:
-        raise ValueError(f"{path} is truncated or damaged: {size} bytes of data, not {end}")
-    return shape, dtype

@@ -1,4 +1,7 @@
-"""The table of pairs: read, parsed by declared type, checked; all that is wrong in one error."""
+"""Reads and checks the metadata table of pairs: which columns it has and which rows are valid.
+
+`table_io` reads the file, `schema` parses its columns.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,15 @@ import numpy as np
 import pandas as pd
 
 from lit_distill.data.filesystem import parent
-from lit_distill.data.schema import Columns, add_row_problems, call_key, picture_sizes, read_calls
-from lit_distill.data.table_io import Problems, read_table
+from lit_distill.data.schema import (
+    ColumnParser,
+    add_row_problems,
+    call_key,
+    picture_sizes,
+    read_calls,
+)
+from lit_distill.data.table_io import Problems, column_names, read_table
+from lit_distill.errors import InputError
 
 REQUIRED_COLUMNS = ("prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale")
 
@@ -29,30 +39,30 @@ def read_metadata(
 
     Columns: ``prompt``, ``seed``, ``rand_device``, ``num_inference_steps``, ``cfg_scale`` (the last
     two are the student's) and ``image`` or ``latents``, files relative to `base_path`. Optional:
-    ``height``, ``width``. Others stay text. A file made for DiffSynth-Studio works unchanged.
+    ``height``, ``width``. Other columns stay text. Metadata files made for DiffSynth-Studio can be
+    used unchanged.
 
     Args:
         path: .csv (UTF-8 with or without byte order mark), .json (a list of objects) or .jsonl; a
             file or any URL of fsspec (s3://, hf://, memory://).
-        base_path: Folder or URL that files are relative to; default: the table's.
-        call_columns: Further columns that are arguments of the pipeline's call: argument -> column.
-            Files of pictures are opened when a row is used; numbers and texts are as they stand.
+        base_path: Folder or URL that files are relative to; default: the table's folder.
+        call_columns: Further columns to pass to the pipeline's call: argument -> column. Pictures
+            are opened when a row is used; numbers and texts are passed as they are.
         height: With `width`, the size in pixels that every image must have.
         width: See `height`.
-        max_pixels: Largest area in pixels; smaller images of any size are accepted.
+        max_pixels: Largest accepted area in pixels.
         allow_outside: Accept files that are not below `base_path`: absolute paths, "..", URLs.
 
     Returns:
-        One row a pair, in the file's order, with a column ``row``, the number a spreadsheet shows
-        (header = 1; in JSON the first object is 1); ``image`` and ``latents`` are full paths or
-        URLs, empty where not given; ``height`` and ``width`` are read from the image's header where
-        not given, 0 where there is no image; ``call`` is a dictionary of `call_columns`' values
-        (`Picture`, number or text), and ``call_key`` is equal for rows whose values may share a
-        batch.
+        One row per pair, in the file's order. ``row`` is the number that a spreadsheet shows
+        (header = 1; in JSON the first object is 1). ``image`` and ``latents`` are full paths or
+        URLs, empty if not given. ``height`` and ``width`` are read from the image's header if not
+        given, and 0 if there is no image. ``call`` is a dictionary of the values of `call_columns`
+        (`Picture`, number or text). ``call_key`` is equal for rows that may share a batch.
 
     Raises:
         FileNotFoundError: If there is no such table.
-        MetadataError: Naming every row, column and value that can't be used (up to 50).
+        MetadataError: Lists every row, column and value that can't be used (up to 50).
     """
     problems = Problems(path)
     table = parse_metadata(
@@ -80,7 +90,10 @@ def parse_metadata(
     max_pixels: int | None = None,
     allow_outside: bool = False,
 ) -> pd.DataFrame:
-    """Do as `read_metadata`, but note what is wrong in `problems`; such rows are of no use.
+    """Do as `read_metadata`, but collect invalid rows in `problems`.
+
+    Returns:
+        As `read_metadata`. The parsed values of rows in `problems.rows` are placeholders.
 
     Raises:
         MetadataError: If the table as a whole can't be read, or columns are missing.
@@ -89,7 +102,7 @@ def parse_metadata(
     raw = read_table(path, problems)
     for column in (*REQUIRED_COLUMNS, *call_columns.values()):
         if column not in raw:
-            problems.add(f"column {column!r} is missing; found {', '.join(map(repr, raw.columns))}")
+            problems.add(f"column {column!r} is missing; found {column_names(raw)}")
     if not {"image", "latents"} & set(raw.columns):
         problems.add("a column 'image' or 'latents' is needed; found neither")
     if raw.empty:
@@ -99,21 +112,21 @@ def parse_metadata(
     optional = [c for c in ("image", "latents", "height", "width") if c not in raw]
     raw = raw.assign(**dict.fromkeys(optional, ""))
     base = str(base_path) if base_path is not None else parent(str(path))
-    columns = Columns(raw, problems, base, allow_outside)
+    parser = ColumnParser(raw, problems, base, allow_outside)
     parsed = {
-        "seed": columns.integers("seed", 0, 2**63 - 1),
-        "num_inference_steps": columns.integers("num_inference_steps", 1, 10_000),
-        "cfg_scale": columns.numbers("cfg_scale", 1.0),
-        "height": columns.integers("height", 1, 2**20, blank=0),
-        "width": columns.integers("width", 1, 2**20, blank=0),
-        "image": columns.files("image"),
-        "latents": columns.files("latents"),
+        "seed": parser.integers("seed", 0, 2**63 - 1),
+        "num_inference_steps": parser.integers("num_inference_steps", 1, 10_000),
+        "cfg_scale": parser.floats("cfg_scale", 1.0),
+        "height": parser.integers("height", 1, 2**20, blank=0),
+        "width": parser.integers("width", 1, 2**20, blank=0),
+        "image": parser.existing_files("image"),
+        "latents": parser.existing_files("latents"),
     }
-    columns.texts("prompt", lambda text: text.strip() != "", "a text that is not empty")
-    columns.devices("rand_device")
-    calls = read_calls(columns, call_columns)
+    parser.check_texts("prompt", lambda text: text.strip() != "", "a text that is not empty")
+    parser.check_devices("rand_device")
+    calls = read_calls(parser, call_columns)
     if call_columns and problems.rows:
-        problems.check()  # pictures that are not there have no size to share
+        problems.check()  # the key below needs the sizes of the pictures
     parsed["call"] = pd.Series(calls, index=raw.index, dtype=object)
     parsed["call_key"] = [call_key(call) for call in calls] if call_columns else ""
     table = raw.assign(**parsed)
@@ -124,20 +137,20 @@ def parse_metadata(
 
 
 def _fill_sizes(table: pd.DataFrame, problems: Problems) -> pd.DataFrame:
-    """Read the sizes that the table does not give from the images' headers."""
+    """Fill in missing sizes from the images' headers."""
     sizes = table[["height", "width"]].to_numpy().copy()
 
-    def half(index: int) -> str:
-        high, wide = sizes[index]
-        return f"height and width go together, got height={high or ''}, width={wide or ''}"
+    def one_missing(index: int) -> str:
+        height, width = sizes[index]
+        return f"height and width go together, got height={height or ''}, width={width or ''}"
 
-    add_row_problems(table, (sizes == 0).sum(axis=1) == 1, problems, half)
+    add_row_problems(table, (sizes == 0).sum(axis=1) == 1, problems, one_missing)
     images = table["image"].to_numpy()
     rows = table["row"].to_numpy()
     unknown = np.flatnonzero((sizes == 0).all(axis=1) & (images != ""))
     unknown = np.array([i for i in unknown if int(rows[i]) not in problems.rows], dtype=int)
     for index, size in zip(unknown, picture_sizes(images[unknown].tolist()), strict=True):
-        if isinstance(size, ValueError):
+        if isinstance(size, InputError):
             problems.add(f"image: {size}", int(rows[index]), str(images[index]))
         else:
             sizes[index] = size
@@ -151,9 +164,9 @@ def _check_sizes(
     width: int | None,
     max_pixels: int | None,
 ) -> pd.DataFrame:
-    """Refuse what does not fit the limits; rows of unknown size get the fixed one.
+    """Check sizes against the limits; rows of unknown size get the required one.
 
-    Images are never resized: a target must be what the teacher drew.
+    Images are never resized: a target must be exactly what the teacher generated.
     """
     sizes = table[["height", "width"]].to_numpy()
     unknown = (sizes == 0).any(axis=1, keepdims=True)
@@ -165,46 +178,46 @@ def _check_sizes(
         bad = sizes.prod(axis=1) > (max_pixels or np.inf)
         limit = f"more than max_pixels={max_pixels}"
 
-    def say(index: int) -> str:
-        high, wide = sizes[index]
-        size = f"{high}x{wide} (height x width) = {high * wide} pixels"
+    def message(index: int) -> str:
+        rows, columns = sizes[index]
+        size = f"{rows}x{columns} (height x width) = {rows * columns} pixels"
         return f"the image is {size}, {limit}; images are never resized"
 
-    add_row_problems(table, bad, problems, say)
+    add_row_problems(table, bad, problems, message)
     return table.assign(height=sizes[:, 0], width=sizes[:, 1])
 
 
 def _check_duplicates(table: pd.DataFrame, calls: pd.DataFrame, problems: Problems) -> None:
-    """Refuse rows that must draw the same but have different targets: one of them is wrong."""
+    """Refuse rows with the same settings but different targets: one of the targets is wrong."""
     key = ["prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale", "height", "width"]
     keys = pd.concat([table[key], calls.add_prefix("call ")], axis=1)
-    again = keys.duplicated(keep=False).to_numpy()
-    if not again.any():
+    repeated = keys.duplicated(keep=False).to_numpy()
+    if not repeated.any():
         return
-    group = keys[again].groupby(list(keys), sort=False).ngroup().to_numpy()
+    group = keys[repeated].groupby(list(keys), sort=False).ngroup().to_numpy()
     first = np.unique(group, return_index=True)[1][group]
-    some = table[again]
-    other = np.zeros(len(some), dtype=bool)
+    duplicates = table[repeated]
+    differs = np.zeros(len(duplicates), dtype=bool)
     for column in ("image", "latents"):
-        values = some[column].to_numpy()
-        other |= (values != values[first]) & (values != "") & (values[first] != "")
-    origin = some["row"].to_numpy()[first]
+        values = duplicates[column].to_numpy()
+        differs |= (values != values[first]) & (values != "") & (values[first] != "")
+    first_row = duplicates["row"].to_numpy()[first]
     add_row_problems(
-        some,
-        other,
+        duplicates,
+        differs,
         problems,
         lambda index: (
-            f"another image or latents than in row {origin[index]}, which has the same prompt, "
-            "seed, steps, cfg_scale and size: one seed draws one image"
+            f"another image or latents than in row {first_row[index]}, which has the same prompt, "
+            "seed, steps, cfg_scale and size: a seed gives one image"
         ),
     )
 
 
 def hold_out(prompts: pd.Series, fraction: float, seed: int) -> pd.Series:
-    """Mark about `fraction` of the prompts, the same ones for a seed however the table grows.
+    """Hold out about `fraction` of the prompts; the choice depends only on the seed and the prompt.
 
     Returns:
-        Boolean, True for held-out rows; all rows of a prompt are on one side.
+        Boolean, True for held-out rows. All rows of a prompt are on the same side.
     """
 
     def uniform(prompt: str) -> float:

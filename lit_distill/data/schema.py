@@ -1,4 +1,4 @@
-"""Columns of text, parsed by declared type; what does not fit is noted with its row."""
+"""Parses the text columns of a table: integers, floats, files, devices, pictures."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lit_distill.data.filesystem import THREADS, exist, join, leaves
+from lit_distill.data.filesystem import THREADS, files_exist, is_outside, join
 from lit_distill.data.images import SUFFIXES, Picture, image_size
 from lit_distill.data.table_io import Problems
+from lit_distill.data.text import shorten
+from lit_distill.errors import InputError
 
 
-class Columns:
-    """Parses columns of text by declared type and notes what does not fit.
+class ColumnParser:
+    """Parses text columns of a table and collects the rows with invalid values.
 
     Args:
-        raw: All text, with a column ``row``.
-        problems: Where it is noted.
+        raw: The table, all columns text but ``row``.
+        problems: Collects the invalid rows.
         base: Folder or URL that files are relative to.
-        allow_outside: Whether files may be elsewhere.
+        allow_outside: Whether to accept files outside of `base`.
     """
 
     def __init__(
@@ -35,27 +37,38 @@ class Columns:
         self.allow_outside = allow_outside
 
     def reject(self, column: str, bad: Any, accepted: str) -> None:  # noqa: ANN401
-        """Note the rows where `bad` is true, with the column's value and what is accepted."""
+        """Report the rows where `bad` is true, with the column's value and what is accepted."""
         cells = self.raw[column]
 
-        def say(index: int) -> str:
-            value = cells.iloc[index]
-            shown = value if len(value) <= 80 else value[:77] + "..."
-            return f"{column} must be {accepted}, got {shown!r}"
+        def message(index: int) -> str:
+            return f"{column} must be {accepted}, got {shorten(cells.iloc[index])}"
 
-        add_row_problems(self.raw, bad, self.problems, say, name_image=column != "image")
+        add_row_problems(self.raw, bad, self.problems, message, name_image=column != "image")
 
-    def parse(self, column: str, read: Callable[[str], Any], accepted: str, missing: Any) -> Any:  # noqa: ANN401
-        """Return the column's values, `missing` where `read` gives None; each text is read once."""
+    def parse(
+        self,
+        column: str,
+        read: Callable[[str], Any],
+        accepted: str,
+        placeholder: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Return the parsed values of a column; each distinct text is parsed once.
+
+        Args:
+            column: Name of the column.
+            read: Parses a text; None if it is invalid.
+            accepted: What is accepted, for the message.
+            placeholder: The value of invalid rows.
+        """
         codes, texts = pd.factorize(self.raw[column].to_numpy(dtype=object))
         values = [read(text) for text in texts]
-        unfit = np.array([value is None for value in values])
-        if unfit.any():
-            self.reject(column, unfit[codes], accepted)
-        return np.array([missing if value is None else value for value in values])[codes]
+        invalid = np.array([value is None for value in values])
+        if invalid.any():
+            self.reject(column, invalid[codes], accepted)
+        return np.array([placeholder if value is None else value for value in values])[codes]
 
     def integers(self, column: str, low: int, high: int, blank: int | None = None) -> Any:  # noqa: ANN401
-        """Return a column of integers in [low, high]; `blank` stands for an empty cell."""
+        """Return a column of integers in [low, high]; `blank` is the value of an empty cell."""
 
         def read(text: str) -> int | None:
             text = text.strip()
@@ -66,7 +79,7 @@ class Columns:
 
         return self.parse(column, read, f"an integer >= {low} and <= {high}", 0).astype("int64")
 
-    def numbers(self, column: str, low: float) -> Any:  # noqa: ANN401
+    def floats(self, column: str, low: float) -> Any:  # noqa: ANN401
         """Return a column of finite numbers >= low."""
 
         def read(text: str) -> float | None:
@@ -74,45 +87,46 @@ class Columns:
                 value = float(text)
             except ValueError:
                 return None
-            return value if math.isfinite(value) and value >= low and "_" not in text else None
+            plain = text.isascii() and "_" not in text
+            return value if plain and math.isfinite(value) and value >= low else None
 
         return self.parse(column, read, f"a number >= {low:g}", low).astype("float64")
 
-    def texts(self, column: str, good: Callable[[str], bool], accepted: str) -> None:
+    def check_texts(self, column: str, valid: Callable[[str], bool], accepted: str) -> None:
         """Check a column that stays text."""
-        self.parse(column, lambda text: True if good(text) else None, accepted, False)
+        self.parse(column, lambda text: True if valid(text) else None, accepted, False)
 
-    def devices(self, column: str) -> None:
-        """Check a column of devices whose generators can draw here."""
+    def check_devices(self, column: str) -> None:
+        """Check a column of devices that have a random generator on this machine."""
         accepted = "cpu, or cuda (or cuda:N) where there is such a GPU"
         if not torch.cuda.is_available():
-            accepted += " (here is none, and another device draws other noise)"
-        self.texts(column, _can_draw, accepted)
+            accepted += " (there is none here, and another device generates other noise)"
+        self.check_texts(column, _has_generator, accepted)
 
-    def files(self, column: str) -> Any:  # noqa: ANN401
-        """Return a column of full paths or URLs of files that exist, empty where not given."""
+    def existing_files(self, column: str) -> Any:  # noqa: ANN401
+        """Return a column of full paths or URLs of existing files, empty where not given."""
         names = self.raw[column].tolist()
         paths = [join(self.base, name) if name else "" for name in names]
-        # Nobody looks outside for a table that must not.
-        sought = np.array([path != "" for path in paths]) & ~self.outside(column, names)
-        if sought.any():
-            there = exist([path for path, wanted in zip(paths, sought, strict=True) if wanted])
-            gone = sought.copy()
-            gone[sought] = ~np.array(there)
-            self.reject(column, gone, f"a file below {self.base}")
+        # Files outside of the folder are not even looked up unless allowed.
+        to_check = np.array([path != "" for path in paths]) & ~self.reject_outside(column, names)
+        if to_check.any():
+            checked = [path for path, check in zip(paths, to_check, strict=True) if check]
+            missing = to_check.copy()
+            missing[to_check] = ~np.array(files_exist(checked))
+            self.reject(column, missing, f"a file below {self.base}")
         return pd.Series(paths, index=self.raw.index, dtype=object)
 
-    def outside(self, column: str, names: list[str]) -> Any:  # noqa: ANN401
-        """Note and return which files are not below the root, where they have to be."""
+    def reject_outside(self, column: str, names: list[str]) -> Any:  # noqa: ANN401
+        """Report and return which files are outside of the folder, unless that is allowed."""
         if self.allow_outside:
             return np.zeros(len(names), dtype=bool)
-        out = np.array([leaves(self.base, name) for name in names], dtype=bool)
+        outside = np.array([is_outside(self.base, name) for name in names], dtype=bool)
         accepted = f"inside of {self.base} (or set data.allow_outside: true)"
-        self.reject(column, out, accepted)
-        return out
+        self.reject(column, outside, accepted)
+        return outside
 
-    def values(self, column: str) -> list[Any]:
-        """Return a column of pictures, numbers or texts, whichever all of it is."""
+    def call_values(self, column: str) -> list[Any]:
+        """Return a column of numbers, pictures or texts: the first type that fits all its cells."""
         texts = self.raw[column].str.strip()
         numbers = pd.to_numeric(texts, errors="coerce")
         if numbers.notna().all():
@@ -120,10 +134,10 @@ class Columns:
         if not texts.str.lower().str.endswith(SUFFIXES).any():
             return self.raw[column].tolist()
         pictures = [Picture(join(self.base, text)) for text in texts]
-        sought = np.flatnonzero(~self.outside(column, texts.tolist()))
+        to_check = np.flatnonzero(~self.reject_outside(column, texts.tolist()))
         broken = np.zeros(len(pictures), dtype=bool)
-        sizes = picture_sizes([pictures[index] for index in sought])
-        broken[sought] = [isinstance(size, ValueError) for size in sizes]
+        sizes = picture_sizes([pictures[index] for index in to_check])
+        broken[to_check] = [isinstance(size, InputError) for size in sizes]
         self.reject(column, broken, f"a picture below {self.base}")
         return pictures
 
@@ -132,35 +146,35 @@ def add_row_problems(
     table: pd.DataFrame,
     bad: Any,  # noqa: ANN401
     problems: Problems,
-    say: Callable[[int], str],
+    message: Callable[[int], str],
     name_image: bool = True,
 ) -> None:
-    """Note the rows where `bad` is true; `say` makes the message of a row's position."""
+    """Report the rows where `bad` is true; `message` is called with the position of a row."""
     indices = np.flatnonzero(np.asarray(bad, dtype=bool))
     rows = table["row"].to_numpy()
-    for index in problems.shown(rows[indices], indices):
+    for index in problems.add_rows(rows[indices], indices):
         image = str(table["image"].iloc[index]) if name_image else ""
-        problems.add(say(index), int(rows[index]), image)
+        problems.add(message(index), int(rows[index]), image)
 
 
-def read_calls(columns: Columns, call_columns: dict[str, str]) -> list[dict[str, Any]]:
-    """Return each row's further arguments of the pipeline's call.
+def read_calls(parser: ColumnParser, call_columns: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the further arguments of the pipeline's call of each row.
 
     Args:
-        columns: The table.
-        call_columns: Argument to column.
+        parser: The table.
+        call_columns: Argument -> column.
 
     Returns:
-        For every row argument -> `Picture`, number or text.
+        For every row: argument -> `Picture`, number or text.
     """
     if not call_columns:
-        return [{}] * len(columns.raw)
-    values = [columns.values(column) for column in call_columns.values()]
+        return [{}] * len(parser.raw)
+    values = [parser.call_values(column) for column in call_columns.values()]
     return [dict(zip(call_columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def call_key(call: dict[str, Any]) -> str:
-    """Return what rows of a batch must share: numbers, and the sizes of pictures."""
+    """Return a key of what the rows of a batch must share: numbers, and the sizes of pictures."""
     shared = {
         name: image_size(value) if isinstance(value, Picture) else value
         for name, value in call.items()
@@ -169,23 +183,23 @@ def call_key(call: dict[str, Any]) -> str:
     return repr(shared)
 
 
-def picture_sizes(paths: Sequence[str]) -> list[tuple[int, int] | ValueError]:
-    """Return (height, width) from the headers of pictures, or what is wrong with them."""
+def picture_sizes(paths: Sequence[str]) -> list[tuple[int, int] | InputError]:
+    """Return (height, width) from the header of each picture, or the error."""
 
-    def size(path: str) -> tuple[int, int] | ValueError:
+    def size_or_error(path: str) -> tuple[int, int] | InputError:
         try:
             return image_size(path)
-        except ValueError as error:
+        except InputError as error:
             return error
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(size, paths))
+        return list(pool.map(size_or_error, paths))
 
 
-def _can_draw(device: str) -> bool:
-    """Whether a generator of this device can be made here."""
+def _has_generator(device: str) -> bool:
+    """Return whether this machine has a random generator on the device."""
     try:
         torch.Generator(device)
-    except RuntimeError:  # an unknown name, or no such device in this machine
+    except RuntimeError:  # unknown name, or no such device
         return False
     return True

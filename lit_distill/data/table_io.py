@@ -1,9 +1,14 @@
-"""Tables of text: CSV, JSON or JSONL as it stands, and the problems that were found in one."""
+"""Reads a CSV, JSON or JSONL file as a table of text, and collects the problems of a table.
+
+No column has a meaning here; `metadata` and `teacher.prompts` define those.
+"""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,20 +16,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lit_distill.data.filesystem import opened
+from lit_distill.data.filesystem import open_file
+from lit_distill.data.text import decode, invalid_character, parse_json, shorten
+from lit_distill.errors import InputError
 
 MAX_PROBLEMS = 50
+"""Number of problems that an error lists; the others are counted."""
 
 
-class MetadataError(ValueError):
-    """A metadata table can't be used; the message lists every problem found, up to 50."""
+class MetadataError(InputError):
+    """A table can't be used; the message lists all problems, up to 50."""
 
 
 class Problems:
-    """Collects what is wrong with a table, so that one error can show it all.
+    """Collects the problems of a table, so that one error can list all of them.
 
     Attributes:
-        rows: Numbers of the rows that something is wrong with.
+        rows: Numbers of the rows with a problem.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,18 +42,18 @@ class Problems:
         self._more = 0
 
     def add(self, text: str, row: int | None = None, image: str = "") -> None:
-        """Note one problem; `row` is the number that a spreadsheet shows."""
-        place = "" if row is None else f" row {row}"
-        shown = f" (image={image!r})" if image else ""
+        """Add one problem; `row` is the number that a spreadsheet shows."""
+        where = "" if row is None else f" row {row}"
+        named = f" (image={shorten(image, 200)})" if image else ""
         name = self.path.rpartition("/")[2]
-        self._lines.append((row or 0, f"{name}{place}{shown}: {text}"))
+        self._lines.append((row or 0, f"{name}{where}{named}: {text}"))
         if row is not None:
             self.rows.add(row)
 
-    def shown(self, rows: Any, indices: Any) -> Any:  # noqa: ANN401
-        """Return the first of `indices`, to be described; the others are counted only.
+    def add_rows(self, rows: Any, indices: Any) -> Any:  # noqa: ANN401
+        """Count bad rows and return the first of `indices`, of which messages are to be added.
 
-        A million bad rows are told as soon as fifty.
+        With messages for those only, a million bad rows are reported as fast as fifty.
         """
         self.rows.update(int(row) for row in rows)
         self._more += max(0, len(indices) - MAX_PROBLEMS)
@@ -55,110 +63,158 @@ class Problems:
         lines = [text for _, text in sorted(self._lines, key=lambda line: line[0])]
         count = len(lines) + self._more
         more = count - min(len(lines), MAX_PROBLEMS)
-        shown = lines[:MAX_PROBLEMS] + ([f"... and {more} more"] if more else [])
+        listed = lines[:MAX_PROBLEMS] + ([f"... and {more} more"] if more else [])
         title = "1 problem" if count == 1 else f"{count} problems"
-        return "\n".join([f"{title} in {self.path}:", *shown])
+        return "\n".join([f"{title} in {self.path}:", *listed])
 
     def check(self) -> None:
-        """Raise what was collected.
+        """Raise an error if there are problems.
 
         Raises:
-            MetadataError: If there was any problem.
+            MetadataError: Lists all problems.
         """
         if self._lines:
             raise MetadataError(str(self))
 
 
 def read_table(path: str | Path, problems: Problems) -> pd.DataFrame:
-    """Read a table as text, whatever its columns: types are declared by who uses them.
+    """Read a table with all columns as text.
 
-    pandas would make NaN of a prompt "NA" and floats of a column of seeds with a blank.
+    Types are not inferred: a prompt "NA" stays a text, and so does a seed beside an empty cell.
 
     Args:
-        path: .csv, .json (a list of objects) or .jsonl (an object a line); a file or a URL.
-        problems: Where duplicate columns and objects that are none are noted.
+        path: .csv, .json (a list of objects) or .jsonl (one object per line); a file or a URL.
+        problems: Collects rows with too many values, entries that are not objects, and texts that
+            can't be written to a file.
 
     Returns:
         Columns of text, empty where not given, and ``row``: the number that a spreadsheet shows
-        (header = 1), the number of the object, or of the line.
+        (header = 1), the number of the JSON object, or the line of the JSONL file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        MetadataError: If it is not of that format.
+        MetadataError: If it is not in the format of its suffix.
     """
     suffix = Path(str(path)).suffix.lower()
     read = {".json": _read_json, ".jsonl": _read_jsonl}.get(suffix, _read_csv)
     try:
-        with opened(path) as stream:
-            return read(stream, problems)
+        return read(read_text(path), problems)
+    except MetadataError:
+        raise
+    except ValueError as error:
+        kind = {".json": "a JSON list of objects", ".jsonl": "JSONL"}.get(suffix, "a CSV file")
+        raise MetadataError(f"{path} is not {kind} in UTF-8: {error}") from error
+
+
+def column_names(table: pd.DataFrame) -> str:
+    """Return the names of a table's columns for a message; the first ones if there are many."""
+    names = [shorten(str(name)) for name in table if name != "row"]
+    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a UTF-8 file or URL.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not UTF-8; the message does not name the file.
+    """
+    try:
+        with open_file(path) as stream:
+            return decode(stream.read())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        if isinstance(error, MetadataError):
-            raise
-        kind = {".json": "a JSON list of objects", ".jsonl": "JSONL"}.get(suffix, "a CSV file")
-        hint = "" if read is not _read_csv else "; values with commas or line breaks need quotes"
-        reason = str(error).replace("Error tokenizing data. C error: ", "").strip()
-        raise MetadataError(f"{path} is not {kind} in UTF-8: {reason}{hint}") from error
 
 
-def _read_csv(stream: Any, problems: Problems) -> pd.DataFrame:  # noqa: ANN401
-    # The header is read as a row like the others, else pandas renames what occurs twice.
+def _read_csv(text: str, problems: Problems) -> pd.DataFrame:
+    header, rows = _check_csv(text, problems)
+    # All lines are read as rows, since pandas would rename duplicate columns.
     table = pd.read_csv(
-        stream,
-        dtype=str,
+        io.StringIO(text, newline=""),
+        dtype=object,
         header=None,
+        names=range(len(header)),
+        index_col=False,
         keep_default_na=False,
         na_filter=False,
         skip_blank_lines=False,  # they count as rows in a spreadsheet
-        encoding="utf-8-sig",
     )
-    header = [str(name).strip() for name in table.iloc[0]]
-    for name in sorted({name for name in header if name and header.count(name) > 1}):
-        problems.add(f"column {name!r} occurs {header.count(name)} times; keep one of them")
-    problems.check()
+    if len(table) != rows + 1:
+        raise InputError(f"its lines are ambiguous: {rows} rows, or {len(table) - 1}")
     table = table.iloc[1:].set_axis(header, axis=1)
-    table = table.loc[:, [name != "" for name in header]]
-    table = table.assign(row=np.arange(2, len(table) + 2))
+    if "" in header:
+        if (table[[""]] != "").to_numpy().any():
+            problems.add("the header has a column without a name, but rows have values in it")
+        table = table.drop(columns="")
+    problems.check()
+    table = table.assign(row=np.arange(2, rows + 2))
     blank = (table["prompt"] == "") if "prompt" in table else pd.Series(False, index=table.index)
-    if blank.any():  # a look at all columns only where it can matter
+    if blank.any():  # all columns are compared only if needed, for speed
         blank &= (table.drop(columns="row") == "").all(axis=1)
     return table[~blank].reset_index(drop=True)
 
 
-def _read_json(stream: Any, problems: Problems) -> pd.DataFrame:  # noqa: ANN401
-    records = _loads(stream.read().decode("utf-8-sig"))
+def _check_csv(text: str, problems: Problems) -> tuple[list[str], int]:
+    """Check what pandas passes over: quotes, the number of values in a row, and column names.
+
+    pandas reads the values all the same: it takes a fifth of the time for a million rows.
+
+    Returns:
+        The names of the columns, and the number of rows below them.
+    """
+    header: list[str] | None = None
+    number = 0
+    try:
+        for number, cells in enumerate(csv.reader(io.StringIO(text, newline=""), strict=True), 1):
+            if header is None:
+                header = [name.strip() for name in cells]
+            elif len(cells) > len(header):
+                problems.add(
+                    f"has {len(cells)} values, but the header has {len(header)} columns; values "
+                    "with commas or line breaks need quotes",
+                    number,
+                )
+    except csv.Error as error:
+        problems.add(_QUOTING.get(str(error), str(error)), number + 1)
+    for name, count in sorted(Counter(header).items()):
+        if name and count > 1:
+            problems.add(f"column {shorten(name)} occurs {count} times; keep one of them")
+    problems.check()
+    if not header:
+        raise InputError("it has no header")
+    return header, number - 1
+
+
+_QUOTING = {
+    "',' expected after '\"'": "has text after a closing quote; write a quote in a value twice, as "
+    'in "a ""good"" one"',
+    "unexpected end of data": "has a quote that is never closed",
+}
+"""What Python's reader reports -> what it means."""
+
+
+def _read_json(text: str, problems: Problems) -> pd.DataFrame:
+    records = _loads(text)
     if not isinstance(records, list):
-        raise ValueError(f"found {type(records).__name__}")
+        raise InputError(f"found {type(records).__name__}")
     return _from_records(enumerate(records, 1), problems)
 
 
-def _read_jsonl(stream: Any, problems: Problems) -> pd.DataFrame:  # noqa: ANN401
+def _read_jsonl(text: str, problems: Problems) -> pd.DataFrame:
     def records() -> Iterator[tuple[int, Any]]:
-        for number, line in enumerate(io.TextIOWrapper(stream, "utf-8-sig"), 1):
+        for number, line in enumerate(io.StringIO(text, newline=None), 1):
             if line.strip():
                 try:
                     yield number, _loads(line)
                 except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from error
+                    raise InputError(f"line {number}: {error}") from error
 
     return _from_records(records(), problems)
 
 
 def _loads(text: str) -> Any:  # noqa: ANN401
-    """Read JSON, its numbers as they are written: 5 is a seed, 5.0 is none."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"an object has {twice!r} more than once")
-        return found
-
-    return json.loads(
-        text, parse_int=str, parse_float=str, parse_constant=str, object_pairs_hook=once
-    )
+    """Parse JSON with numbers as they are written: 5 is a valid seed, 5.0 is not."""
+    return parse_json(text, parse_int=str, parse_float=str, parse_constant=str)
 
 
 def _from_records(records: Iterable[tuple[int, Any]], problems: Problems) -> pd.DataFrame:
@@ -166,9 +222,11 @@ def _from_records(records: Iterable[tuple[int, Any]], problems: Problems) -> pd.
     rows: list[int] = []
     for number, record in records:
         if not isinstance(record, dict):
-            problems.add(f"must be an object, got {record!r}", number)
+            problems.add(f"must be an object, got {shorten(record)}", number)
             continue
         for name, value in record.items():
+            if invalid := invalid_character(name + _as_text(value)):
+                problems.add(f"{shorten(name)} holds {invalid}", number)
             column = columns.setdefault(name, [])
             column.extend([""] * (len(rows) - len(column)))
             column.append(_as_text(value))
@@ -179,7 +237,7 @@ def _from_records(records: Iterable[tuple[int, Any]], problems: Problems) -> pd.
 
 
 def _as_text(value: Any) -> str:  # noqa: ANN401
-    """Return a JSON value as a cell: null is one that is not given."""
+    """Return a JSON value as the text of a cell; null is an empty cell."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,37 +1,42 @@
-"""Prompts and images encoded once: the pipeline's own encoders answer from memory.
+"""Caches a pipeline's encoders: each prompt and each image is encoded only once.
 
-Nothing is known of what a family's encoders take or return. A call for B samples becomes B calls
-for one, whose results are kept and put together again. How, is learned from the
-pipeline: one prompt encoded twice in a call shows what carries the batch, and two prompts of
-different length show how the shorter one is padded.
+The cache works for any family, whatever its encoders take and return. A call for B samples becomes
+B calls for one sample. Their results are stored and collated to a batch by rules learned from the
+pipeline itself (`encoding.collate`).
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_distill.data.filesystem import file_facts
+from lit_distill.data.filesystem import content_digest
 from lit_distill.data.images import read_image
 from lit_distill.encoding.collate import (
     CollateExample,
     EncodingCollateError,
     EncodingCollator,
     MixedLengths,
-    differ,
+    encodings_differ,
     tensor_sizes,
     to_device,
 )
-from lit_distill.encoding.fingerprint import fingerprint, weights_summary
-from lit_distill.encoding.store import EncodingStore
-from lit_distill.pipelines.components import denoisers, weightless_copy
+from lit_distill.encoding.fingerprint import encoders_digest, fingerprint
+from lit_distill.encoding.store import EncodingStore, LostEncodingError
+from lit_distill.errors import InputError
+from lit_distill.pipelines.components import (
+    denoisers,
+    replace_component,
+    replaced_components,
+    weightless_copy,
+)
 from lit_distill.pipelines.latent_codec import has_frames, vae_encode
 from lit_distill.pipelines.rollout import run_pipeline
 
@@ -40,102 +45,131 @@ if TYPE_CHECKING:
 
 
 class EncodeOnce:
-    """Takes the place of a pipeline's `encode_prompt`, `encode_image` and `vae.encode`.
+    """Caches a pipeline's `encode_prompt`, `encode_image` and `vae.encode`.
 
     Args:
-        pipe: A pipeline; the methods are replaced on the instance, where it has them.
-        store: Where encodings are kept; default: in memory.
+        pipe: A pipeline. Those of the methods that it has are replaced on the instance.
+        store: Stores the encodings; default: in memory.
+
+    Attributes:
+        namespace: Digest of the encoders, part of every key, so that several models can share a
+            folder. Empty for a store in memory.
+        released: Whether the encoders have been freed, so that only stored encodings are available.
+        not_stored: Why an encoding could not be stored; None: all could.
     """
 
     def __init__(self, pipe: DiffusionPipeline, store: EncodingStore | None = None) -> None:
         self.pipe = pipe
         self.store = EncodingStore() if store is None else store
         self.released = False
-        self.identity = ""
-        if self.store.folder is not None:  # shared with other models
-            models = {
-                name: weights_summary(component)
-                for name, component in pipe.components.items()
-                if isinstance(component, nn.Module) and name not in denoisers(pipe)
-            }
-            versions = [version(name) for name in ("diffusers", "transformers", "torch")]
-            self.identity = fingerprint([type(pipe).__name__, versions, models])
+        self.not_stored: str | None = None
+        self._keys: set[str] | None = None  # of the encodings of a call, see populate
+        self.namespace = "" if self.store.folder is None else encoders_digest(pipe)
         for name in ("encode_prompt", "encode_image"):
             if callable(getattr(pipe, name, None)):
-                setattr(pipe, name, _Encoder(self, getattr(pipe, name)))
+                setattr(pipe, name, _CachedEncoder(self, getattr(pipe, name)))
         vae: Any = getattr(pipe, "vae", None)
         if hasattr(vae, "encode"):
-            vae.encode = _ImageEncoder(self, vae.encode)
+            vae.encode = _CachedVAEEncoder(self, vae.encode)
 
-    def image_latents(self, path: str) -> None:
-        """Keep what the VAE makes of an image file, to be found again by its name and date."""
-        key = image_key(self.identity, path)
+    def cache_image(self, path: str) -> None:
+        """Store the VAE's encoding of an image file, under the digest of its content."""
+        key = image_key(self.namespace, path)
         if key not in self.store:
             vae: Any = self.pipe.vae
-            own = vae.encode.own  # past the memory of single images: they are kept here
             image = read_image(path).unsqueeze(0)
-            self.store[key] = vae_encode(vae, image, frames=has_frames(vae), encode=own)
+            # The original method: the cached one would store the encoding a second time.
+            original = vae.encode.original
+            self.store[key] = vae_encode(vae, image, frames=has_frames(vae), encode=original)
 
     def key(self, *content: Any) -> str:  # noqa: ANN401
-        """Return the key under which something that these encoders make of `content` is kept."""
-        return fingerprint((self.identity, content))
+        """Return the key under which the encoding of `content` by this pipeline is stored."""
+        return fingerprint((self.namespace, content))
 
-    def recall(self, own: Callable[..., Any], given: dict[str, Any]) -> Any:  # noqa: ANN401
-        """Return what `own` returns for the arguments, in host memory; computed at most once.
+    def get_or_encode(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Return the result of an encoder, in host memory: the stored one if there is one.
+
+        Args:
+            original: The pipeline's method.
+            arguments: Its arguments, by name.
 
         Raises:
-            TypeError: If an argument's content can't be told, so that nothing can be kept.
+            TypeError: If an argument is of a kind that can't be part of a key.
         """
-        content = {name: value for name, value in sorted(given.items()) if name != "device"}
-        key = self.key(own.__name__, content)
-        if key not in self.store:
-            self.store[key] = self.compute(own, given)
-        return self.store[key]
+        content = {name: value for name, value in sorted(arguments.items()) if name != "device"}
+        key = self.key(original.__name__, content)
+        if self._keys is not None:
+            self._keys.add(key)
+        if key in self.store:
+            try:
+                return self.store[key]
+            except LostEncodingError as error:
+                if self.released:
+                    raise lost(error) from error
+                warnings.warn(f"{error}: its content is encoded again", stacklevel=2)
+        encoded = to_device(self.encode(original, arguments), torch.device("cpu"))
+        try:
+            self.store[key] = encoded
+        except TypeError as error:  # no type that can be stored
+            self.not_stored = f"{original.__name__}: {error}"
+        return encoded
 
-    def compute(self, own: Callable[..., Any], given: dict[str, Any]) -> Any:  # noqa: ANN401
-        """Return what `own` returns, as in inference: a trainer's autocast must not reach it.
+    def encode(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Call an encoder as in inference, without gradients and without the trainer's autocast.
 
         Raises:
             RuntimeError: If the encoders have been released.
         """
         if self.released:
-            texts = {name: value for name, value in given.items() if "prompt" in name and value}
+            texts = {name: value for name, value in arguments.items() if "prompt" in name and value}
             raise RuntimeError(
-                f"the encoders are released, but {own.__name__} was to encode {texts}"
+                f"the encoders are released, but {original.__name__} was called with {texts}"
             )
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return own(**given)
+            return original(**arguments)
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline runs."""
+        """The device on which the pipeline runs."""
         return torch.device(self.pipe._execution_device)
 
-    def rehearse(self, *, cfg_scale: float, **arguments: Any) -> None:  # noqa: ANN401
-        """Run the pipeline up to its first denoiser call, so that all encodings of it are kept."""
+    def populate(self, *, cfg_scale: float, **arguments: Any) -> set[str]:  # noqa: ANN401
+        """Store all encodings that a call of the pipeline needs, without calling the denoisers.
+
+        Args:
+            cfg_scale: Guidance of the call.
+            **arguments: Its other arguments, as for `run_pipeline`.
+
+        Returns:
+            The keys of these encodings.
+        """
 
         def stop(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
             raise _ReachedError
 
-        own = denoisers(self.pipe)
-        encoders = [c for c in self.pipe.components.values() if isinstance(c, nn.Module)]
-        weights = (p for c in encoders if c not in own.values() for p in c.parameters())
+        originals = denoisers(self.pipe)
+        modules = [c for c in self.pipe.components.values() if isinstance(c, nn.Module)]
+        weights = (p for m in modules if m not in originals.values() for p in m.parameters())
         device = next(weights, torch.empty(0)).device
-        for name, denoiser in own.items():
-            # The denoiser need not be where the encoders are; pipelines run where their first is.
-            stand_in = weightless_copy(denoiser, device)
-            stand_in.forward = stop
-            self.pipe.__dict__[name] = stand_in
+        # A pipeline runs on the device of its first module, which may be a denoiser; the encoders
+        # may be on another device.
+        copies = {name: weightless_copy(each, device) for name, each in originals.items()}
+        for denoiser in copies.values():
+            denoiser.forward = stop
+        keys: set[str] = set()
+        self._keys = keys
         try:
-            with suppress(_ReachedError), torch.no_grad():
+            with replaced_components(self.pipe, **copies), suppress(_ReachedError), torch.no_grad():
                 run_pipeline(self.pipe, cfg_scale=cfg_scale, output_type="latent", **arguments)
         finally:
-            self.pipe.__dict__.update(own)
+            self._keys = None
+        return keys
 
     def release(self, device: torch.device) -> Any:  # noqa: ANN401
-        """Let go of everything but the denoisers; shells stay in the pipeline.
+        """Free all modules except the denoisers; weightless copies stay in the pipeline.
 
-        A shell has its model's configuration, modules and buffers, and no weights.
+        Args:
+            device: Device of the copies' buffers.
 
         Returns:
             The VAE, in host memory, or None.
@@ -143,112 +177,135 @@ class EncodeOnce:
         vae = getattr(self.pipe, "vae", None)
         for name, component in self.pipe.components.items():
             if isinstance(component, nn.Module) and name not in denoisers(self.pipe):
-                self.pipe.__dict__[name] = weightless_copy(component, device)
+                replace_component(self.pipe, name, weightless_copy(component, device))
         self.released = True
         return None if vae is None else vae.cpu()
 
 
-def image_key(identity: str, path: str) -> str:
-    """Return the key of an image file, as long as it is the same."""
-    return fingerprint((identity, "image", file_facts(path)))
+def image_key(namespace: str, path: str) -> str:
+    """Return the key of an image file, which depends on its content only."""
+    return fingerprint((namespace, "image", content_digest(path)))
 
 
-def encoded_image(store: EncodingStore, identity: str, path: str) -> Tensor:
-    """Return what `EncodeOnce.image_latents` has kept of a file, (C, h, w) or (C, 1, h, w).
+def encoded_image(store: EncodingStore, namespace: str, path: str) -> Tensor:
+    """Return the encoding that `EncodeOnce.cache_image` has stored, (C, h, w) or (C, 1, h, w).
 
     Raises:
-        ValueError: If the file has changed since.
+        InputError: If the file has changed since, or the encoding can't be read any more.
     """
-    key = image_key(identity, path)
+    key = image_key(namespace, path)
     if key not in store:
-        raise ValueError(f"{path} has changed since training began")
-    latents: Tensor = store[key]
+        raise InputError(f"{path} has changed since training began")
+    try:
+        latents: Tensor = store[key]
+    except LostEncodingError as error:
+        raise lost(error) from error
     return latents[0]
 
 
+def lost(error: LostEncodingError) -> InputError:
+    """Return the error for an encoding that is lost after the encoders have been freed."""
+    return InputError(f"{error}; start training again: its content is then encoded again")
+
+
 class _ReachedError(Exception):
-    """The pipeline has encoded all it needs."""
+    """The pipeline has called a denoiser, so all encodings are stored."""
 
 
-class _Encoder:
-    """A method of a pipeline that encodes prompts, images or both."""
+class _CachedEncoder:
+    """Replaces a method of a pipeline that encodes prompts, pictures or both."""
 
-    def __init__(self, once: EncodeOnce, own: Callable[..., Any]) -> None:
-        self.once = once
-        self.own = own
-        self.__name__ = own.__name__
-        self.__signature__ = inspect.signature(own)  # pipelines look for arguments in it
+    def __init__(self, cache: EncodeOnce, original: Callable[..., Any]) -> None:
+        self.cache = cache
+        self.original = original
+        self.__name__ = original.__name__
+        self.__signature__ = inspect.signature(original)  # pipelines inspect it for arguments
         self.examples: dict[str, CollateExample] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Return what the pipeline's own method returns."""
+        """Return what the pipeline's method returns."""
         bound = self.__signature__.bind(*args, **kwargs).arguments
-        given = {k: v for name, v in bound.items() for k, v in _spread(name, v, self.__signature__)}
-        texts = [v for v in given.values() if isinstance(v, list) and _all(str, v)]
+        arguments = {
+            name: value
+            for parameter, bound_value in bound.items()
+            for name, value in _named_arguments(parameter, bound_value, self.__signature__)
+        }
+        texts = [v for v in arguments.values() if _is_list_of_str(v)]
         sizes = {len(value) for value in texts}
+        has_embeds = any("embeds" in k and v is not None for k, v in arguments.items())
         try:
-            if len(sizes) != 1 or any("embeds" in k and v is not None for k, v in given.items()):
-                encoded = self.once.recall(self.own, given)
+            if len(sizes) != 1 or has_embeds:
+                encoded = self.cache.get_or_encode(self.original, arguments)
             else:
-                encoded = self._batch(given, sizes.pop())
-        except TypeError:  # of unknown content, so not to be kept
-            return self.once.compute(self.own, given)
-        return to_device(encoded, torch.device(given.get("device") or self.once.device))
+                encoded = self._encode_batch(arguments, sizes.pop())
+        except TypeError as error:  # an argument that can't be part of a key
+            self.cache.not_stored = f"{self.__name__}: {error}"
+            encoded = self.cache.encode(self.original, arguments)
+        return to_device(encoded, torch.device(arguments.get("device") or self.cache.device))
 
-    def _batch(self, given: dict[str, Any], size: int) -> Any:  # noqa: ANN401
-        samples = [_sample(given, [index], size) for index in range(size)]
-        parts = [self.once.recall(self.own, sample) for sample in samples]
+    def _encode_batch(self, arguments: dict[str, Any], size: int) -> Any:  # noqa: ANN401
+        samples = [_select_samples(arguments, [index], size) for index in range(size)]
+        encodings = [self.cache.get_or_encode(self.original, sample) for sample in samples]
         if size == 1:
-            return parts[0]
-        # Learned once for each way of calling, so that it is there when the encoders are not.
-        common = {k: v for k, v in samples[0].items() if k != "device" and v is given.get(k)}
+            return encodings[0]
+        # One example for each set of common arguments. It is kept for when the encoders are freed.
+        common = {k: v for k, v in samples[0].items() if k != "device" and v is arguments.get(k)}
         example = self.examples.setdefault(fingerprint(common), CollateExample())
-        if example.twin is None:
-            twin = self.once.recall(self.own, _sample(given, [0, 0], size))
-            if differ(EncodingCollator()([parts[0], parts[0]], parts[0], twin, None), twin):
-                raise EncodingCollateError("two encodings of one prompt")
-            example.one, example.twin = parts[0], twin
-        lengths = [tensor_sizes(part) for part in parts]
+        if example.doubled is None:
+            self._learn_doubled(example, encodings[0], _select_samples(arguments, [0, 0], size))
+        lengths = [tensor_sizes(encoding) for encoding in encodings]
         if len(set(lengths)) > 1 and example.mixed is None:
-            ends = [lengths.index(min(lengths)), lengths.index(max(lengths))]
-            together = self.once.recall(self.own, _sample(given, ends, size))
-            example.mixed = MixedLengths(parts[ends[0]], parts[ends[1]], together)
+            short, long = lengths.index(min(lengths)), lengths.index(max(lengths))
+            both = _select_samples(arguments, [short, long], size)
+            together = self.cache.get_or_encode(self.original, both)
+            example.mixed = MixedLengths(encodings[short], encodings[long], together)
         mixed = example.mixed if len(set(lengths)) > 1 else None
-        return EncodingCollator()(parts, example.one, example.twin, mixed)
+        return EncodingCollator()(encodings, example.single, example.doubled, mixed)
+
+    def _learn_doubled(self, example: CollateExample, single: Any, twice: dict[str, Any]) -> None:  # noqa: ANN401
+        doubled = self.cache.get_or_encode(self.original, twice)
+        collated = EncodingCollator()([single, single], single, doubled, None)
+        if encodings_differ(collated, doubled):
+            raise EncodingCollateError("two encodings of one prompt")
+        example.single, example.doubled = single, doubled
 
 
-class _ImageEncoder:
-    """A VAE's `encode`, which keeps the result of every image."""
+class _CachedVAEEncoder:
+    """Replaces a VAE's `encode` and stores the encoding of each image."""
 
-    def __init__(self, once: EncodeOnce, own: Callable[..., Any]) -> None:
-        self.once = once
-        self.own = own
+    def __init__(self, cache: EncodeOnce, original: Callable[..., Any]) -> None:
+        self.cache = cache
+        self.original = original
 
     def __call__(self, x: Tensor, return_dict: bool = True) -> Any:  # noqa: ANN401
-        parts = [
-            to_device(self.once.recall(self.own, {"x": part}), x.device)
-            for part in torch.split(x, 1)
+        outputs = [
+            to_device(self.cache.get_or_encode(self.original, {"x": image}), x.device)
+            for image in torch.split(x, 1)
         ]
-        output = copy.copy(parts[0])
+        output = copy.copy(outputs[0])
         if hasattr(output, "latent_dist"):
-            kind = type(output.latent_dist)
-            output.latent_dist = kind(torch.cat([p.latent_dist.parameters for p in parts]))
+            distribution = type(output.latent_dist)
+            parameters = torch.cat([each.latent_dist.parameters for each in outputs])
+            output.latent_dist = distribution(parameters)
         else:
-            output.latent = torch.cat([part.latent for part in parts])
+            for name in output:  # of a field: they are dictionaries
+                output[name] = torch.cat([each[name] for each in outputs])
         return output if return_dict else output.to_tuple()
 
 
-def _all(kind: type, values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(value, kind) for value in values)
+def _is_list_of_str(value: Any) -> bool:  # noqa: ANN401
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(entry, str) for entry in value)
 
 
-def _spread(name: str, value: Any, signature: inspect.Signature) -> Any:  # noqa: ANN401
-    """Yield an argument, or what ``**kwargs`` holds."""
+def _named_arguments(name: str, value: Any, signature: inspect.Signature) -> Any:  # noqa: ANN401
+    """Return the (name, value) pairs of a bound argument: several for ``**kwargs``."""
     var_keyword = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
     return value.items() if var_keyword else ((name, value),)
 
 
-def _sample(given: dict[str, Any], indices: list[int], size: int) -> dict[str, Any]:
+def _select_samples(arguments: dict[str, Any], indices: list[int], size: int) -> dict[str, Any]:
     """Return the arguments for some samples of a batch of `size`."""
 
     def pick(value: Any) -> Any:  # noqa: ANN401
@@ -258,7 +315,7 @@ def _sample(given: dict[str, Any], indices: list[int], size: int) -> dict[str, A
             return value[indices]
         return value
 
-    chosen = {name: pick(value) for name, value in given.items()}
-    if "batch_size" in chosen:  # HunyuanImage is told how many prompts there are
-        chosen["batch_size"] = len(indices)
-    return chosen
+    selected = {name: pick(value) for name, value in arguments.items()}
+    if "batch_size" in selected:  # HunyuanImage takes the number of prompts as an argument
+        selected["batch_size"] = len(indices)
+    return selected

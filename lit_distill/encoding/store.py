@@ -1,183 +1,224 @@
-"""Encodings kept: in memory, or in a folder of safetensors shards that outlives the run."""
+"""A key-value store of encodings, in memory or in a folder of safetensors shards."""
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import json
 import os
+import re
+import time
 import uuid
+import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from lit_distill.data.whole_files import remove_temporary_files, write_file
+from lit_distill.encoding.structure import flatten, unflatten
+from lit_distill.errors import InputError
+from lit_distill.pipelines.model_digest import tensor_digest
+
+FOLDER = "encodings-v1"
+"""Folder of the shards, inside the folder that the user names."""
+
 SHARD_BYTES = 256 * 2**20
+"""Approximate size of a shard."""
+
+FLUSH_SECONDS = 60.0
+"""New encodings are written to the disk after this time at the latest."""
 
 MEMORY_BYTES = 4 * 2**30
+"""Size limit of a store in memory; the oldest encodings are dropped."""
+
+WRITER = "lit_distill"
+"""Marks our shards, in their metadata."""
+
+_SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
+
+_ABANDONED_SECONDS = 3600.0
+"""Age at which a temporary file belongs to a killed process: a shard is written in seconds."""
+
+
+class LostEncodingError(Exception):
+    """A stored encoding can't be read any more: its shard is damaged or has vanished."""
+
+
+class _Entry(NamedTuple):
+    path: Path
+    structure: Any
+    tensors: int
+    sha256: str
 
 
 class EncodingStore:
-    """Keeps encodings (tensors, however nested) under digests of what was encoded.
+    """Stores encodings (nested tensors) under digests of what was encoded.
 
-    With a folder they are written to shards of about 256 MiB, each whole or not at all, and read
-    from there by any number of processes. Without one the latest 4 GiB are kept in memory. A key
-    says all that the encoding depends on, so a shard can't be out of date; one that can't be read
-    is removed, and what it held is encoded anew.
+    With a folder, encodings are written to shards of about 256 MiB, at least every minute, and can
+    be read by any number of processes. Without one, the latest 4 GiB are kept in memory. A key
+    covers everything that the encoding depends on, so a shard is never out of date. The shards are
+    in a folder of their own, `FOLDER`, and files of another kind in it are ignored. Every entry has
+    a checksum, which is verified when a process first reads the entry. A damaged shard is removed,
+    so that its content is encoded again.
 
     Args:
-        folder: Where the shards are; made if missing. None: memory.
+        folder: Folder in which the folder of the shards is created. None: store in memory.
 
     Raises:
-        OSError: If the folder can't be made or read.
+        OSError: If the folder can't be created or read.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder) / FOLDER
         self._memory: OrderedDict[str, tuple[Any, list[Tensor]]] = OrderedDict()
         self._bytes = 0
-        self._index: dict[str, tuple[Path, Any]] = {}
+        self._flushed = time.monotonic()
+        self._index: dict[str, _Entry] = {}
         self._open: dict[tuple[int, Path], Any] = {}
-        self._read: set[Path] = set()
+        self._shards: set[Path] = set()
+        self._verified: set[str] = set()
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_temporary_files(self.folder, older_than=_ABANDONED_SECONDS)
         self.reload()
 
     def __contains__(self, key: str) -> bool:
         return key in self._memory or key in self._index
 
     def __getitem__(self, key: str) -> Any:  # noqa: ANN401
-        """Return an encoding, its tensors in host memory; not to be written to."""
-        if key in self._memory:
-            return _unpacked(*self._memory[key])
-        path, structure = self._index[key]
-        # A handle must not be shared with a process that was forked from this one.
-        place = (os.getpid(), path)
-        if place not in self._open:
-            self._open[place] = safe_open(path, framework="pt")
-        tensors = _Tensors(self._open[place], key)
-        return _unpacked(structure, tensors)
-
-    def __setitem__(self, key: str, value: Any) -> None:  # noqa: ANN401
-        """Keep an encoding.
+        """Return an encoding, its tensors in host memory; do not modify them.
 
         Raises:
-            TypeError: If there is something else in it than tensors, plain values, lists, tuples,
-                dictionaries and distributions of diffusers' VAEs.
+            KeyError: If there is none.
+            LostEncodingError: If its shard is damaged or has vanished. All that the shard held is
+                then no longer in the store.
+        """
+        if key in self._memory:
+            return unflatten(*self._memory[key])
+        entry = self._index[key]
+        try:
+            return self._read(key, entry)
+        except FileNotFoundError as error:
+            self._forget(entry.path)
+            raise LostEncodingError(f"{entry.path} has vanished") from error
+        except (SafetensorError, ValueError) as error:
+            self._remove(entry.path)
+            raise LostEncodingError(f"{entry.path} is damaged ({error})") from error
+
+    def _read(self, key: str, entry: _Entry) -> Any:  # noqa: ANN401
+        # A file handle must not be shared with forked processes.
+        handle = (os.getpid(), entry.path)
+        if handle not in self._open:
+            self._open[handle] = safe_open(entry.path, framework="pt")
+        shard = self._open[handle]
+        tensors = [shard.get_tensor(f"{key}/{index}") for index in range(entry.tensors)]
+        if key not in self._verified:
+            if _checksum(entry.structure, tensors) != entry.sha256:
+                raise InputError("the checksum of an encoding does not match")
+            self._verified.add(key)
+        return unflatten(entry.structure, tensors)
+
+    def __setitem__(self, key: str, value: Any) -> None:  # noqa: ANN401
+        """Store an encoding.
+
+        Raises:
+            TypeError: If it has parts that `lit_distill.encoding.structure` can't take apart.
         """
         tensors: list[Tensor] = []
-        structure = _packed(value, tensors)
+        structure = flatten(value, tensors)
+        if key in self._memory:
+            self._bytes -= _size(self._memory.pop(key)[1])
         self._memory[key] = structure, tensors
         self._bytes += _size(tensors)
-        if self.folder is not None and self._bytes > SHARD_BYTES:
+        if self.folder is None:
+            while self._bytes > MEMORY_BYTES:
+                _, (_, oldest) = self._memory.popitem(last=False)
+                self._bytes -= _size(oldest)
+        elif self._bytes > SHARD_BYTES or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
-        while self.folder is None and self._bytes > MEMORY_BYTES:
-            _, (_, oldest) = self._memory.popitem(last=False)
-            self._bytes -= _size(oldest)
 
     def flush(self) -> None:
-        """Write what is new as a shard; without a folder nothing happens."""
+        """Write new encodings to a shard. Does nothing without a folder."""
+        self._flushed = time.monotonic()
         if self.folder is None or not self._memory:
             return
-        entries = {key: structure for key, (structure, _) in self._memory.items()}
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        entries = {
+            key: _Entry(path, structure, len(parts), _checksum(structure, parts))
+            for key, (structure, parts) in self._memory.items()
+        }
         tensors = {
-            f"{key}/{index}": tensor.detach().cpu().contiguous().clone()
+            f"{key}/{index}": tensor.contiguous().clone()
             for key, (_, parts) in self._memory.items()
             for index, tensor in enumerate(parts)
         }
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        try:
-            save_file(tensors, temporary, metadata={"entries": json.dumps(entries)})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        described = {key: entry[1:] for key, entry in entries.items()}
+        metadata = {"written_by": WRITER, "entries": json.dumps(described)}
+        write_file(path, save(tensors, metadata))
+        self._index.update(entries)
+        self._shards.add(path)
         self._memory.clear()
         self._bytes = 0
-        self._note(path, entries)
+        self._flushed = time.monotonic()
 
     def reload(self) -> None:
-        """Take up shards that other processes, or an earlier run, have written."""
+        """Find shards that other processes or an earlier run have written, and drop vanished ones.
+
+        Raises:
+            OSError: If a shard can't be read, naming the file.
+        """
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path in self._read:
-                continue
+        paths = [path for path in self.folder.iterdir() if _SHARD.fullmatch(path.name)]
+        for path in self._shards.difference(paths):
+            self._forget(path)
+        self._shards.intersection_update(paths)
+        for path in sorted(set(paths) - self._shards):
+            self._shards.add(path)
             try:
-                with safe_open(path, framework="pt") as shard:
-                    self._note(path, json.loads(shard.metadata()["entries"]))
-            except (SafetensorError, TypeError, KeyError, ValueError) as error:
-                rank_zero_warn(f"{path} can't be read ({error}): what it held is encoded anew")
-                path.unlink(missing_ok=True)
+                self._add_shard(path)
+            except FileNotFoundError:
+                continue  # another process has found it damaged
+            except OSError as error:
+                raise OSError(error.errno, f"{path} can't be read: {error}") from error
+            except (SafetensorError, AttributeError, TypeError, KeyError, ValueError) as error:
+                self._remove(path)
+                warnings.warn(
+                    f"{path} is damaged ({error}): its content is encoded again", stacklevel=2
+                )
 
-    def _note(self, path: Path, entries: dict[str, Any]) -> None:
-        self._read.add(path)
-        self._index.update({key: (path, structure) for key, structure in entries.items()})
+    def _add_shard(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as shard:
+            metadata = shard.metadata() or {}
+        if metadata.get("written_by") != WRITER:
+            return  # not our file
+        described = json.loads(metadata["entries"])
+        self._index.update({key: _Entry(path, *entry) for key, entry in described.items()})
+
+    def _forget(self, path: Path) -> None:
+        """Drop all entries of a shard."""
+        self._open.pop((os.getpid(), path), None)
+        self._index = {key: entry for key, entry in self._index.items() if entry.path != path}
+
+    def _remove(self, path: Path) -> None:
+        """Remove a damaged shard; one that can't be removed is ignored from now on."""
+        self._forget(path)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
 
 
-class _Tensors:
-    """The tensors of one entry, read when asked for."""
-
-    def __init__(self, shard: Any, key: str) -> None:  # noqa: ANN401
-        self.shard = shard
-        self.key = key
-
-    def __getitem__(self, index: int) -> Tensor:
-        tensor: Tensor = self.shard.get_tensor(f"{self.key}/{index}")
-        return tensor
+def _checksum(structure: Any, tensors: list[Tensor]) -> str:  # noqa: ANN401
+    """Return the SHA-256 of an encoding, in hexadecimal."""
+    content = [structure, [tensor_digest(tensor) for tensor in tensors]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _size(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _packed(value: Any, tensors: list[Tensor]) -> Any:  # noqa: ANN401
-    """Return what JSON can hold of a value, and put its tensors into the list."""
-    if isinstance(value, Tensor):
-        tensors.append(value.detach().cpu())
-        return {"tensor": len(tensors) - 1}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"plain": value}
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [_packed(entry, tensors) for entry in value]}
-    parameters = getattr(value, "parameters", None)
-    if isinstance(parameters, Tensor):  # the distribution of a VAE
-        return {"class": _name(value), "of": _packed(parameters, tensors)}
-    if isinstance(value, dict):  # among them the outputs of diffusers' models
-        kind = "dict" if type(value) is dict else _name(value)
-        return {"class": kind, "with": {k: _packed(v, tensors) for k, v in value.items()}}
-    raise TypeError(f"cannot keep a {type(value).__name__}")
-
-
-def _name(value: Any) -> str:  # noqa: ANN401
-    kind = type(value)
-    if not kind.__module__.startswith(("diffusers.", "transformers.")):
-        raise TypeError(f"cannot keep a {kind.__module__}.{kind.__name__}")
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _class(name: str) -> Any:  # noqa: ANN401
-    module, _, kind = name.partition(":")
-    if not module.startswith(("diffusers.", "transformers.")):
-        raise ValueError(f"a cache can't hold a {name}")
-    return getattr(importlib.import_module(module), kind)
-
-
-def _unpacked(structure: Any, tensors: Any) -> Any:  # noqa: ANN401
-    kind, content = next(iter(structure.items()))
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "plain":
-        return content
-    if kind in ("list", "tuple"):
-        listed = [_unpacked(entry, tensors) for entry in content]
-        return listed if kind == "list" else tuple(listed)
-    if "of" in structure:
-        return _class(content)(_unpacked(structure["of"], tensors))
-    entries = {k: _unpacked(v, tensors) for k, v in structure["with"].items()}
-    return entries if content == "dict" else _class(content)(**entries)

@@ -1,4 +1,4 @@
-"""Images side by side, in one labelled picture."""
+"""Contact sheets: images side by side in one labelled picture."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from torch import Tensor
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Return images (B, 3, H, W), range [0, 1], as Pillow's, rounded as diffusers does."""
+    """Return images (B, 3, H, W), range [0, 1], as Pillow images, rounded as diffusers does."""
     arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 
 
 def contact_sheet(columns: list[str], rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """Return a picture with a labelled column a way to draw and a row a prompt.
+    """Return a picture with one labelled column per contender and one row per prompt.
 
-    Small images are enlarged by a whole factor, large ones reduced, to about 256 pixels.
+    Small images are enlarged by an integer factor and large ones reduced, to about 256 pixels.
+
+    Args:
+        columns: Labels of the columns.
+        rows: Prompt and images, one for each column, of every row.
     """
     edge = 256
     example = rows[0][1][0]

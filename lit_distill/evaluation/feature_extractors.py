@@ -1,4 +1,4 @@
-"""Frozen networks through whose features metrics look at images."""
+"""Frozen networks that extract image features for metrics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.loading import TINY_DIGITS
 
 
@@ -18,16 +19,16 @@ def load_features(name_or_path: str) -> nn.Module:
     """Return a frozen network that maps images (B, 3, H, W), range [0, 1], to features.
 
     Args:
-        name_or_path: ``"tiny-digits"``, the classifier shipped for the embedded pipeline; else hub
-            id or folder of a vision network of transformers, e.g. ``facebook/dinov2-base`` or
+        name_or_path: ``"tiny-digits"`` for the classifier shipped with the embedded pipeline; else
+            hub id or folder of a vision network of transformers, e.g. ``facebook/dinov2-base`` or
             ``openai/clip-vit-base-patch32``.
 
     Returns:
         A network with an attribute ``num_features``; its output is (B, num_features).
 
     Raises:
-        OSError: If there is no such folder, and the hub can't help.
-        ValueError: If the network gives no image features.
+        OSError: If there is neither a folder nor a hub repository of this name.
+        ValueError: If the network returns no image features.
     """
     if name_or_path != TINY_DIGITS:
         return TransformersFeatures(name_or_path)
@@ -39,10 +40,10 @@ def load_features(name_or_path: str) -> nn.Module:
 
 
 class DigitReader(nn.Module):
-    """A small classifier that reads the digit and both colours off a picture of tiny-digits.
+    """A small classifier of the digit and both colours of a tiny-digits image.
 
-    Trained by ``scripts/train_tiny_digits.py``. Its features are the 64 channels before its last
-    layer, averaged over the picture.
+    Trained by ``scripts/train_tiny_digits.py``. Its features are the 64 channels before the last
+    layer, averaged over the image.
     """
 
     num_features = 64
@@ -67,10 +68,10 @@ class DigitReader(nn.Module):
 
 
 class TransformersFeatures(nn.Module):
-    """Pooled image features of a network of transformers: CLIP, SigLIP, DINOv2, ViT, ...
+    """Pooled image features of a network of transformers, such as CLIP, SigLIP, DINOv2 or ViT.
 
-    Images are resized and normalised as the network's ``preprocessor_config.json`` says, with
-    torch alone: the processors of transformers would ask for torchvision.
+    Images are resized and normalised according to the network's ``preprocessor_config.json``, with
+    torch alone because the processors of transformers require torchvision.
 
     Args:
         name_or_path: Hub id or folder.
@@ -88,9 +89,9 @@ class TransformersFeatures(nn.Module):
         self.model: Any = AutoModel.from_pretrained(name_or_path).eval().requires_grad_(False)
         settings = get_image_processor_config(name_or_path)
         if "image_mean" not in settings:
-            raise ValueError(
+            raise InputError(
                 f"{name_or_path} has no preprocessor_config.json with image_mean and image_std; "
-                "give the folder of a vision network of transformers"
+                "use a vision network of transformers"
             )
         self.edge = _edge(settings.get("size", 224))
         self.crop = _edge(settings.get("crop_size", self.edge))
@@ -118,11 +119,11 @@ class TransformersFeatures(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> Tensor:
-        """Return the text features (B, num_features) of a network that has both, such as CLIP."""
+        """Return the text features (B, num_features) of a network that has them, such as CLIP."""
         from transformers import AutoTokenizer
 
         if not hasattr(self.model, "get_text_features"):
-            raise ValueError(f"{self.name_or_path} encodes no text; give the folder of a CLIP")
+            raise InputError(f"{self.name_or_path} encodes no text; use a CLIP model")
         tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
         tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         output = self.model.get_text_features(**tokens.to(self.model.device))
@@ -134,10 +135,10 @@ def _edge(size: int | dict[str, int]) -> int:
 
 
 def _pooled(output: Any, name: str) -> Tensor:  # noqa: ANN401
-    """Return the pooled features, which transformers 4 and 5 wrap differently."""
+    """Return the pooled features, which transformers 4 and 5 return differently."""
     if isinstance(output, Tensor):
         return output
     pooled = getattr(output, "pooler_output", None)
     if not isinstance(pooled, Tensor):
-        raise ValueError(f"{name} gives no pooled features; use a CLIP, SigLIP, ViT or DINOv2")
+        raise InputError(f"{name} returns no pooled features; use a CLIP, SigLIP, ViT or DINOv2")
     return pooled

@@ -1,6 +1,6 @@
-"""How near a student's draws are to its teacher's: torchmetrics classes of our own.
+"""Metrics of how close the student's samples are to the teacher's, as torchmetrics classes.
 
-What the arguments of an `update` may be is told in `lit_distill.evaluation.evaluator`.
+`lit_distill.evaluation.evaluator` lists the arguments that an `update` may have.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lit_distill.evaluation.feature_extractors import TransformersFeatures, load
 
 
 def latent_mse(latents: Tensor, target_latents: Tensor) -> Tensor:
-    """Return the mean squared error of each row, (B,)."""
+    """Return the mean squared error of each row, (B,), of latents (B, ...)."""
     return (latents.float() - target_latents.float()).square().flatten(1).mean(1)
 
 
 class RowMean(Metric):
-    """Base of metrics that are a mean over rows; exact over any number of processes."""
+    """Base of metrics that are a mean over rows; exact with any number of processes."""
 
     full_state_update = False
     total: Tensor
@@ -33,12 +33,12 @@ class RowMean(Metric):
 
     def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(**kwargs)
-        # float64: sums of many rows, in whatever order, agree to the last digit that is shown.
+        # In float64, sums of many rows in any order agree in all digits that are shown.
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
 
     def add(self, values: Tensor) -> None:
-        """Add one value a row, (B,)."""
+        """Add one value per row, (B,)."""
         self.total += values.double().sum()
         self.rows += values.numel()
 
@@ -53,7 +53,7 @@ class HeldOutLoss(RowMean):
     higher_is_better = False
 
     def update(self, loss: Tensor) -> None:
-        """Add the rows' losses, (B,)."""
+        """Add the losses of rows, (B,)."""
         self.add(loss)
 
 
@@ -63,7 +63,7 @@ class LatentMSE(RowMean):
     higher_is_better = False
 
     def update(self, latents: Tensor, target_latents: Tensor) -> None:
-        """Add rows: both (B, ...)."""
+        """Add the latents of rows, both (B, ...)."""
         self.add(latent_mse(latents, target_latents))
 
 
@@ -73,14 +73,14 @@ class UndistilledLatentMSE(RowMean):
     higher_is_better = False
 
     def update(self, undistilled_mse: Tensor) -> None:
-        """Add the rows' errors, (B,)."""
+        """Add the errors of rows, (B,)."""
         self.add(undistilled_mse)
 
 
 class Sharpness(Metric):
-    """Gradient energy of the student's images over that of the teacher's: below 1 is blurred.
+    """Gradient energy of the student's images relative to the teacher's; below 1: blurred.
 
-    ``sum |grad student|^2 / sum |grad teacher|^2``, gradients being differences of neighbouring
+    ``sum |grad student|^2 / sum |grad teacher|^2``, where gradients are differences of neighbouring
     pixels along both axes. Blur is the known weakness of regression on latents.
     """
 
@@ -94,7 +94,7 @@ class Sharpness(Metric):
             self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add rows: both (B, 3, H, W), range [0, 1]."""
+        """Add the images of rows, both (B, 3, H, W), range [0, 1]."""
         self.student += self._energy(preds)
         self.teacher += self._energy(target)
 
@@ -111,16 +111,17 @@ class Sharpness(Metric):
 
 
 class Diversity(Metric):
-    """How far the student's images of one prompt lie apart, over how far the teacher's do.
+    """Distance between the student's images of one prompt, relative to the teacher's.
 
-    The mean, over all pairs of seeds of one prompt, of the root mean squared difference of two
-    images reduced to `size` x `size` pixels. Below 1 seeds matter less than they did; NaN where no
-    prompt has two seeds.
+    The distance is the mean, over all pairs of seeds of a prompt, of the root mean squared
+    difference of two images reduced to `size` x `size` pixels. Below 1 the seed changes the
+    student's images less than the teacher's. NaN if no prompt has two seeds.
 
     Args:
-        size: Edge in pixels to which images are reduced; small, since it is layout and colour
-            that a student which ignores its seed gets wrong, and since every image is kept.
-        **kwargs: Of `torchmetrics.Metric`.
+        size: Width and height in pixels to which images are reduced. A small size suffices, since
+            a student that ignores its seed fails in layout and colour, and it saves memory, since
+            every image is kept.
+        **kwargs: Arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -129,12 +130,12 @@ class Diversity(Metric):
     def __init__(self, size: int = 32, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(**kwargs)
         self.size = size
-        # Key of the prompt, student's and teacher's pixels of a row, all in one flat float32: that
-        # is what torchmetrics can gather from processes of which some have no rows at all.
+        # A row is the prompt's key, the student's and the teacher's pixels in one flat float32
+        # tensor, which torchmetrics can gather even if some processes have no rows.
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, preds: Tensor, target: Tensor, prompt: list[str]) -> None:
-        """Add rows: images (B, 3, H, W), range [0, 1], and their B prompts."""
+        """Add the images of rows, (B, 3, H, W), range [0, 1], and their B prompts."""
         keys = [list(hashlib.sha256(text.encode()).digest()[:8]) for text in prompt]
         reduced = [F.adaptive_avg_pool2d(i.float(), self.size).flatten(1) for i in (preds, target)]
         parts = [torch.tensor(keys, dtype=torch.float32, device=preds.device), *reduced]
@@ -146,8 +147,8 @@ class Diversity(Metric):
         keys, images = rows[:, :8], rows[:, 8:].chunk(2, dim=1)
         groups = torch.unique(keys, dim=0, return_inverse=True)[1]
         student, teacher = (
-            torch.cat([F.pdist(own[groups == group]) for group in groups.unique()]).mean()
-            for own in images
+            torch.cat([F.pdist(pixels[groups == group]) for group in groups.unique()]).mean()
+            for pixels in images
         )
         return student / teacher
 
@@ -155,13 +156,13 @@ class Diversity(Metric):
 class FrechetDistance(FrechetInceptionDistance):
     """Frechet distance between features of the student's and of the teacher's images.
 
-    torchmetrics' FID on features of one's choice, so that it needs no torch-fidelity. Compare
-    values of the same rows and features only: few rows bias it upwards.
+    It is torchmetrics' FID with features of your choice and does not need torch-fidelity. Compare
+    only values of the same rows and features: with few rows it is biased upwards.
 
     Args:
         features: ``tiny-digits`` for the embedded pipeline; else hub id or folder of a vision
             network of transformers, e.g. ``facebook/dinov2-base``.
-        **kwargs: Of `torchmetrics.Metric`.
+        **kwargs: Arguments of `torchmetrics.Metric`.
     """
 
     def __init__(self, features: str, **kwargs: Any) -> None:  # noqa: ANN401
@@ -175,11 +176,11 @@ class FrechetDistance(FrechetInceptionDistance):
 
 
 class CLIPScore(RowMean):
-    """Mean of ``100 max(0, cos(image, prompt))`` in a CLIP: whether prompts are still followed.
+    """Mean of ``100 max(0, cos(image, prompt))`` of CLIP embeddings: how well prompts are followed.
 
     Args:
-        model_name_or_path: Hub id or folder of a CLIP of transformers.
-        **kwargs: Of `torchmetrics.Metric`.
+        model_name_or_path: Hub id or folder of a CLIP model of transformers.
+        **kwargs: Arguments of `torchmetrics.Metric`.
     """
 
     higher_is_better = True
@@ -193,13 +194,13 @@ class CLIPScore(RowMean):
         self.network = TransformersFeatures(model_name_or_path)
 
     def update(self, preds: Tensor, prompt: list[str]) -> None:
-        """Add rows: images (B, 3, H, W), range [0, 1], and their B prompts."""
+        """Add the images of rows, (B, 3, H, W), range [0, 1], and their B prompts."""
         cosine = F.cosine_similarity(self.network(preds), self.network.encode_text(prompt))
         self.add(100 * cosine.clamp(min=0))
 
 
 def default_metrics() -> dict[str, Metric]:
-    """Return the metrics that need no further network."""
+    """Return the metrics that need no additional network."""
     return {
         "psnr": PeakSignalNoiseRatio(data_range=1.0),
         "ssim": StructuralSimilarityIndexMeasure(data_range=1.0),

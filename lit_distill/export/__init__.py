@@ -1,5 +1,5 @@
 """The student as files for other tools, and as a plain diffusers pipeline.
 
-Nothing counts as exported before it was loaded back and reproduced the student's image.
-Must not know how the student was trained beyond what its checkpoint records.
+An export is complete only after it was reloaded and verified to reproduce the student's image.
+Must not know how the student was trained, beyond what its checkpoint records.
 """

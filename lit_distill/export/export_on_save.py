@@ -13,15 +13,16 @@ from lit_distill.export.exporter import ExportFormat, export_student
 
 
 class ExportOnSave(Callback):
-    """Exports the student whenever a checkpoint is saved, as `lit-distill export` does.
+    """Exports the student whenever a checkpoint is saved, like `lit-distill export`.
 
-    Each export loads the pipeline again, twice, and draws on the CPU: mind the memory and the time
-    of a large model, and save seldom.
+    Each export loads the pipeline twice and samples on the CPU. With a large model this takes time
+    and memory, so save checkpoints rarely.
 
     Args:
-        out_dir: Folder to write to, one folder a step; null: ``exports`` beside the checkpoints.
+        out_dir: Folder that gets one folder for each saved step; null: ``exports`` in the folder
+            of the logs.
         format: diffusers, comfyui, kohya, diffsynth, peft or merged.
-        push_to_hub: Hub repository (user/name) that gets every export.
+        push_to_hub: Hub repository (user/name) that every export is uploaded to.
     """
 
     def __init__(
@@ -33,22 +34,23 @@ class ExportOnSave(Callback):
         self.out_dir = out_dir
         self.format = format
         self.push_to_hub = push_to_hub
-        self.exported = -1
+        self._last_step = -1
 
     @rank_zero_only
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Export what is about to be saved, once a step."""
-        if trainer.global_step == self.exported:
+        """Export the content of the checkpoint, once per step."""
+        if trainer.global_step == self._last_step:
             return
-        self.exported = trainer.global_step
-        place = Path(self.out_dir or Path(trainer.log_dir or trainer.default_root_dir) / "exports")
-        # The module's own notes are added to a checkpoint after the callbacks'.
+        self._last_step = trainer.global_step
+        logs = Path(trainer.log_dir or trainer.default_root_dir)
+        out_dir = Path(self.out_dir) if self.out_dir else logs / "exports"
+        # Lightning calls the module's hook, which adds the facts, after those of the callbacks.
         pl_module.on_save_checkpoint(checkpoint)
         export_student(
             checkpoint,
-            place / f"step_{trainer.global_step:06d}",
+            out_dir / f"step_{trainer.global_step:06d}",
             self.format,
             push_to_hub=self.push_to_hub,
         )

@@ -1,38 +1,36 @@
-"""Taking a student home: files that other tools load, each loaded back before it counts."""
+"""Exports a student: writes it for other tools, reloads it, and verifies that it is the same."""
 
 from __future__ import annotations
 
-import inspect
-import itertools
+import errno
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
-from lit_distill.adapters.inject import adapters_disabled, make_trainable
+from lit_distill.adapters.inject import adapters_disabled
 from lit_distill.adapters.lora import LoRA, add_loras, differences
-from lit_distill.adapters.lora_files import METADATA_KEY, read_lora, to_state
-from lit_distill.adapters.lora_formats import file_name, layout_of
-from lit_distill.adapters.weights import (
-    extract_lora,
-    fuse_lora,
-    load_base_pipeline,
-    load_into_adapters,
-    lora_config_fields,
-)
+from lit_distill.adapters.lora_files import read_lora
+from lit_distill.adapters.weights import extract_lora, fuse_lora, load_base_pipeline
 from lit_distill.compute.step_adapters import step_names, switch_adapter_callback
-from lit_distill.data.batch import collate_calls, open_pictures
-from lit_distill.data.images import Picture
-from lit_distill.export.load_student import FACTS_FILE, student_pipeline
-from lit_distill.export.model_card import model_card, student_facts
-from lit_distill.pipelines.components import denoisers, silent_diffusers
+from lit_distill.data.whole_files import write_file
+from lit_distill.data.whole_folders import check_replaceable, draft_of, replace_folder
+from lit_distill.errors import InputError
+from lit_distill.export.base_model import load_checked_base
+from lit_distill.export.facts import StudentFacts
+from lit_distill.export.hub import upload
+from lit_distill.export.load_student import FACTS_FILE, add_student
+from lit_distill.export.lora_writer import LoRAWriter
+from lit_distill.export.model_card import ExportSummary, model_card
+from lit_distill.export.readers import reader_for
+from lit_distill.export.samples import sample_example, save_grid
+from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.loading import DTYPES, load_pipeline
-from lit_distill.pipelines.rollout import sample
 from lit_distill.training.checkpoint_io import read_checkpoint
 
 if TYPE_CHECKING:
@@ -43,12 +41,12 @@ ExportFormat = Literal["diffusers", "comfyui", "kohya", "diffsynth", "peft", "me
 
 SAMPLES_FILE = "samples.png"
 
-# Largest root mean square difference, over the root mean square of what is expected.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest root mean square difference, relative to the root mean square of the expected values."""
 
 
 class ExportError(RuntimeError):
-    """What was written does not come back as it was; the message names what differs."""
+    """An export that does not reproduce the student after reloading; the message says where."""
 
 
 def export_student(
@@ -61,15 +59,16 @@ def export_student(
     device: str | torch.device = "cpu",
     push_to_hub: str | None = None,
 ) -> Path:
-    """Write the student of a checkpoint in a form that others load, and load it back.
+    """Export the student of a checkpoint, reload it, and verify that it reproduces the image.
 
-    The pipeline is loaded a second time, what was written is read by the target's own reader, and
-    the checkpoint's first held-out row is drawn again: it must be the student's image. Beside the
-    weights lie ``README.md``, a model card in the hub's format, and ``samples.png``.
+    After writing, the base pipeline is loaded again, and the target's reader loads the export into
+    it. The checkpoint's first held-out row is then sampled again and must give the student's
+    result. The folder also gets ``README.md``, a model card in the hub's format, and
+    ``samples.png``.
 
     =========== =======================================================================
     diffusers   pytorch_lora_weights.safetensors for ``pipe.load_lora_weights(out_dir)``
-    comfyui     comfyui_lora.safetensors, in the names and with the alpha ComfyUI reads
+    comfyui     comfyui_lora.safetensors, with the names and alphas that ComfyUI reads
     kohya       kohya_lora.safetensors, as sd-scripts and musubi-tuner write it
     diffsynth   diffsynth_lora.safetensors, as DiffSynth-Studio writes it
     peft        adapter_model.safetensors and adapter_config.json for ``PeftModel``
@@ -77,328 +76,250 @@ def export_student(
     =========== =======================================================================
 
     A pipeline with two denoisers gets two LoRA files. A student with a LoRA for every step
-    (model.lora_per_step) is written in format diffusers only, as step_1.safetensors, ...; the card
-    shows the call that switches them. After training with a teacher's LoRA the
-    files hold the sum of both, for the plain base model. A fully trained denoiser is always
-    written as merged.
+    (model.lora_per_step) supports format diffusers only, with files step_1.safetensors and so on;
+    the model card shows the callback that switches them. After training with a teacher's LoRA the
+    files hold the sum of both LoRAs, for the plain base model. A fully trained denoiser is always
+    exported as merged.
 
     Args:
         checkpoint: Path of a Lightning checkpoint (.ckpt) of `DirectDistill`, or its content.
-        out_dir: Folder to write to; made if missing.
-        format: One of those above.
+        out_dir: Folder to write to; created if missing. An earlier export in it is replaced.
+        format: One of the formats above.
         dtype: Data type of the tensors: float32, bfloat16 or float16. Default: float32 for a
             LoRA, as it was trained; that of the base model for merged.
         max_shard_size: Largest file of format merged.
-        device: Where the rows are drawn.
-        push_to_hub: Hub repository (``user/name``) to upload the folder to; made if missing.
+        device: Device for sampling.
+        push_to_hub: Hub repository (``user/name``) to upload the folder to; created if missing.
 
     Returns:
         The folder written to.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the checkpoint can't be used, or can't be written in this format.
-        ExportError: If what was written does not come back as it was.
+        FileNotFoundError: If the checkpoint does not exist.
+        InputError: If the checkpoint can't be used, or can't be written in this format; if the
+            folder holds files of somebody else; if the base model has changed since training.
+        OSError: If a file can't be written. The folder is as before then.
+        ExportError: If the reloaded export differs from the student.
     """
     if format not in get_args(ExportFormat):
-        raise ValueError(f"format must be one of {', '.join(get_args(ExportFormat))}: {format!r}")
+        raise InputError(f"format must be one of {', '.join(get_args(ExportFormat))}: {format!r}")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
-    if content["hyper_parameters"]["lora"] is None:
-        if format not in ("diffusers", "merged"):
-            raise ValueError(f"format {format} is for a LoRA; the whole denoiser was trained here")
-        format = "merged"
-    if content["hyper_parameters"].get("lora_per_step") and format != "diffusers":
-        raise ValueError(
-            f"format {format}: this student has a LoRA for every step (model.lora_per_step), and "
-            "what reads this format draws all steps with one; use format diffusers, or train "
-            "with model.lora_per_step: null"
-        )
+    format = _supported_format(format, content["hyper_parameters"])
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    # Nothing appears that was not loaded back. Adapters are initialised at random before they are
-    # filled, which a training run that goes on must not see.
-    with TemporaryDirectory(dir=out_dir, prefix=".") as draft, torch.random.fork_rng(devices=[]):
-        _Export(content, Path(draft), format, dtype, device).run(max_shard_size)
-        for path in Path(draft).iterdir():
-            _move(path, out_dir / path.name)
+    check_replaceable(out_dir)
+    # Files appear in out_dir only after they are verified. The random state is kept for a training
+    # run that continues: adapters are initialised at random before weights are loaded into them.
+    with draft_of(out_dir) as draft, torch.random.fork_rng(devices=[]):
+        try:
+            _Export(content, draft, format, dtype, device).run(max_shard_size)
+        except OSError as error:
+            if str(draft) in str(error) and error.errno is not None:
+                text = str(error.strerror).replace(str(draft), str(out_dir))
+                raise OSError(error.errno, text) from error
+            raise
+        replace_folder(draft, out_dir)
     if push_to_hub is not None:
         upload(out_dir, push_to_hub)
     return out_dir
 
 
-def _move(path: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    path.replace(target)
+def _supported_format(format: ExportFormat, hparams: dict[str, Any]) -> ExportFormat:
+    """Return the format to write: merged for a fully trained denoiser.
 
-
-def upload(folder: Path, repo_id: str) -> None:
-    """Upload an export to the hub, into a repository that is made if missing."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
-    message = "Export of lit_distill"
-    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+    Raises:
+        InputError: If the student can't be written in this format.
+    """
+    if hparams["lora"] is None:
+        if format not in ("diffusers", "merged"):
+            raise InputError(
+                f"format {format} is for a LoRA, but the whole denoiser was trained; use format "
+                "merged"
+            )
+        return "merged"
+    if hparams.get("lora_per_step") and format != "diffusers":
+        raise InputError(
+            f"format {format}: this student has a LoRA for every step (model.lora_per_step), but "
+            "tools that read this format use one LoRA for all steps; use format diffusers, or "
+            "train with model.lora_per_step: null"
+        )
+    return format
 
 
 class _Export:
-    """One export on its way: what was asked for, and what the student drew."""
+    """One export, in four phases: write, reload, verify, write the model card.
+
+    Args:
+        content: Content of the checkpoint.
+        folder: Folder to write to.
+        format: One that the student supports.
+        dtype: Data type of the tensors; None: the default of the format.
+        device: Device for sampling.
+    """
 
     def __init__(
         self,
         content: dict[str, Any],
-        out: Path,
-        format: str,
+        folder: Path,
+        format: ExportFormat,
         dtype: str | None,
         device: str | torch.device,
     ) -> None:
-        self.hyper: dict[str, Any] = content["hyper_parameters"]
         self.content = content
-        self.out = out
+        self.hparams: dict[str, Any] = content["hyper_parameters"]
+        self.folder = folder
         self.format = format
         self.device = device
-        self.steps = step_names(self.hyper.get("lora_per_step") or 0)
-        merged = self.hyper["torch_dtype"] if format == "merged" else "float32"
-        self.dtype = DTYPES[dtype or merged]
-        # Readers cast a LoRA to the base model's type.
-        both = (self.dtype, DTYPES[self.hyper["torch_dtype"]])
-        self.tolerance = max(TOLERANCES[dtype] for dtype in both)
+        base_dtype: str = self.hparams["torch_dtype"]
+        self.dtype = DTYPES[dtype or (base_dtype if format == "merged" else "float32")]
+        # Readers cast a LoRA to the data type of the base model.
+        self.tolerance = max(TOLERANCES[self.dtype], TOLERANCES[DTYPES[base_dtype]])
+        self.steps = step_names(self.hparams.get("lora_per_step") or 0)
+        self.loras: dict[str | None, LoRA] = {}
+        self.files: dict[str | None, dict[str, Path]] = {}
+        self.columns: list[list[Image.Image]] = []
 
     def run(self, max_shard_size: str) -> None:
-        student = student_pipeline(self.content).to(self.device)
-        self.facts = student_facts(self.content, student)
-        examples = self.facts["examples"]
-        expected = [self._draw(student, row) for row in examples]
-        self.columns = [[image for _, image in expected]]
-        # By the adapter's name; None: the only one.
-        names: list[str | None] = [*self.steps] or [None]
-        own = {name: extract_lora(student, name) for name in names}
-        whole, scheduler = own, student.scheduler
-        if any(own.values()):
-            whole = {name: self._with_teachers(lora, student) for name, lora in own.items()}
-            with adapters_disabled(torch.nn.ModuleList(denoisers(student).values())):
-                self.columns.insert(0, [self._draw(student, row)[1] for row in examples])
-        if self.format != "merged":
-            for name, lora in whole.items():
-                self._write_lora(student, lora, name)
-        del student  # before it comes a second time
-        if self.format == "merged":
-            self._write_merged(own[None], scheduler, max_shard_size)
-        fresh = self._read_back(whole)
-        self._check_scheduler(fresh, scheduler)
-        self._check_draw(fresh, expected[0][0])
-        self._write_card(fresh)
-
-    def _draw(
-        self,
-        pipe: DiffusionPipeline,
-        row: dict[str, Any],
-        **options: Any,  # noqa: ANN401
-    ) -> tuple[Tensor, Any]:
-        """Draw one of the checkpoint's rows; of a video, the first frame is kept."""
-        size = {side: row[side] for side in ("height", "width") if row[side]}
-        there = torch.cuda.is_available() or row["rand_device"] == "cpu"
-        generator = torch.Generator(row["rand_device"] if there else "cpu")
-        latents, images = sample(
-            pipe,
-            prompt=[row["prompt"]],
-            generator=[generator.manual_seed(row["seed"])],
-            num_inference_steps=row["num_inference_steps"],
-            cfg_scale=row["cfg_scale"],
-            **size,
-            **self.facts["call_kwargs"],
-            **_conditions(row),
-            **options,
-        )
-        image = images[0]
-        while isinstance(image, list):
-            image = image[0]
-        return latents.float().cpu(), image
-
-    def _with_teachers(self, lora: LoRA, student: DiffusionPipeline) -> LoRA:
-        """Return the student's LoRA plus its teacher's, which plain base weights lack."""
-        if self.hyper.get("teacher_lora"):
-            return add_loras(read_lora(self.hyper["teacher_lora"], student), lora)
-        return lora
-
-    # Writing
-
-    def _write_merged(self, lora: LoRA, scheduler: Any, max_shard_size: str) -> None:  # noqa: ANN401
-        if lora:
-            pipe = load_base_pipeline(self.hyper, torch_dtype=self.dtype)
-            fuse_lora(pipe, lora)
-        else:
-            pipe = student_pipeline(self.content, self.dtype)
-        pipe.scheduler = scheduler
-        pipe.save_pretrained(self.out, max_shard_size=max_shard_size)
-        facts = self.facts | {"torch_dtype": _name(self.dtype)}
-        text = json.dumps(facts, indent=2, ensure_ascii=False)
-        (self.out / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
-
-    def _write_lora(self, student: DiffusionPipeline, lora: LoRA, name: str | None) -> None:
-        for component, weights in lora.items():
-            denoiser = denoisers(student)[component]
-            layout = layout_of(self.format, component, denoiser)
-            state = to_state(weights, layout, denoiser)
-            # An alpha is a number, not a weight: bfloat16 has no 257.
-            state = {k: t if t.ndim == 0 else t.to(self.dtype) for k, t in state.items()}
-            path = self._lora_path(component, student, name)
-            path.parent.mkdir(exist_ok=True)
-            if self.format == "diffusers":
-                self._write_diffusers(student, component, state, path)
-            else:
-                self._save(state, path)
-            if self.format == "peft":
-                self._write_peft_config({component: weights}, student, path.parent)
-
-    def _lora_path(self, component: str, pipe: DiffusionPipeline, name: str | None = None) -> Path:
-        several = len(denoisers(pipe)) > 1
-        if self.format == "peft":
-            folder = self.out / component if several else self.out
-            return folder / "adapter_model.safetensors"
-        stem = "pytorch_lora_weights" if self.format == "diffusers" else f"{self.format}_lora"
-        return self.out / file_name(name or stem, component, denoisers(pipe))
-
-    def _save(self, state: dict[str, Tensor], path: str | Path) -> None:
-        facts = json.dumps(self.facts, ensure_ascii=False)
-        save_file(state, path, metadata={"format": "pt", METADATA_KEY: facts})
-
-    def _write_diffusers(
-        self, pipe: DiffusionPipeline, component: str, state: dict[str, Tensor], path: Path
-    ) -> None:
-        """Write through the pipeline's own writer, which knows one denoiser: the first."""
-        writer = getattr(pipe, "save_lora_weights", None)
-        first = next(iter(denoisers(pipe)))
-        if writer is None or f"{first}_lora_layers" not in inspect.signature(writer).parameters:
-            raise ValueError(
-                f"{type(pipe).__name__} has no LoRA writer for its {first}; use format peft or "
-                "merged"
-            )
-        bare = {key.removeprefix(f"{component}."): tensor for key, tensor in state.items()}
-        layers = {f"{first}_lora_layers": bare}
-        writer(path.parent, weight_name=path.name, save_function=self._save, **layers)
-
-    def _write_peft_config(self, lora: LoRA, pipe: DiffusionPipeline, folder: Path) -> None:
-        from peft import LoraConfig
-
-        folded = {c: {n: f.folded() for n, f in weights.items()} for c, weights in lora.items()}
-        config = LoraConfig(**lora_config_fields(folded, pipe))
-        config.base_model_name_or_path = self.facts["base_model"]
-        config.inference_mode = True
-        config.save_pretrained(folder)
-
-    # Reading back
-
-    def _read_back(self, loras: dict[str | None, LoRA]) -> DiffusionPipeline:
-        """Return a fresh pipeline into which the target's reader has loaded the export.
+        """Run all phases.
 
         Raises:
-            ExportError: If the reader refuses it, or modules don't get the student's update.
+            InputError: If the format does not support the pipeline.
+            ExportError: If the reloaded export differs from the student.
+        """
+        self._sample_and_write()
+        if self.format == "merged":
+            self._write_merged(max_shard_size)
+        pipe, reader = self._reload()
+        has_scheduler = self._save_scheduler(pipe)
+        difference = self._verify(pipe)
+        self._write_card(pipe, ExportSummary(self.format, reader, difference, has_scheduler))
+
+    # Phase 1: write
+
+    def _sample_and_write(self) -> None:
+        """Sample the student and write its LoRA; its pipeline is freed on return."""
+        base, digest = load_checked_base(self.content)
+        original = dict(base.scheduler.config)
+        student = add_student(base, self.content).to(self.device)
+        self.scheduler = student.scheduler
+        changed = dict(self.scheduler.config) != original
+        config = json.loads(self.scheduler.to_json_string()) if changed else {}
+        self.facts = replace(
+            StudentFacts.from_checkpoint(self.content, student),
+            base_digest=digest,
+            scheduler_config=config,
+        )
+        samples = self._sample(student)
+        self.expected = samples[0][0]
+        self.columns = [[image for _, image in samples]]
+        adapters: list[str | None] = [*self.steps] or [None]  # None: the only one
+        self.loras = {adapter: extract_lora(student, adapter) for adapter in adapters}
+        if self.hparams["lora"] is not None:
+            with adapters_disabled(torch.nn.ModuleList(denoisers(student).values())):
+                self.columns.insert(0, [image for _, image in self._sample(student)])
+        if self.format != "merged":
+            self.loras = {k: self._with_teachers(lora, student) for k, lora in self.loras.items()}
+            writer = LoRAWriter(self.folder, self.format, self.dtype, self.facts)
+            self.files = {k: writer.write(student, lora, k) for k, lora in self.loras.items()}
+
+    def _sample(self, pipe: DiffusionPipeline) -> list[tuple[Tensor, Image.Image]]:
+        call_kwargs = self.facts.call_kwargs
+        return [sample_example(pipe, example, **call_kwargs) for example in self.facts.examples]
+
+    def _with_teachers(self, lora: LoRA, student: DiffusionPipeline) -> LoRA:
+        """Return the student's LoRA plus its teacher's, which the plain base model lacks."""
+        if self.hparams.get("teacher_lora"):
+            return add_loras(read_lora(self.hparams["teacher_lora"], student), lora)
+        return lora
+
+    def _write_merged(self, max_shard_size: str) -> None:
+        pipe = load_base_pipeline(self.hparams, torch_dtype=self.dtype)
+        if lora := self.loras[None]:
+            fuse_lora(pipe, lora)
+        else:
+            add_student(pipe, self.content)
+        pipe.scheduler = self.scheduler
+        try:
+            pipe.save_pretrained(self.folder, max_shard_size=max_shard_size)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"{self.folder} can't be written: {error}") from error
+        facts = replace(self.facts, torch_dtype=str(self.dtype).removeprefix("torch."))
+        text = json.dumps(facts.to_dict(), indent=2, ensure_ascii=False)
+        write_file(self.folder / FACTS_FILE, (text + "\n").encode())
+
+    # Phase 2: reload
+
+    def _reload(self) -> tuple[DiffusionPipeline, str]:
+        """Return a new pipeline with the export loaded, and the name of the reader.
+
+        Raises:
+            ExportError: If the reader fails, or a module does not get the student's update.
         """
         if self.format == "merged":
-            self.facts["verified"] = {"reader": "DiffusionPipeline.from_pretrained"}
-            return load_pipeline(self.out, torch_dtype=self.dtype).to(self.device)
-        fresh = load_pipeline(
-            self.facts["base_model"],
-            revision=self.hyper.get("revision"),
-            torch_dtype=self.hyper["torch_dtype"],
+            pipe = load_pipeline(self.folder, torch_dtype=self.dtype)
+            return pipe.to(self.device), "DiffusionPipeline.from_pretrained"
+        pipe = load_pipeline(
+            self.facts.base_model,
+            revision=self.hparams.get("revision"),
+            torch_dtype=self.hparams["torch_dtype"],
         )
-        reader = self._reader(fresh)
+        reader = reader_for(self.format, pipe)
         try:
-            for name, lora in loras.items():
-                reader(fresh, lora, name)
+            for adapter, files in self.files.items():
+                reader.load(pipe, files, adapter)
         except Exception as error:
             raise ExportError(
-                f"{_reader_name(reader)} refuses what was written as {self.format}: "
+                f"{reader.name} refuses what was written as {self.format}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        self.facts["verified"] = {"reader": _reader_name(reader)}
-        each = [differences(extract_lora(fresh, n), loras[n], self.tolerance) for n in loras]
-        if found := list(itertools.chain(*each)):
-            more = [f"... and {len(found) - 5} more"] if len(found) > 5 else []
-            lines = ["modules differ after loading back:", *found[:5], *more]
-            raise ExportError("\n  ".join(lines))
-        return fresh.to(self.device)
+        self._check_modules(pipe)
+        return pipe.to(self.device), reader.name
 
-    def _reader(self, pipe: DiffusionPipeline) -> Any:  # noqa: ANN401
-        if self.format == "peft":
-            return self._peft
-        name, denoiser = next(iter(denoisers(pipe).items()))
-        reads = (
-            layout_of(self.format, name, denoiser).diffusers_reads and self.format != "diffsynth"
-        )
-        return self._diffusers if reads else self._inverse_names
+    def _check_modules(self, pipe: DiffusionPipeline) -> None:
+        errors = [
+            error
+            for adapter, lora in self.loras.items()
+            for error in differences(extract_lora(pipe, adapter), lora, self.tolerance)
+        ]
+        if errors:
+            more = [f"... and {len(errors) - 5} more"] if len(errors) > 5 else []
+            raise ExportError("\n  ".join(["modules differ after reloading:", *errors[:5], *more]))
 
-    def _diffusers(self, pipe: DiffusionPipeline, lora: LoRA, name: str | None) -> None:
-        """Reader: diffusers' load_lora_weights."""
-        with silent_diffusers():  # it remarks on text encoders that have no LoRA
-            for index, component in enumerate(lora):
-                path = self._lora_path(component, pipe, name)
-                options = {"adapter_name": name, "weight_name": path.name}
-                place = {f"load_into_{component}": True} if index else {}
-                pipe.load_lora_weights(path.parent, **options, **place)
+    def _save_scheduler(self, pipe: DiffusionPipeline) -> bool:
+        """Save the student's scheduler if the pipeline has another, and return whether it has."""
+        if dict(pipe.scheduler.config) == dict(self.scheduler.config):
+            return False
+        self.scheduler.save_pretrained(self.folder)
+        pipe.scheduler = type(self.scheduler).from_pretrained(self.folder)
+        return True
 
-    def _peft(self, pipe: DiffusionPipeline, lora: LoRA, _: str | None) -> None:
-        """Reader: peft's PeftModel.from_pretrained."""
-        from peft import PeftModel
+    # Phase 3: verify
 
-        for component in lora:
-            folder = self._lora_path(component, pipe).parent
-            PeftModel.from_pretrained(denoisers(pipe)[component], folder)
+    def _verify(self, pipe: DiffusionPipeline) -> float:
+        """Return the relative difference between the latents of the export and the student.
 
-    def _inverse_names(self, pipe: DiffusionPipeline, lora: LoRA, _: str | None) -> None:
-        """Reader: the table of names, inverted (diffusers has no reader of this)."""
-        found = read_lora(self.out, pipe)
-        make_trainable(pipe, lora_config_fields(found, pipe))
-        load_into_adapters(pipe, found)
-
-    def _check_scheduler(self, fresh: DiffusionPipeline, scheduler: Any) -> None:  # noqa: ANN401
-        """Give the export its own scheduler_config.json where the base model's is another."""
-        if dict(fresh.scheduler.config) != dict(scheduler.config):
-            self.facts["own_scheduler"] = True
-            scheduler.save_pretrained(self.out)
-            fresh.scheduler = type(scheduler).from_pretrained(self.out)
-
-    def _check_draw(self, fresh: DiffusionPipeline, expected: Tensor) -> None:
-        options = (
-            {"callback_on_step_end": switch_adapter_callback(self.steps)} if self.steps else {}
-        )
+        Raises:
+            ExportError: If it is larger than rounding explains.
+        """
+        call_kwargs = dict(self.facts.call_kwargs)
         if self.steps:
-            fresh.set_adapters(self.steps[0])
-        found, _ = self._draw(fresh, self.facts["examples"][0], **options)
-        difference = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
-        self.facts["verified"]["difference"] = difference
-        if not difference <= self.tolerance:
+            call_kwargs["callback_on_step_end"] = switch_adapter_callback(self.steps)
+            pipe.set_adapters(self.steps[0])
+        latents, _ = sample_example(pipe, self.facts.examples[0], **call_kwargs)
+        error = (latents - self.expected).square().mean()
+        difference = (error / self.expected.square().mean()).sqrt().item()
+        if not difference <= self.tolerance:  # NaN is an error too
             raise ExportError(
-                f"what was written as {self.format} draws another image than the student: its "
-                f"latents differ by {difference:.1e} (root mean square, relative), more than the "
-                f"rounding that is to be expected ({self.tolerance:.0e})"
+                f"what was written as {self.format} does not reproduce the student's image: its "
+                f"latents differ by {difference:.1e} (root mean square, relative), more than "
+                f"rounding explains ({self.tolerance:.0e})"
             )
+        return difference
 
-    def _write_card(self, pipe: DiffusionPipeline) -> None:
-        from diffusers.utils import make_image_grid
+    # Phase 4: model card
 
-        images = [image for row in zip(*self.columns, strict=True) for image in row]
-        factor = max(1, 128 // max(images[0].size))
-        large = [image.resize([side * factor for side in image.size], 0) for image in images]
-        grid = make_image_grid(large, rows=len(self.columns[0]), cols=len(self.columns))
-        grid.save(self.out / SAMPLES_FILE)
-        text = model_card(self.facts, self.format, pipe, SAMPLES_FILE)
-        (self.out / "README.md").write_text(text, encoding="utf-8")
-
-
-def _conditions(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the call arguments that a row brings: pictures and texts, or a number."""
-    pictures = {name: Picture(path) for name, path in row.get("pictures", {}).items()}
-    return collate_calls([open_pictures(row.get("call", {}) | pictures)])
-
-
-def _reader_name(reader: Any) -> str:  # noqa: ANN401
-    return str(reader.__doc__).removeprefix("Reader: ").removesuffix(".")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    def _write_card(self, pipe: DiffusionPipeline, summary: ExportSummary) -> None:
+        save_grid(self.columns, self.folder / SAMPLES_FILE)
+        text = model_card(self.facts, summary, pipe, SAMPLES_FILE)
+        write_file(self.folder / "README.md", text.encode(errors="replace"))

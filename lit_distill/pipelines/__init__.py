@@ -1,5 +1,5 @@
-"""What any diffusers pipeline does, run with gradients on: loading, guidance, rollout, latents.
+"""Any diffusers pipeline, run with gradients on: loading, guidance, rollout, latent codec.
 
-A rollout equals `pipe()` bit for bit; a family is at most a line in `guidance.FAMILIES`.
-Must not know where prompts come from, what is trained, or that a teacher exists.
+A rollout equals `pipe()` bit for bit. A family is at most one line in `guidance.FAMILIES`.
+Must not know where prompts come from, what is trained, or that there is a teacher.
 """

@@ -1,4 +1,4 @@
-"""A pipeline's components: its denoisers, its scheduler, and what its call accepts."""
+"""The components of a pipeline: which are denoisers, and how to replace one."""
 
 from __future__ import annotations
 
@@ -9,52 +9,89 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from lit_distill.errors import did_you_mean
+from lit_distill.errors import InputError, with_suggestions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def override_scheduler_config(pipe: DiffusionPipeline, fields: dict[str, Any] | None) -> Any:  # noqa: ANN401
-    """Return the pipeline's scheduler with some fields of its configuration changed.
+def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return the networks that the denoising loop calls (`diffusers.ModelMixin`), by name.
 
     Raises:
-        ValueError: If the scheduler has no such field.
+        ValueError: If the pipeline has no such component.
     """
-    scheduler = pipe.scheduler
-    for name in fields or {}:
-        if name not in scheduler.config:
-            raise ValueError(
-                f"model.scheduler: {type(scheduler).__name__} has no field "
-                f"{did_you_mean(name, scheduler.config)}"
-            )
-    return type(scheduler).from_config({**scheduler.config, **(fields or {})})
+    from diffusers import ModelMixin
+
+    models = {k: v for k, v in pipe.components.items() if isinstance(v, ModelMixin)}
+    selected = select_denoisers(models)
+    if not selected:
+        raise InputError(
+            f"{type(pipe).__name__} has no denoiser: none of its components "
+            f"({', '.join(pipe.components)}) is a diffusers model without a decoder"
+        )
+    return selected
+
+
+def denoiser_device(pipe: DiffusionPipeline) -> torch.device:
+    """Return the device that the pipeline's denoisers are on."""
+    denoiser = next(iter(denoisers(pipe).values()))
+    device: torch.device = next(denoiser.parameters()).device
+    return device
+
+
+def select_denoisers(models: dict[str, Any]) -> dict[str, Any]:
+    """Return the denoisers among a pipeline's diffusers models, or among their classes.
+
+    ``transformer``, ``transformer_2`` (Wan 2.2) and ``unet`` if there are any, otherwise every
+    model without a ``decode`` method, which excludes the VAE.
+    """
+    order: tuple[str, ...] = ("transformer", "transformer_2", "unet")
+    named = {k: models[k] for k in order if k in models}
+    return named or {k: v for k, v in models.items() if not hasattr(v, "decode")}
+
+
+def call_parameters(pipe: DiffusionPipeline) -> set[str]:
+    """Return the names of the arguments that the pipeline's `__call__` accepts."""
+    return set(inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters)
+
+
+def replace_component(pipe: DiffusionPipeline, name: str, component: Any) -> None:  # noqa: ANN401
+    """Replace a component without recording its class in the pipeline's configuration.
+
+    `setattr` would record it, and `save_pretrained` would then write it.
+    """
+    pipe.__dict__[name] = component
 
 
 @contextmanager
 def replaced_components(pipe: DiffusionPipeline, **components: Any) -> Iterator[None]:  # noqa: ANN401
-    """Give the pipeline other components until the context is left.
-
-    Not by `setattr`, with which diffusers would record them in the pipeline's configuration.
+    """Replace components of the pipeline until the context is left; see `replace_component`.
 
     Args:
         pipe: The pipeline.
-        **components: Component by its name in the pipeline.
+        **components: The replacements, by the name of the component, or of a method.
     """
-    before = {name: getattr(pipe, name) for name in components}
-    pipe.__dict__.update(components)
+    originals = {name: pipe.__dict__[name] for name in components if name in pipe.__dict__}
+    for name, component in components.items():
+        replace_component(pipe, name, component)
     try:
         yield
     finally:
-        pipe.__dict__.update(before)
+        for name in components:
+            if name in originals:
+                replace_component(pipe, name, originals[name])
+            else:  # a method: the class's own is found again
+                del pipe.__dict__[name]
 
 
 def weightless_copy(model: Any, device: torch.device) -> Any:  # noqa: ANN401
-    """Return a stand-in for a model: its configuration, modules and buffers, but no weights.
+    """Return a copy of a model with its configuration, modules and buffers, but no weights.
 
-    Pipelines look at all of these: SDXL's at a layer's width, FLUX.2's at the VAE's statistics.
+    Pipelines read all three: SDXL the width of a layer, FLUX.2 the statistics of the VAE.
     """
     empty = copy.copy(model)
     empty.__dict__.update(
@@ -72,73 +109,86 @@ def weightless_copy(model: Any, device: torch.device) -> Any:  # noqa: ANN401
     return empty
 
 
-def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Return the networks that the denoising loop calls (`diffusers.ModelMixin`), by name.
-
-    ``transformer``, ``transformer_2`` (Wan 2.2) and ``unet`` where the pipeline has them, else
-    every diffusers model that cannot decode (which a VAE can).
+def override_scheduler_config(pipe: DiffusionPipeline, fields: dict[str, Any] | None) -> Any:  # noqa: ANN401
+    """Return a copy of the pipeline's scheduler with some fields of its configuration changed.
 
     Raises:
-        ValueError: If the pipeline has no such component.
+        ValueError: If the scheduler has no such field.
     """
-    from diffusers import ModelMixin
+    scheduler = pipe.scheduler
+    for name in fields or {}:
+        if name not in scheduler.config:
+            raise InputError(
+                f"model.scheduler: {type(scheduler).__name__} has no field "
+                f"{with_suggestions(name, scheduler.config)}"
+            )
+    if not fields:
+        return copy_scheduler(scheduler)
+    # Without the list of fields that were left at their default: `from_config` would drop what the
+    # pipeline or `fields` has put into them since.
+    config = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    return type(scheduler).from_config({**config, **fields})
 
-    models = {k: v for k, v in pipe.components.items() if isinstance(v, ModelMixin)}
-    found = _without_vae(models)
-    if not found:
-        raise ValueError(
-            f"{type(pipe).__name__} has no denoiser: none of its components "
-            f"({', '.join(pipe.components)}) is a diffusers model without a decoder"
-        )
-    return found
+
+class _Detached(TorchFunctionMode):
+    """Copies tensors without their graph: `copy.deepcopy` refuses those that have one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Copy a tensor, or call `function` as it is."""
+        if function is Tensor.__deepcopy__:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return function(*args, **(kwargs or {}))
 
 
-def _without_vae(models: dict[str, Any]) -> dict[str, Any]:
-    order: tuple[str, ...] = ("transformer", "transformer_2", "unet")
-    named = {k: models[k] for k in order if k in models}
-    return named or {k: v for k, v in models.items() if not hasattr(v, "decode")}
+def copy_scheduler(scheduler: Any) -> Any:  # noqa: ANN401
+    """Return an independent copy of a scheduler, without the graph of its last run.
+
+    Not `from_config`: pipelines and users change a scheduler after it was made (Stable Diffusion
+    writes ``steps_offset`` into its configuration, ``set_shift`` an attribute).
+    """
+    fresh = copy.copy(scheduler)
+    with _Detached():
+        fresh.__dict__ = copy.deepcopy(scheduler.__dict__, {id(scheduler): fresh})
+    return fresh
 
 
 def use_attention(pipe: DiffusionPipeline, backend: str) -> None:
-    """Let the denoisers compute attention with one of diffusers' backends.
+    """Make the denoisers compute attention with one of diffusers' backends.
 
-    diffusers keeps the choice for the whole process: models that leave theirs open follow it.
+    diffusers keeps the choice for the whole process: models without a backend of their own use it,
+    too.
 
     Args:
         pipe: The pipeline, changed in place.
         backend: Name in diffusers' dispatcher, such as ``native`` or ``_native_cudnn``.
 
     Raises:
-        ValueError: If there is no such backend, what it needs is not installed, or a denoiser does
-            not take its attention from the dispatcher.
+        ValueError: If the backend is unknown, a package that it needs is not installed, or a
+            denoiser does not use the dispatcher.
     """
     for name, denoiser in denoisers(pipe).items():
         processors = (getattr(module, "processor", None) for module in denoiser.modules())
         if not any(hasattr(processor, "_attention_backend") for processor in processors):
-            raise ValueError(
+            raise InputError(
                 f"model.attention_backend: {type(denoiser).__name__} ({name}) does not take its "
                 "attention from diffusers' dispatcher; leave it out"
             )
         try:
-            with silent_diffusers():  # it says that backends are experimental
+            with silent_diffusers():  # it warns that backends are experimental
                 denoiser.set_attention_backend(backend)
         except (ValueError, RuntimeError, ImportError, OSError) as error:
-            raise ValueError(f"model.attention_backend {backend!r}: {error}") from error
-
-
-def call_parameters(pipe: DiffusionPipeline) -> set[str]:
-    """Return the names of the arguments that the pipeline's own `__call__` takes."""
-    return set(inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters)
+            raise InputError(f"model.attention_backend {backend!r}: {error}") from error
 
 
 @contextmanager
 def silent_diffusers() -> Iterator[None]:
-    """Keep diffusers from logging warnings."""
+    """Silence diffusers' warnings until the context is left."""
     from diffusers.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)

@@ -1,9 +1,10 @@
-"""Images to and from the latent space in which a rollout ends, learned from the pipeline itself.
+"""Converts between images and the final latents of a rollout, for any pipeline.
 
-Between the last `scheduler.step` and `vae.decode` every family has a tail of its own: it unpacks
-tokens, divides by a scaling factor, adds a shift, applies a mean and deviation a channel. All of
-them are a permutation of the elements and an affine map of each, so a few probe tensors sent
-through the pipeline's own tail determine the map exactly, and it can be inverted.
+Between the last `scheduler.step` and `vae.decode` each family post-processes the latents in its own
+way: it unpacks tokens, divides by a scaling factor, adds a shift, applies a mean and a standard
+deviation per channel. In all families this is a permutation of the elements followed by an affine
+map of each element. So a few probe tensors sent through the pipeline determine the map exactly, and
+it can be inverted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_distill.pipelines.components import denoisers
+from lit_distill.errors import InputError
+from lit_distill.pipelines.components import denoisers, replaced_components
 from lit_distill.pipelines.guidance import guidance
 from lit_distill.pipelines.hooks import (
     LoopState,
@@ -29,18 +31,18 @@ if TYPE_CHECKING:
 
 
 class LatentCodec:
-    """Encodes images to a rollout's final latents and decodes these, at one resolution.
+    """Encodes images to final latents of a rollout and decodes them, at one resolution.
 
-    Learning the map runs the pipeline four times with two steps; the denoiser computes once.
+    Learning the map calls the pipeline a few times with two steps. The denoiser is evaluated once.
 
     Args:
         pipe: A pipeline with a component ``vae``.
-        **call_kwargs: What the pipeline's `__call__` needs to draw one sample: ``prompt`` (any
-            text; default ""), and ``height``, ``width`` to fix the resolution.
+        **call_kwargs: Arguments of the pipeline's `__call__` for one sample: ``prompt`` (any text;
+            default ""), and ``height`` and ``width`` to set the resolution.
 
     Raises:
-        ValueError: If the pipeline has no ``vae``, or its tail is not a permutation of the
-            elements followed by an affine map of each.
+        ValueError: If the pipeline has no ``vae``, or its post-processing is not a permutation of
+            the elements followed by an affine map of each.
 
     Examples:
         >>> from lit_distill import LatentCodec, load_pipeline
@@ -52,23 +54,23 @@ class LatentCodec:
     def __init__(self, pipe: DiffusionPipeline, **call_kwargs: Any) -> None:  # noqa: ANN401
         self.pipe = pipe
         if getattr(pipe, "vae", None) is None:
-            raise ValueError(f"{type(pipe).__name__} has no component `vae` to encode images with")
-        tail = _Tail(pipe, {"prompt": "", **call_kwargs})
+            raise InputError(f"{type(pipe).__name__} has no component `vae` to encode images with")
+        postprocess = _PostProcessing(pipe, {"prompt": "", **call_kwargs})
         with torch.no_grad():
-            self._learn(tail)
-        self.latent_shape = tail.latent_shape
+            self._learn(postprocess)
+        self.latent_shape = postprocess.latent_shape
         self._check_sides(call_kwargs.get("height"), call_kwargs.get("width"))
 
     def _check_sides(self, height: int | None, width: int | None) -> None:
-        """Refuse a size that the pipeline would cut or round: the target would be another image."""
+        """Check that the pipeline does not crop or round the size: the target would not match."""
         if height is None or width is None:
             return
         rows, columns = self.z_shape[-2:]
         if height % rows or width % columns or height // rows != width // columns:
-            raise ValueError(
-                f"{type(self.pipe).__name__} can't draw {height}x{width} pixels (height x width): "
-                f"its latents are {rows}x{columns} then; both sides must be multiples of what the "
-                "pipeline needs"
+            raise InputError(
+                f"{type(self.pipe).__name__} can't generate {height}x{width} pixels (height x "
+                f"width): its latents would be {rows}x{columns}; both sides must be multiples of "
+                "what the pipeline needs"
             )
 
     @property
@@ -76,40 +78,40 @@ class LatentCodec:
         """The pipeline's VAE."""
         return self.pipe.vae
 
-    def _learn(self, tail: _Tail) -> None:
+    def _learn(self, postprocess: _PostProcessing) -> None:
         """Find z[j] = scale[j] * x[source[j]] + shift[j] and check it on random latents."""
-        size = tail.latent_shape.numel()
-        self.shift = tail(torch.zeros(size))
-        self.scale = tail(torch.ones(size)) - self.shift
-        self.z_shape = tail.z_shape
+        size = postprocess.latent_shape.numel()
+        self.shift = postprocess(torch.zeros(size))
+        self.scale = postprocess(torch.ones(size)) - self.shift
+        self.z_shape = postprocess.z_shape
         name = type(self.pipe).__name__
         if self.shift.numel() != size or not (self.scale != 0).all():
-            raise ValueError(
-                f"{name}: the way from final latents {tuple(tail.latent_shape)} to the VAE's input "
-                f"{tuple(self.z_shape)} is not one to one; store the teacher's exact latents "
-                "(column `latents`) instead of images"
+            raise InputError(
+                f"{name}: the map from final latents {tuple(postprocess.latent_shape)} to the "
+                f"VAE's input {tuple(self.z_shape)} is not one to one; store the teacher's exact "
+                "latents (column `latents`) instead of images"
             )
-        # Positions are sent as numbers below 1000, so that they survive single precision.
+        # Positions are sent in two numbers below 1000, which single precision represents exactly.
         position = torch.arange(size)
-        low = tail((position % 1000).double())
-        high = tail((position // 1000).double())
+        low = postprocess((position % 1000).double())
+        high = postprocess((position // 1000).double())
         digits = [((z - self.shift) / self.scale).round().long() for z in (low, high)]
         self.source = (digits[0] + 1000 * digits[1]).clamp(0, size - 1)
         probe = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         expected = self.scale * probe[self.source] + self.shift
-        error = (tail(probe) - expected).abs().max() / expected.abs().max()
+        error = (postprocess(probe) - expected).abs().max() / expected.abs().max()
         if not error < 1e-5 or not torch.equal(self.source.sort().values, position):
-            raise ValueError(
-                f"{name}: the way from final latents to the VAE's input is not a permutation and "
+            raise InputError(
+                f"{name}: the map from final latents to the VAE's input is not a permutation and "
                 f"an affine map (relative error {error:.1e} on random latents); store the "
                 "teacher's exact latents (column `latents`) instead of images"
             )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the latents whose decoding is `images`, as far as the VAE can tell.
+        """Return the latents that decode to `images`, up to the error of the VAE.
 
-        The encoder's distribution is represented by its mode: no noise enters the targets.
+        The mode of the encoder's distribution is used, so that targets contain no noise.
 
         Args:
             images: (B, 3, height, width), range [0, 1], of the codec's resolution.
@@ -124,10 +126,10 @@ class LatentCodec:
             return self.pack(vae_encode(self.vae, images, frames=len(self.z_shape) == 4))
         except ValueError as error:
             height, width = images.shape[-2:]
-            raise ValueError(f"of {height}x{width} pixels (height x width): {error}") from None
+            raise InputError(f"of {height}x{width} pixels (height x width): {error}") from None
 
     def pack(self, z: Tensor) -> Tensor:
-        """Return the final latents of what `vae_encode` made of images.
+        """Convert the result of `vae_encode` to final latents.
 
         Args:
             z: (B, C, h, w), or with one frame (B, C, 1, h, w).
@@ -139,8 +141,8 @@ class LatentCodec:
             ValueError: If the images were not of the codec's resolution.
         """
         if z.shape[1:] != self.z_shape:
-            raise ValueError(
-                f"images that encode to {tuple(z.shape[1:])}, but the pipeline draws "
+            raise InputError(
+                f"images that encode to {tuple(z.shape[1:])}, but the pipeline generates "
                 f"{tuple(self.z_shape)} at this resolution; both sides must be multiples of what "
                 "the pipeline needs"
             )
@@ -150,7 +152,7 @@ class LatentCodec:
         return flat.view(-1, *self.latent_shape)
 
     def unpack(self, latents: Tensor) -> Tensor:
-        """Return what the VAE decodes of final latents, the inverse of `pack`.
+        """Convert final latents to the input of ``vae.decode``, the inverse of `pack`.
 
         Args:
             latents: (B, *latent_shape), as `rollout` returns them.
@@ -163,7 +165,7 @@ class LatentCodec:
         return z.view(-1, *self.z_shape)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the images of final latents, differentiably where gradients are on.
+        """Decode final latents to images, differentiably if gradients are enabled.
 
         Args:
             latents: (B, *latent_shape), as `rollout` returns them.
@@ -191,13 +193,13 @@ def vae_encode(
     frames: bool,
     encode: Callable[[Tensor], Any] | None = None,
 ) -> Tensor:
-    """Return what a VAE makes of images: the mode of its distribution, so that no noise enters.
+    """Encode images with a VAE and return the mode of its distribution, without noise.
 
     Args:
         vae: A VAE of diffusers.
         images: (B, 3, height, width), range [0, 1].
-        frames: Whether it is a video VAE, which sees an image as one frame.
-        encode: Stands in for the VAE's own `encode`.
+        frames: Whether it is a video VAE, to which an image is a video of one frame.
+        encode: Used instead of the VAE's `encode`.
 
     Returns:
         (B, C, h, w), or with one frame (B, C, 1, h, w), in the VAE's data type.
@@ -216,11 +218,11 @@ def has_frames(vae: Any) -> bool:  # noqa: ANN401
     return any(isinstance(module, nn.Conv3d) for module in encoder.modules())
 
 
-class _Tail:
-    """A pipeline's way from the output of its last step to the input of `vae.decode`.
+class _PostProcessing:
+    """The code of a pipeline between its last `scheduler.step` and `vae.decode`, as a function.
 
-    Calling it with final latents of one sample, flat, returns the VAE's input, flat, in double
-    precision on the CPU.
+    It takes the final latents of one sample, flattened, and returns the VAE's input, flattened,
+    float64, on the CPU.
     """
 
     def __init__(self, pipe: DiffusionPipeline, call_kwargs: dict[str, Any]) -> None:
@@ -229,44 +231,42 @@ class _Tail:
         self.latent_shape = torch.Size()
         self.z_shape = torch.Size()
         self._prediction: Any = None
-        self(torch.zeros(1))  # learns the shapes
+        self(torch.zeros(1))  # sets the shapes
 
     def __call__(self, latents: Tensor) -> Tensor:
         vae = _CapturingVAE(self.pipe.vae)
 
-        def on_step(steps: LoopState, sample: Tensor) -> Tensor:
-            if steps.done < steps.total - 1:
+        def on_step(state: LoopState, sample: Tensor) -> Tensor:
+            if state.done < state.total - 1:
                 return sample
             self.latent_shape = sample.shape[1:]
-            # Single precision whatever the pipeline's: a position has to survive the way, and
-            # Z-Image insists on it.
+            # Single precision whatever the pipeline's data type: it represents the positions
+            # exactly, and Z-Image requires it.
             probe = latents.to(sample.device, torch.float32)
             if probe.numel() == 1:
                 return probe.expand(sample.shape)
             return probe.view(sample.shape)
 
         with ExitStack() as stack:
-            off = stack.enter_context(guidance(self.pipe, 1.0, 1, self.call_kwargs))
+            no_guidance = stack.enter_context(guidance(self.pipe, 1.0, 1, self.call_kwargs))
             stack.enter_context(observed_scheduler(self.pipe, on_step))
             for denoiser in denoisers(self.pipe).values():
                 stack.enter_context(replaced_forward(denoiser, self._predict_once(denoiser)))
-            stack.callback(self.pipe.__dict__.__setitem__, "vae", self.pipe.vae)
-            # Not by setattr, which would record the stand-in in the pipeline's configuration.
-            self.pipe.__dict__["vae"] = vae
+            stack.enter_context(replaced_components(self.pipe, vae=vae))
             try:
-                # Two steps: with one, PixArt-alpha and Mochi take another path.
+                # Two steps because PixArt-alpha and Mochi take another path with one.
                 undecorated_call(self.pipe)(
                     num_inference_steps=2,
                     generator=[torch.Generator().manual_seed(0)],
                     output_type="pt",
                     return_dict=False,
                     **self.call_kwargs,
-                    **off,
+                    **no_guidance,
                 )
             except _CapturedError as captured:
                 self.z_shape = captured.z.shape[1:]
                 return captured.z.double().flatten().cpu()
-        raise ValueError(f"{type(self.pipe).__name__} never called vae.decode")
+        raise InputError(f"{type(self.pipe).__name__} never called vae.decode")
 
     def _predict_once(self, denoiser: torch.nn.Module) -> Any:  # noqa: ANN401
         forward = denoiser.forward
@@ -287,7 +287,7 @@ class _CapturedError(Exception):
 
 
 class _CapturingVAE:
-    """Stands in for a VAE: claims double precision and stops the pipeline at `decode`."""
+    """Replaces a VAE: its dtype is double precision, and `decode` stops the pipeline."""
 
     dtype = torch.float64
 

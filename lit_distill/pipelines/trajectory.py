@@ -1,7 +1,8 @@
-"""The states between the steps: where the teacher was, for the student to be there too.
+"""The latents after every step of a rollout, and their interpolation to other noise levels.
 
-A student's state after a step has a noise level, its sigma. The teacher passes the same level
-somewhere between two of its many small steps; there its state is interpolated.
+They are targets for the student's intermediate steps. Each state of the student has a noise level,
+its sigma. The teacher reaches the same sigma between two of its smaller steps, and its state there
+is interpolated linearly.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.hooks import LoopState
 from lit_distill.pipelines.rollout import run_pipeline
 
@@ -19,75 +21,84 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-STRAIGHT = ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler")
-"""Schedulers whose step is a straight line over sigma, so that states can be interpolated."""
+INTERPOLABLE_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler")
+"""Schedulers whose steps are linear in sigma, so that states can be interpolated exactly."""
 
 
 class Trajectory(NamedTuple):
-    """States of a rollout.
+    """The states of a rollout after each of its K steps.
 
     Attributes:
-        states: After each of K steps, (K, B, ...); the last are the final latents.
-        sigmas: Noise level of each, (K,), float32, falling; the last is 0.
+        states: Latents, (K, B, ...), in the space of the rollout; the last are the final latents.
+        sigmas: Their noise levels, (K,), float32, decreasing; the last is 0.
     """
 
     states: Tensor
     sigmas: Tensor
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Trajectory]) -> Trajectory:
+        """Return the trajectories of parts of a batch as that of the whole batch."""
+        return cls(torch.cat([part.states for part in parts], 1), parts[0].sigmas)
+
     def at(self, sigmas: Tensor) -> Trajectory:
-        """Return the states at other noise levels, each between two of these on a straight line.
+        """Return the states at other noise levels, interpolated linearly between two steps.
 
         Args:
-            sigmas: Noise levels, (S,), of which none is above the first of these.
+            sigmas: Noise levels, (S,), none above the first one of this trajectory.
+
+        Returns:
+            The states at these levels, (S, B, ...), float32.
 
         Raises:
-            ValueError: If these steps begin below one of the levels.
+            ValueError: If a noise level is above the first one of this trajectory.
         """
-        own = self.sigmas.double()
-        wanted = sigmas.to(own)
-        if (wanted > own[0]).any():
-            raise ValueError(
-                f"the first of the teacher's {len(own)} steps ends at sigma {own[0]:.3g}, below the"
-                f" student's {wanted.max():.3g}: the teacher needs more steps than the student"
+        known = self.sigmas.double()
+        sigmas = sigmas.to(known)
+        if (sigmas > known[0]).any():
+            raise InputError(
+                f"the first of the teacher's {len(known)} steps ends at sigma {known[0]:.3g}, below"
+                f" the student's {sigmas.max():.3g}: the teacher needs more steps than the student"
             )
-        below = torch.searchsorted(-own, -wanted).clamp(min=1)
+        below = torch.searchsorted(-known, -sigmas).clamp(min=1)
         above = below - 1
-        share = ((wanted - own[below]) / (own[above] - own[below])).float()
-        share = share.view(-1, *[1] * (self.states.dim() - 1)).to(self.states.device)
+        weight = ((sigmas - known[below]) / (known[above] - known[below])).float()
+        weight = weight.view(-1, *[1] * (self.states.dim() - 1)).to(self.states.device)
         states = self.states.float()
-        return Trajectory(states[below] * (1 - share) + states[above] * share, wanted.float())
+        return Trajectory(states[below] * (1 - weight) + states[above] * weight, sigmas.float())
 
 
-class Recorder:
-    """A `lit_distill.pipelines.hooks.StepCallback` that keeps the state after every step.
+class TrajectoryRecorder:
+    """A `lit_distill.pipelines.hooks.StepCallback` that records the state after every step.
 
     Args:
-        cut: Whether a state goes on without its graph: then the gradient of each reaches the
-            denoiser's call of its own step only.
+        detach: Whether the loop continues from a detached state. The gradient of each state then
+            reaches only the denoiser calls of its own step.
     """
 
-    def __init__(self, cut: bool = False) -> None:
-        self._cut = cut
+    def __init__(self, detach: bool = False) -> None:
+        self._detach = detach
         self._states: list[Tensor] = []
         self._sigmas = torch.empty(0)
 
-    def __call__(self, steps: LoopState, latents: Tensor) -> Tensor:
-        """Keep a state.
+    def __call__(self, state: LoopState, latents: Tensor) -> Tensor:
+        """Record the latents and return those that the loop continues with.
 
         Raises:
-            ValueError: If the scheduler's steps are no straight lines over sigma.
+            ValueError: If the scheduler's steps are not linear in sigma.
         """
-        if type(steps.scheduler).__name__ not in STRAIGHT:
-            raise ValueError(
-                f"a trajectory needs one of the schedulers {', '.join(STRAIGHT)}, whose states can "
-                f"be interpolated; this pipeline has {type(steps.scheduler).__name__}"
+        if type(state.scheduler).__name__ not in INTERPOLABLE_SCHEDULERS:
+            raise InputError(
+                "a trajectory needs one of the schedulers "
+                f"{', '.join(INTERPOLABLE_SCHEDULERS)}, whose states can be interpolated; this "
+                f"pipeline has {type(state.scheduler).__name__}"
             )
-        self._sigmas = steps.scheduler.sigmas[1:].float().cpu()
+        self._sigmas = state.scheduler.sigmas[1:].float().cpu()
         self._states.append(latents)
-        return latents.detach() if self._cut else latents
+        return latents.detach() if self._detach else latents
 
     def trajectory(self) -> Trajectory:
-        """Return what was kept."""
+        """Return the recorded states."""
         return Trajectory(torch.stack(self._states), self._sigmas)
 
 
@@ -98,21 +109,21 @@ def trajectory(
     generator: Sequence[torch.Generator],
     **options: Any,  # noqa: ANN401
 ) -> Trajectory:
-    """Draw as `lit_distill.rollout` does, and return the states after all steps.
+    """Sample as `lit_distill.rollout` does and return the states after all steps.
 
-    Every step goes on from where the pipeline is, as when it draws, but the gradient of a state
-    ends where its own step began: there is none through the steps before.
+    The states are those of an ordinary rollout, but each is detached before the next step. The
+    gradient of a state therefore reaches its own step only.
 
     Args:
-        pipe: Any diffusers pipeline whose scheduler is an Euler one.
+        pipe: Any diffusers pipeline with an Euler scheduler.
         num_inference_steps: Number of denoising steps, >= 1.
-        generator: One generator a sample.
+        generator: One generator per sample.
         **options: Further arguments of `lit_distill.rollout`.
 
     Raises:
-        ValueError: If an argument is out of range or the scheduler is another one.
+        ValueError: If an argument is out of range or the scheduler is not supported.
     """
-    recorder = Recorder(cut=True)
+    recorder = TrajectoryRecorder(detach=True)
     options.setdefault("cfg_scale", 1.0)
     run_pipeline(
         pipe,

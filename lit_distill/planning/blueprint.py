@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lit_distill.compute.repeated_blocks import repeated_blocks
-from lit_distill.pipelines.components import _without_vae
-from lit_distill.pipelines.loading import TINY_DIGITS, pipeline_source
+from lit_distill.errors import InputError
+from lit_distill.pipelines.components import select_denoisers
+from lit_distill.pipelines.loading import pipeline_source
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,7 +45,7 @@ class Blueprint:
         """Return that of a hub id or a folder; only configuration files are read or downloaded.
 
         Raises:
-            ValueError: If the pipeline's class is not one of the installed diffusers.
+            InputError: If the pipeline's class is not one of the installed diffusers.
             OSError: If the pipeline is neither a folder nor on the hub.
         """
         import diffusers
@@ -53,7 +54,7 @@ class Blueprint:
         index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
         kind = getattr(diffusers, index["_class_name"], None)
         if kind is None:
-            raise ValueError(
+            raise InputError(
                 f"{name_or_path}: its class {index['_class_name']} is not one of diffusers "
                 f"{diffusers.__version__}"
             )
@@ -69,8 +70,12 @@ class Blueprint:
                     scheduler = component.from_config(component.load_config(source, **where))
                 else:
                     models[key] = component, _configuration(component, source, where)
-        size = 8 if name_or_path == TINY_DIGITS else None
-        return cls(kind, models, scheduler, options, size)
+        sizes = [
+            config["_default_sample_size"]
+            for _, config in models.values()
+            if isinstance(config, Mapping) and "_default_sample_size" in config
+        ]
+        return cls(kind, models, scheduler, options, sizes[0] if sizes else None)
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline) -> Blueprint:
@@ -96,7 +101,7 @@ class Blueprint:
         from diffusers import ModelMixin
 
         kinds = {k: v[0] for k, v in self.models.items() if issubclass(v[0], ModelMixin)}
-        return {key: self.models[key] for key in _without_vae(kinds)}
+        return {key: self.models[key] for key in select_denoisers(kinds)}
 
     def empty(self, name: str) -> nn.Module:
         """Return a component whose parameters have no memory, on the meta device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lit_distill.errors import did_you_mean
+from lit_distill.errors import InputError, with_suggestions
 
 GIB = 2**30
 
@@ -52,12 +52,12 @@ def card(
         tflops: Dense bfloat16 TFLOPS.
 
     Raises:
-        ValueError: If no card has this name.
+        InputError: If no card has this name.
     """
     if gpu is not None and gpu not in CARDS:
-        raise ValueError(
-            f"--gpu: no card is called {did_you_mean(gpu, CARDS)}; known: {', '.join(CARDS)}; or "
-            "set --memory_gb and --tflops"
+        raise InputError(
+            f"--gpu: no card is called {with_suggestions(gpu, CARDS)}; known: "
+            f"{', '.join(CARDS)}; or set --memory_gb and --tflops"
         )
     known = CARDS[gpu or "h100"]
     name = gpu or ("h100" if memory_gb is None else f"{memory_gb:g} GiB")

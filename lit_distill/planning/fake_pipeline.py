@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import call_parameters, denoisers, silent_diffusers
 from lit_distill.planning.blueprint import Blueprint
 
@@ -117,13 +118,13 @@ class FakePipeline:
             negative: Return those of negative prompts as well.
 
         Raises:
-            ValueError: If the pipeline does not take encoded prompts, or the denoiser's
+            InputError: If the pipeline does not take encoded prompts, or the denoiser's
                 configuration does not tell their width.
         """
         accepted = call_parameters(self.pipe)
         name = type(self.pipe).__name__
         if "prompt_embeds" not in accepted:
-            raise ValueError(f"{name} takes no prompt_embeds: its prompts can't be planned for")
+            raise InputError(f"{name} takes no prompt_embeds: its prompts can't be planned for")
         length = tokens or self.prompt_tokens
         given: dict[str, Any] = {"prompt_embeds": self._embeds(batch_size, length)}
         if "pooled_prompt_embeds" in accepted:
@@ -162,7 +163,7 @@ class FakePipeline:
         for name in TEXT_WIDTHS:
             if isinstance(config.get(name), int):
                 return int(config[name])
-        raise ValueError(
+        raise InputError(
             f"{type(self.pipe).__name__}: the configuration of its denoiser does not tell the "
             f"width of encoded prompts by any of {', '.join(TEXT_WIDTHS)}"
         )

@@ -16,6 +16,7 @@ from lit_distill.adapters.inject import make_trainable, trained_parameters
 from lit_distill.compute.activation_checkpointing import Checkpointing
 from lit_distill.compute.precision import compute_in
 from lit_distill.compute.repeated_blocks import repeated_blocks
+from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers, override_scheduler_config
 from lit_distill.pipelines.rollout import rollout, run_pipeline
 from lit_distill.pipelines.trajectory import trajectory
@@ -144,14 +145,14 @@ class FakeStudent:
         """Return the height and width in pixels of the pipeline's own choice.
 
         Raises:
-            ValueError: If only its call knows them.
+            InputError: If only its call knows them.
         """
         pipe = self.pipe
         scale = getattr(pipe, "vae_scale_factor", None)
         edge = getattr(pipe, "default_sample_size", None)
         edge = edge or next(iter(denoisers(pipe).values())).config.get("sample_size")
         if not scale or not isinstance(edge, int):
-            raise ValueError(
+            raise InputError(
                 f"{type(pipe).__name__} has no default size: set --height and --width, or "
                 "data.height and data.width"
             )

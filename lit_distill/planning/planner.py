@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lit_distill.compute.activation_checkpointing import BLOCKWISE_MODES, Checkpointing
+from lit_distill.errors import InputError
 from lit_distill.pipelines.loading import DTYPES
 from lit_distill.planning.blueprint import Blueprint, list_lengths, pattern_for_layers
 from lit_distill.planning.device_operations import Device
@@ -120,7 +121,7 @@ class Planner:
         device: Device = "cuda",
     ) -> None:
         if settings.torch_dtype not in DTYPES:
-            raise ValueError(f"torch_dtype must be one of {', '.join(DTYPES)}")
+            raise InputError(f"torch_dtype must be one of {', '.join(DTYPES)}")
         self.blueprint = blueprint
         self.settings = settings
         self.device = device

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lit_distill.compute.repeated_blocks import repeated_blocks
+from lit_distill.errors import InputError
 
 _BITS = {
     "bitsandbytes_8bit": 8.0,
@@ -30,7 +31,7 @@ def bits_per_weight(quantization: Mapping[str, Any]) -> float:
     """Return the bits that a quantised weight takes, its share of the scales included.
 
     Raises:
-        ValueError: If the storage of this quantizer is not known.
+        InputError: If the storage of this quantizer is not known.
     """
     backend = quantization.get("quant_backend")
     arguments = quantization.get("quant_kwargs") or {}
@@ -40,7 +41,7 @@ def bits_per_weight(quantization: Mapping[str, Any]) -> float:
             str(arguments.get("weights_dtype")), "bitsandbytes_4bit"
         )
     if name not in _BITS:
-        raise ValueError(
+        raise InputError(
             f"model.quantization: the storage of {name!r} is not known to plan; known: "
             + ", ".join(_BITS)
         )

@@ -1,4 +1,4 @@
-"""What a training step needs of the device's memory, measured small, and what there is of it."""
+"""The memory that a training step needs, measured at a small size, and the memory that is free."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ MODES_BY_SPEED: tuple[Checkpointing, ...] = ("none", "selective", "block", "step
 """Checkpointing modes, the fastest first (benchmarks/results/step_1024.json)."""
 
 MARGIN = 1.2
-"""What a step may need beyond the arithmetic: fragments, the loss, texts that are longer."""
+"""Factor for what the measurement leaves out: fragmentation, the loss, longer prompts."""
 
 GIB = 2**30
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that were made since and still live, each storage once.
+    """Counts the bytes of live tensors that were created inside it, each storage once.
 
-    `torch.autograd.graph.saved_tensors_hooks` misses what checkpointing keeps by itself: the
-    keyword arguments of a call that is to be run again, what selective checkpointing keeps.
+    `torch.autograd.graph.saved_tensors_hooks` misses what checkpointing stores itself: the keyword
+    arguments of a call to be recomputed, and the results that selective checkpointing keeps.
 
     Attributes:
-        now: Bytes that live.
-        peak: The most that lived at any moment.
+        now: Bytes that are live.
+        peak: The largest number of bytes that were live at any moment.
     """
 
     def __init__(self) -> None:
@@ -43,18 +43,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        """Run the operation and note what it has made."""
-        made = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        for tensor in _tensors(made):
+        """Run the operation and count its new storages."""
+        output = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        for tensor in _tensors(output):
             storage = tensor.untyped_storage()
-            if storage._cdata in self._known or storage._cdata in given:
+            if storage._cdata in self._known or storage._cdata in inputs:
                 continue  # a view
             self._known.add(storage._cdata)
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        return made
+        return output
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -66,7 +66,7 @@ def _tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what can still be allocated on the device, torch's own cache included."""
+    """Return the bytes that can still be allocated on the device, including torch's cache."""
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -74,55 +74,55 @@ def free_bytes(device: torch.device) -> int:
 
 
 class Choice(NamedTuple):
-    """A checkpointing mode, and why it.
+    """A checkpointing mode, and why it was chosen.
 
     Attributes:
         mode: The mode.
         fits: Whether it fits, with the margin.
-        why: What it needs, what there is, and what the next faster one would need.
+        reason: The memory that it and the faster modes need, and the memory that is free.
     """
 
     mode: Checkpointing
     fits: bool
-    why: str
+    reason: str
 
 
-def choose(
-    trial: Probe,
+def choose_checkpointing(
+    probe: Probe,
     device: torch.device,
     modes: Sequence[Checkpointing],
-    times: float,
+    scale: float,
     grad_steps: int,
 ) -> Choice:
     """Return the fastest checkpointing mode that the device has memory for.
 
-    Each mode's peak is measured with one and with two back-propagated steps of the trial; it is
-    linear in their number, and taken to be so in the number of positions.
+    Each mode's peak is measured with one and with two back-propagated steps of the probe. It is
+    linear in their number, and assumed to be linear in the number of positions.
 
     Args:
-        trial: EvaluationBatch at a small size, of one sample; with the steps of training.
+        probe: One sample at a small size, with the steps of training.
         device: Where the denoisers are.
-        modes: Those that may be chosen.
-        times: How many times the trial's positions a batch of training has.
+        modes: The modes to choose from.
+        scale: Positions in a training batch, as a multiple of the probe's.
         grad_steps: Steps that the gradient goes through.
     """
-    trained = sum(parameter.nbytes for _, parameter in trial.parameters)
+    trained = sum(parameter.nbytes for _, parameter in probe.parameters)
     free = free_bytes(device)
     needs: dict[Checkpointing, float] = {}
     for mode in (each for each in MODES_BY_SPEED if each in modes):
-        one, two = (_activations(trial, device, mode, steps) for steps in (1, 2))
+        one, two = (_activations(probe, device, mode, steps) for steps in (1, 2))
         peak = one + (grad_steps - 1) * (two - one)
-        needs[mode] = MARGIN * (times * peak + 3 * trained)  # gradient, and two moments of AdamW
+        needs[mode] = MARGIN * (scale * peak + 3 * trained)  # gradient and AdamW's two moments
         if needs[mode] <= free:
             break
     chosen = mode if needs[mode] <= free else min(needs, key=lambda each: needs[each])
-    said = [f"{each} {need / GIB:.3g}" for each, need in needs.items()]
-    why = f"GiB needed: {', '.join(said)}; free on {device}: {free / GIB:.3g}"
-    return Choice(chosen, needs[chosen] <= free, why)
+    listed = ", ".join(f"{each} {need / GIB:.3g}" for each, need in needs.items())
+    reason = f"GiB needed: {listed}; free on {device}: {free / GIB:.3g}"
+    return Choice(chosen, needs[chosen] <= free, reason)
 
 
-def _activations(trial: Probe, device: torch.device, mode: Checkpointing, grad_steps: int) -> float:
-    """Return the peak of a draw and its backward pass in bytes, without the gradients."""
+def _activations(probe: Probe, device: torch.device, mode: Checkpointing, grad_steps: int) -> float:
+    """Return the peak of a sample and its backward pass in bytes, without the gradients."""
     cuda = device.type == "cuda"
     before = 0
     if cuda:
@@ -131,9 +131,9 @@ def _activations(trial: Probe, device: torch.device, mode: Checkpointing, grad_s
     try:
         with (
             nullcontext() if cuda else LiveBytes() as live,
-            trial.gradient(mode, grad_steps) as found,
+            probe.gradient(mode, grad_steps) as gradient,
         ):
-            gradients = sum(each.nbytes for each in found if each is not None)
+            gradients = sum(each.nbytes for each in gradient if each is not None)
     except torch.OutOfMemoryError:
         return float("inf")
     peak = torch.cuda.max_memory_allocated(device) - before if cuda else live.peak  # type: ignore[union-attr]

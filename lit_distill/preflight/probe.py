@@ -1,7 +1,8 @@
-"""Small draws of a pipeline, to see what larger ones are going to do."""
+"""Small samples of a pipeline, which predict how larger ones behave."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from lit_distill.adapters.inject import trained_parameters
 from lit_distill.compute.activation_checkpointing import Checkpointing
 from lit_distill.compute.sharding import full_tensor
 from lit_distill.pipelines.components import denoisers
-from lit_distill.pipelines.hooks import LoopState
+from lit_distill.pipelines.guidance import guidance
+from lit_distill.pipelines.hooks import LoopState, no_progress_bar
 from lit_distill.pipelines.rollout import run_pipeline
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
     """Return a size of about the same shape with no side above `edge`, in multiples of 64 pixels.
 
-    The checks see at it what they would see at the full size, in a fraction of the time.
+    The checks find at this size what they would find at the full size, in a fraction of the time.
     """
     longest = max(height, width)
     if longest <= edge:
@@ -32,9 +34,9 @@ def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
 
 
 def other_prompt(prompt: str) -> str:
-    """Return the prompt of another length that is drawn beside `prompt`."""
-    first = prompt.split()[:1]
-    return first[0] if first and first != [prompt] else "a cat, sleeping"
+    """Return a prompt of another length, to be sampled beside `prompt`."""
+    words = prompt.split()
+    return words[0] if words and words[0] != prompt else "a cat, sleeping"
 
 
 def trial_arguments(
@@ -58,14 +60,15 @@ class Probe:
     Args:
         pipe: The pipeline, its trainable parameters requiring gradients.
         prompt: A typical prompt.
-        num_inference_steps: Steps of a draw.
+        num_inference_steps: Steps of a sample.
         seed: Seed of the noise.
         call_kwargs: Further arguments of the pipeline's call for one sample.
 
     Attributes:
         short: A prompt of another length.
-        single: Whether the arithmetic is float32.
-        parameters: What trains, by name.
+        is_float32: Whether the arithmetic is float32.
+        parameters: The trainable parameters, with their names.
+        output_type: What the pipeline returns if nothing is trained: ``"latent"`` if it can.
     """
 
     def __init__(
@@ -77,11 +80,12 @@ class Probe:
         call_kwargs: dict[str, Any],
     ) -> None:
         self.pipe = pipe
+        self.output_type = "latent"
         self.prompt = prompt
         self.short = other_prompt(prompt)
         self.num_inference_steps = num_inference_steps
         self.seed = seed
-        self.single = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
+        self.is_float32 = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
         self.call_kwargs = call_kwargs
         self.parameters = list(trained_parameters(pipe).items())
 
@@ -91,13 +95,25 @@ class Probe:
             prompts or [self.prompt],
             seed=self.seed + first,
             num_inference_steps=self.num_inference_steps,
-            output_type="latent",
+            output_type=self.output_type,
             **self.call_kwargs,
         )
 
+    def plain(self) -> Any:  # noqa: ANN401
+        """Return the output of the plain `pipe()`: latents if it can return these, else images."""
+        try:
+            with no_progress_bar(self.pipe), guidance(self.pipe, 1.0, 1, self.call_kwargs) as given:
+                output = self.pipe(**self.arguments(), **given, return_dict=False)[0]
+        except ValueError:
+            if self.output_type == "np":
+                raise
+            self.output_type = "np"
+            return self.plain()
+        return torch.as_tensor(output)
+
     @torch.no_grad()
     def sample(self, prompts: Sequence[str] = (), first: int = 0) -> tuple[LoopState, Any]:
-        """Draw without gradients; return the finished steps and what the pipeline returned."""
+        """Sample without gradients; return the finished loop and what the pipeline returned."""
         return run_pipeline(self.pipe, cfg_scale=1.0, **self.arguments(prompts, first))
 
     @contextmanager
@@ -107,11 +123,11 @@ class Probe:
         grad_steps: int | None = None,
         prompts: Sequence[str] = (),
     ) -> Iterator[list[Tensor | None]]:
-        """Yield every parameter's gradient of a draw; None: no gradient reached it.
+        """Yield every parameter's gradient of a sample; None: no gradient reached it.
 
-        The parameters' own gradients come back on exit.
+        The parameters' previous gradients are restored on exit.
         """
-        own = [parameter.grad for _, parameter in self.parameters]
+        previous = [parameter.grad for _, parameter in self.parameters]
         for _, parameter in self.parameters:
             parameter.grad = None
         try:
@@ -121,7 +137,7 @@ class Probe:
                     cfg_scale=1.0,
                     checkpointing=checkpointing,
                     grad_steps=grad_steps,
-                    **self.arguments(prompts),
+                    **self.arguments(prompts) | {"output_type": "latent"},
                 )
                 latents = steps.latents.float()
                 generator = torch.Generator().manual_seed(self.seed)
@@ -131,30 +147,30 @@ class Probe:
                 loss.backward()  # type: ignore[no-untyped-call]
             yield [parameter.grad for _, parameter in self.parameters]
         finally:
-            for (_, parameter), kept in zip(self.parameters, own, strict=True):
-                parameter.grad = kept
+            for (_, parameter), gradient in zip(self.parameters, previous, strict=True):
+                parameter.grad = gradient
 
     def gradient_norms(self, *options: Any) -> list[Tensor | None]:  # noqa: ANN401
         """Return the norm of every parameter's gradient, for the options of `gradient`.
 
-        Norms are compared, not gradients, so that a large model's are held only once.
+        Norms are compared, and not gradients, so that only one gradient of a large model is held.
         """
         with self.gradient(*options) as gradient:
             return [None if each is None else full_tensor(each.float().norm()) for each in gradient]
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Return the relative difference of two tensors; infinite where there is no number."""
-    if found.shape != expected.shape:
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the relative difference of two tensors; infinite if it is not a number."""
+    if actual.shape != expected.shape:
         return float("inf")
     norm = expected.double().norm()
-    apart = ((found.double() - expected.double()).norm() / norm.clamp(min=1e-30)).item()
-    return apart if apart == apart else float("inf")
+    error = ((actual.double() - expected.double()).norm() / norm.clamp(min=1e-30)).item()
+    return float("inf") if math.isnan(error) else error
 
 
-def norms_difference(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
-    """Return the relative difference of lists of norms; infinite if others are None."""
-    if [norm is None for norm in found] != [norm is None for norm in expected]:
+def norms_difference(actual: list[Tensor | None], expected: list[Tensor | None]) -> float:
+    """Return the relative difference of lists of norms; infinite if other entries are None."""
+    if [norm is None for norm in actual] != [norm is None for norm in expected]:
         return float("inf")
-    norms = [[norm for norm in norms if norm is not None] for norms in (found, expected)]
-    return difference(*map(torch.stack, norms)) if norms[0] else 0.0
+    norms = [[norm for norm in norms if norm is not None] for norms in (actual, expected)]
+    return relative_difference(*map(torch.stack, norms)) if norms[0] else 0.0

@@ -1,5 +1,5 @@
-"""A test as a report: contenders sampled on the same rows, compared, timed and shown.
+"""The report of a test: contenders sample the same rows and are measured, timed and shown.
 
-The page is one file that opens offline; every figure in it is also in metrics.json.
+The page is one file that opens offline. Its figures are also in metrics.json.
 Must not change what it compares.
 """

@@ -1,8 +1,8 @@
-"""The report of a test: the held-out rows drawn in every way, measured, timed and shown."""
+"""Writes the report of a test: the held-out rows, sampled with every contender and compared."""
 
 from __future__ import annotations
 
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,35 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from lit_distill.data.batch import NO_TARGET, Batch
+from lit_distill.data.whole_files import write_image
+from lit_distill.data.whole_folders import check_free, draft_of, publish
+from lit_distill.errors import InputError
 from lit_distill.evaluation.contact_sheet import to_pil
 from lit_distill.evaluation.evaluator import EvaluationBatch
 from lit_distill.evaluation.metrics import latent_mse
-from lit_distill.report.contenders import Contender, ContenderConfig, HeldOutBatch
-from lit_distill.report.html_report import image_file, write_report
-from lit_distill.report.run_info import describe_run, run_snippet, teacher_settings
+from lit_distill.report.contenders import Contender, ContenderConfig, ContenderResult
+from lit_distill.report.html_report import FILES, image_file, write_report
+from lit_distill.report.run_info import describe_run, teacher_settings, usage_snippet
+from lit_distill.report.sampling import HeldOutBatch, sample_held_out
 from lit_distill.training.direct_distill import DirectDistill
+
+MANIFEST_FILE = ".lit_distill_report.json"
+"""Lists the files of the report: its folder may also hold the data set, or a run."""
 
 
 class ReportWriter(Callback):
-    """Samples the test rows in several ways and writes a folder that compares them.
+    """Samples the test rows with several contenders and writes a folder that compares them.
 
-    ``report.html`` (one file, opens anywhere without a network), ``metrics.json`` and
+    The folder holds ``report.html`` (one file that opens without a network), ``metrics.json`` and
     ``metrics.csv`` (the summary), ``rows.csv`` (errors of each row), ``grid.png`` and
-    ``images/<way>/row_<n>.png``. With several processes they must share the folder.
+    ``images/<contender>/row_<n>.png``. Several processes must share the folder.
 
     Args:
         out: Folder to write to; None: ``report`` in the trainer's default_root_dir.
-        compare: Checkpoints or pipelines drawn as well.
-        undistilled: Steps and guidance of further ways to draw with the undistilled pipeline, so
-            that nobody is misled about what else its time buys; None: the student's steps and
-            twice as many, with the teacher's guidance.
+        compare: Further contenders: checkpoints or pipelines.
+        undistilled: Steps and guidance of further contenders with the undistilled pipeline. They
+            show what it achieves in similar time. None: the student's steps and twice as many,
+            with the teacher's guidance.
         gallery: Largest number of rows in the page: half of them the worst, half the best.
         logs: Folder with the logs of the run, for the curves; None: beside the checkpoint.
     """
@@ -48,17 +55,22 @@ class ReportWriter(Callback):
         logs: str | None = None,
     ) -> None:
         if gallery < 1:
-            raise ValueError(f"gallery must be an integer >= 1, got {gallery}")
+            raise InputError(f"gallery must be an integer >= 1, got {gallery}")
         self.out = out
         self.compare = [ContenderConfig(c) if isinstance(c, str) else c for c in compare or []]
         self.undistilled = undistilled
         self.gallery = gallery
         self.logs = logs
-        self.held: list[HeldOutBatch] = []
+        self.held_out: list[HeldOutBatch] = []
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget an earlier test."""
-        self.held = []
+        """Forget the rows of an earlier test, and check that the report may be written.
+
+        Raises:
+            InputError: If a file of somebody else is in the way; names it.
+        """
+        self.held_out = []
+        check_free(self._out(trainer), list(FILES), MANIFEST_FILE)
 
     def on_test_batch_end(
         self,
@@ -69,40 +81,58 @@ class ReportWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the rows and the teacher's side of them."""
+        """Keep the rows and the teacher's results."""
         assert isinstance(pl_module, DirectDistill)
-        draws: EvaluationBatch = outputs["samples"]
-        latents, undistilled_mse = draws.target_latents, draws.undistilled_mse
+        samples: EvaluationBatch = outputs["samples"]
+        latents, undistilled_mse = samples.target_latents, samples.undistilled_mse
         assert latents is not None and undistilled_mse is not None
-        target = pl_module.decode(latents, batch) if draws.target is None else draws.target
-        light: Any = {**batch, **NO_TARGET}
-        pixels = (target * 255).round().byte().cpu()
-        self.held.append(
-            HeldOutBatch(light, outputs["new"], latents.cpu(), pixels, undistilled_mse.cpu())
+        target = pl_module.decode(latents, batch) if samples.target is None else samples.target
+        without_target: Any = {**batch, **NO_TARGET}
+        self.held_out.append(
+            HeldOutBatch(
+                batch=without_target,
+                new=outputs["new"],
+                target_latents=latents.cpu(),
+                target=(target * 255).round().byte().cpu(),
+                undistilled_mse=undistilled_mse.cpu(),
+            )
         )
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw in all ways and write the folder."""
+        """Sample the rows with all contenders and write the report.
+
+        The folder changes at the end, when the report is complete.
+
+        Raises:
+            InputError: If a file of somebody else is in the way; names it.
+        """
         assert isinstance(pl_module, DirectDistill)
-        if not self.held:
+        if not self.held_out:
             return
-        out = Path(self.out or Path(trainer.default_root_dir) / "report")
-        if trainer.is_global_zero:
-            if (out / "metrics.json").is_file():  # of an earlier report, perhaps of other ways
-                shutil.rmtree(out / "images", ignore_errors=True)
-            out.mkdir(parents=True, exist_ok=True)
-        trainer.strategy.barrier()
-        ways = self._ways(trainer, pl_module)
-        records = [record for way in ways for record in self._draw(way, trainer, pl_module, out)]
-        rows = pd.DataFrame(_gathered(records)).sort_values(["row", "way"], ignore_index=True)
-        if trainer.is_global_zero:
-            facts = describe_run(trainer, pl_module, len(rows["row"].unique()))
-            snippet = run_snippet(trainer, pl_module, self.held[0].batch)
-            summary = write_report(
-                out, ways, rows, self.gallery, facts, snippet, self._logs(trainer)
-            )
-            print(summary)
-            print(f"report: {out / 'report.html'}")
+        out = self._out(trainer)
+        results = self._results(trainer, pl_module)
+        numbers = [rows.batch["row"][index] for rows in self.held_out for index in rows.new]
+        images = [image_file(result, row).as_posix() for result in results for row in numbers]
+        check_free(out, [*FILES, *images], MANIFEST_FILE)
+        with ExitStack() as stack:
+            draft = ""
+            if trainer.is_global_zero:
+                draft = str(stack.enter_context(draft_of(out)))
+            draft_folder = Path(trainer.strategy.broadcast(draft))
+            records: list[dict[str, Any]] = []
+            for result in results:
+                records += self._sample(result, trainer, pl_module, draft_folder)
+            rows = pd.DataFrame(_gathered(records)).sort_values(["row", "way"], ignore_index=True)
+            if trainer.is_global_zero:
+                facts = describe_run(trainer, pl_module, len(rows["row"].unique()))
+                snippet = usage_snippet(trainer, pl_module, self.held_out[0].batch)
+                logs = self._logs(trainer)
+                text = write_report(draft_folder, results, rows, self.gallery, facts, snippet, logs)
+                publish(draft_folder, out, MANIFEST_FILE)
+                print(f"{text}\nreport: {out / 'report.html'}")
+
+    def _out(self, trainer: pl.Trainer) -> Path:
+        return Path(self.out or Path(trainer.default_root_dir) / "report")
 
     def _logs(self, trainer: pl.Trainer) -> Path | None:
         """Return where logs may be: Lightning keeps checkpoints in a folder beside them."""
@@ -110,86 +140,106 @@ class ReportWriter(Callback):
             return Path(self.logs)
         return Path(trainer.ckpt_path).parent.parent if trainer.ckpt_path else None
 
-    def _ways(self, trainer: pl.Trainer, module: DirectDistill) -> list[Contender]:
-        batches = [held.batch for held in self.held]
+    def _results(self, trainer: pl.Trainer, module: DirectDistill) -> list[ContenderResult]:
+        """Return an empty result for every contender, the teacher first.
+
+        Raises:
+            InputError: If two contenders have the same label.
+        """
+        batches = [rows.batch for rows in self.held_out]
         steps, cfg = teacher_settings(trainer, module)
-        further = self.undistilled
-        if further is None:
+        undistilled = self.undistilled
+        if undistilled is None:
             most = max(batch["num_inference_steps"] for batch in batches)
-            further = [(most, cfg), (2 * most, cfg)]
-        ways = [
+            undistilled = [(most, cfg), (2 * most, cfg)]
+        contenders = [
             Contender("teacher", "teacher", steps, cfg),
             Contender("undistilled", "undistilled"),
-            *(Contender("undistilled", "undistilled", *settings) for settings in further),
+            *(Contender("undistilled", "undistilled", *settings) for settings in undistilled),
             Contender("student", "student"),
-            *(candidate.way(module) for candidate in self.compare),
+            *(config.contender(module) for config in self.compare),
         ]
-        different: dict[str, Contender] = {}
-        for way in ways:
-            way.name_after(batches)
-            if way.kind == "other" and way.key in {known.key for known in different.values()}:
-                raise ValueError(
-                    f"compare: two ways are called {way.label!r}; give one another name"
+        results: dict[str, ContenderResult] = {}
+        for contender in contenders:
+            result = ContenderResult(contender, contender.label(batches))
+            keys = {other.key for other in results.values()}
+            if contender.kind == "other" and result.key in keys:
+                raise InputError(
+                    f"compare: two contenders are called {result.label!r}; give one another name"
                 )
-            different.setdefault(way.label, way)
-        return list(different.values())
+            results.setdefault(result.label, result)
+        return list(results.values())
 
-    def _draw(
-        self, way: Contender, trainer: pl.Trainer, module: DirectDistill, out: Path
+    def _sample(
+        self, result: ContenderResult, trainer: pl.Trainer, module: DirectDistill, out: Path
     ) -> list[dict[str, Any]]:
-        """Draw the rows, fill in the way's values, save images, and return what each row gave."""
+        """Sample the rows, fill in the result, save the images, and return a record of each row."""
         evaluation = module.validator.evaluation.fresh()
-        teacher = way.kind == "teacher"
+        teacher = result.contender.kind == "teacher"
         records: list[dict[str, Any]] = []
         if teacher:  # its images are stored
-            for held in self.held:
-                records += _record(way, held, None, to_pil(held.target.float() / 255), out)
-        # The teacher draws two batches again, to be timed and to show that the pairs are its own.
-        rows = self.held[:2] if teacher else self.held
+            for rows in self.held_out:
+                records += _record(result, rows, None, to_pil(rows.target.float() / 255), out)
+        # The teacher samples two batches again. This gives its time, and its latent MSE shows
+        # whether it is the one that made the pairs.
+        held_out = self.held_out[:2] if teacher else self.held_out
         precision = trainer.precision_plugin.forward_context
-        for held, draws, images in way.sample(module, rows, precision):
-            evaluation.update(draws.select(held.new), held.batch["num_inference_steps"])
+        for rows, samples, images in sample_held_out(result, module, held_out, precision):
+            evaluation.update(samples.select(rows.new), rows.batch["num_inference_steps"])
             if not teacher:
-                records += _record(way, held, draws, images, out)
+                records += _record(result, rows, samples, images, out)
         module.release_undistilled()
         values = evaluation.compute()
-        way.values = {"latent_mse": values["latent_mse"]} if teacher else values
+        result.values = {"latent_mse": values["latent_mse"]} if teacher else values
         return records
 
 
 def _record(
-    way: Contender,
-    held: HeldOutBatch,
-    draws: EvaluationBatch | None,
+    result: ContenderResult,
+    rows: HeldOutBatch,
+    samples: EvaluationBatch | None,
     images: list[Image.Image],
     out: Path,
 ) -> list[dict[str, Any]]:
-    """Save the images of the rows that count, and return their errors."""
+    """Save the images of the rows that this process counts, and return a record of each.
+
+    Args:
+        result: Whose images these are.
+        rows: The rows.
+        samples: What to compute errors of; None: the records get no errors.
+        images: One image for each row.
+        out: The report's folder.
+    """
     records = []
-    for index in held.new:
-        batch, row = held.batch, held.batch["row"][index]
+    batch = rows.batch
+    for index in rows.new:
+        row = batch["row"][index]
         record = {
             "row": row,
-            "way": way.label,
+            "way": result.label,
             "prompt": batch["prompt"][index],
             "seed": batch["seed"][index],
             "num_inference_steps": batch["num_inference_steps"],
             "cfg_scale": batch["cfg_scale"],
-            "evaluations": way.evaluations(batch),
+            "evaluations": result.contender.denoiser_calls(batch),
             "latent_mse": None,
             "image_mse": None,
         }
-        if draws is not None:
-            one = draws.select([index])
-            assert one.preds is not None and one.target is not None
-            record["image_mse"] = (one.preds - one.target).square().mean().item()
-            if one.latents is not None and one.target_latents is not None:
-                record["latent_mse"] = latent_mse(one.latents, one.target_latents).item()
+        if samples is not None:
+            record |= _errors(samples.select([index]))
         records.append(record)
-        path = out / image_file(way, row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        images[index].save(path)
+        path = out / image_file(result, row)
+        write_image(path, images[index])
     return records
+
+
+def _errors(sample: EvaluationBatch) -> dict[str, float]:
+    """Return the errors of one row, without that of the latents where they can't be compared."""
+    assert sample.preds is not None and sample.target is not None
+    errors = {"image_mse": (sample.preds - sample.target).square().mean().item()}
+    if sample.latents is not None and sample.target_latents is not None:
+        errors["latent_mse"] = latent_mse(sample.latents, sample.target_latents).item()
+    return errors
 
 
 def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

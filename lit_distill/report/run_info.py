@@ -1,8 +1,7 @@
-"""Where a report comes from: the run, the pairs, the machine; and how its student is used."""
+"""Describes where a report comes from, and how to generate images with its student."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shlex
@@ -16,16 +15,17 @@ import torch
 
 from lit_distill.data.batch import Batch, split_batch
 from lit_distill.data.datamodule import DistillDataModule
-from lit_distill.data.filesystem import opened, parent
-from lit_distill.export.model_card import student_call_kwargs
+from lit_distill.data.filesystem import parent, sha256_of
+from lit_distill.errors import InputError
+from lit_distill.export.facts import student_call_kwargs
 from lit_distill.pipelines.guidance import guidance
-from lit_distill.teacher.generate import read_provenance
+from lit_distill.teacher.provenance import METADATA_KEY, PIPELINE_KEY, read_provenance
 from lit_distill.training.checkpoint_io import read_checkpoint
 from lit_distill.training.direct_distill import DirectDistill
 
 
 def held_out(trainer: pl.Trainer) -> tuple[str | None, Any]:
-    """Return the path or URL of the held-out rows and their table; None where unknown."""
+    """Return the path or URL of the held-out rows and their table; None for each if unknown."""
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, DistillDataModule) or data.val_set is None:
         return None, None
@@ -33,7 +33,7 @@ def held_out(trainer: pl.Trainer) -> tuple[str | None, Any]:
 
 
 def teacher_settings(trainer: pl.Trainer, module: DirectDistill) -> tuple[int, float]:
-    """Return the teacher's steps and guidance: the CSV's, else those of the online teacher."""
+    """Return the teacher's steps and guidance: those of the CSV, or else of the online teacher."""
     steps = module.hparams["teacher_num_inference_steps"]
     cfg = module.hparams["teacher_cfg_scale"]
     _, table = held_out(trainer)
@@ -47,24 +47,26 @@ def teacher_settings(trainer: pl.Trainer, module: DirectDistill) -> tuple[int, f
 
 
 def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[str, Any]:
-    """Return by name, as texts or mappings, what a reader needs to judge and repeat the report."""
+    """Return the report's provenance: by name, a text or a mapping of texts.
+
+    Args:
+        trainer: The trainer of the test.
+        module: The tested module.
+        rows: Number of held-out rows.
+    """
     table, _ = held_out(trainer)
     program = Path(sys.argv[0]).name.replace("__main__.py", "lit-distill")
     facts: dict[str, Any] = {"command": shlex.join([program, *sys.argv[1:]])}
     if trainer.ckpt_path:
-        facts["checkpoint"] = _file(str(trainer.ckpt_path))
+        facts["checkpoint"] = _with_checksum(str(trainer.ckpt_path))
         saved = read_checkpoint(str(trainer.ckpt_path), mmap=True)
         facts["optimizer steps"] = str(saved.get("global_step", "unknown"))
     hidden = ("_class_path", "_instantiator", "metrics")
     facts["settings"] = {k: v for k, v in module.hparams.items() if k not in hidden}
     facts["metrics"] = module.validator.evaluation.describe()
     if table is not None:
-        facts["held-out rows"] = f"{rows} of {_file(table)}"
-        made = read_provenance(parent(table))
-        if made is not None:
-            drawn_with = made.pop("drawn_with", {})  # long lists, of which a name says enough
-            drawn_by = {"drawn by": drawn_with["scheduler"]["class"]} if drawn_with else {}
-            facts["held-out rows made with"] = made | drawn_by
+        facts["held-out rows"] = f"{rows} of {_with_checksum(table)}"
+        facts |= _made_with(parent(table))
     names = ("lit-distill", "torch", "lightning", "torchmetrics", "diffusers", "transformers")
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in (*names, "peft"))
     device = module.device
@@ -77,21 +79,33 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
     return facts
 
 
-def _file(path: str) -> str:
-    digest = hashlib.sha256()
-    with opened(path) as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return f"{path} (sha256 {digest.hexdigest()[:16]})"
+def _made_with(folder: str) -> dict[str, Any]:
+    """Return how the held-out rows of a folder were generated, if that is recorded."""
+    try:
+        provenance = read_provenance(folder)
+    except InputError as error:  # the report can be written without it
+        return {"held-out rows made with": str(error)}
+    if provenance is None:
+        return {}
+    # It lists the whole schedule, of which only the scheduler's class is shown.
+    schedule = provenance.pop(PIPELINE_KEY, {})
+    scheduler = {"scheduler of the teacher": schedule["scheduler"]["class"]} if schedule else {}
+    provenance.pop(METADATA_KEY, None)
+    return {"held-out rows made with": provenance | scheduler}
 
 
-def run_snippet(trainer: pl.Trainer, module: DirectDistill, batch: Batch) -> str:
-    """Return Python that draws an image with the student as it was trained to."""
+def _with_checksum(path: str) -> str:
+    """Return a file's path with the beginning of its SHA-256."""
+    return f"{path} (sha256 {sha256_of(path)[:16]})"
+
+
+def usage_snippet(trainer: pl.Trainer, module: DirectDistill, batch: Batch) -> str:
+    """Return Python that generates the image of a batch's first row with the student."""
     checkpoint = str(trainer.ckpt_path or "student.ckpt")
     call = {**student_call_kwargs(module.hparams), **split_batch(batch, 1)[0]["call"]}
     settings: dict[str, Any] = {"num_inference_steps": batch["num_inference_steps"]}
-    with guidance(module.pipe, batch["cfg_scale"], 1, call) as arguments_of_guidance:
-        settings |= arguments_of_guidance
+    with guidance(module.pipe, batch["cfg_scale"], 1, call) as guidance_arguments:
+        settings |= guidance_arguments
     settings |= dict(zip(("height", "width"), batch["size"] or (), strict=False)) | call
     arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     return f"""\

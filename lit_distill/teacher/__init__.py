@@ -1,5 +1,5 @@
-"""The teacher's side of the pairs: generated and stored, or generated during training.
+"""The teacher's targets: prompts planned, pairs generated and stored, their seeds verified.
 
-The same command ends in the same files, however often it is interrupted.
-Must not know how the student is trained.
+A pair is fully determined by its `Teacher` settings, prompt and seed, and is recorded with them.
+Must not know the student beyond the steps that it will use.
 """

@@ -1,7 +1,8 @@
-"""What the teacher draws: prompts from a file, and the rows that they become."""
+"""Prompts from a file, and the pairs or batches that are generated from them."""
 
 from __future__ import annotations
 
+import io
 import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,28 +11,38 @@ import pandas as pd
 
 from lit_distill.data.batch import NO_TARGET, Batch, collate_calls, open_pictures
 from lit_distill.data.filesystem import parent
-from lit_distill.data.schema import Columns, call_key, read_calls
-from lit_distill.data.table_io import Problems, read_table
+from lit_distill.data.schema import ColumnParser, call_key, read_calls
+from lit_distill.data.table_io import (
+    MetadataError,
+    Problems,
+    column_names,
+    read_table,
+    read_text,
+)
+from lit_distill.data.text import shorten
+from lit_distill.errors import InputError
 
 Size = tuple[int, int]
 
 
 class Prompt(NamedTuple):
-    """What to draw: a text, and further arguments of the pipeline's call that go with it.
+    """A prompt with its further arguments of the pipeline's call.
 
     Attributes:
         text: The prompt.
         call: Argument -> `Picture`, number or text.
         size: (height, width) in pixels; None: the teacher's.
+        seed: Seed of its noise; None: counted up from the first seed.
     """
 
     text: str
     call: dict[str, Any]
     size: Size | None = None
+    seed: int | None = None
 
 
 class Pair(NamedTuple):
-    """One row to draw: its place in the data set, its prompt, and the seed of its noise."""
+    """One row of a data set: its number, its prompt, and the seed of its noise."""
 
     number: int
     prompt: str
@@ -40,18 +51,21 @@ class Pair(NamedTuple):
     size: Size | None = None
 
     def files(self, out: Path) -> tuple[Path, Path]:
-        """Return the paths of its image and its latents."""
+        """Return the paths of the image and the latents."""
         return (
             out / "images" / f"{self.number:06d}.png",
             out / "latents" / f"{self.number:06d}.safetensors",
         )
 
 
-def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -> list[Prompt]:
-    """Read prompts from a .csv, .json or .jsonl file or a text file, one a line.
+COLUMNS = ("prompt", "height", "width", "seed")
 
-    Tables have a field ``prompt``, and may have ``height`` and ``width`` in pixels. Rows without a
-    prompt are left out.
+
+def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -> list[Prompt]:
+    """Read prompts from a .csv, .json or .jsonl table, or from a text file with one per line.
+
+    Tables have a field ``prompt`` and optionally ``height`` and ``width`` in pixels, and ``seed``.
+    Rows without a prompt are skipped. A field that nothing would use is an error.
 
     Args:
         path: The file.
@@ -60,83 +74,108 @@ def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -
 
     Raises:
         FileNotFoundError: If there is no such file.
-        MetadataError: If it holds no prompt or lacks a field; naming every row whose size or
-            picture is of no use.
+        MetadataError: If there is no prompt, a field is missing or unknown, or a size, a seed or a
+            picture is invalid; lists all such rows.
     """
     call_columns = call_columns or {}
     problems = Problems(path)
-    if Path(path).suffix.lower() in (".csv", ".json", ".jsonl"):
-        raw = read_table(path, problems)
-    elif Path(path).is_file():
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        raw = pd.DataFrame({"prompt": lines, "row": range(1, len(lines) + 1)}, dtype=object)
-    else:
-        raise FileNotFoundError(f"{path} does not exist")
+    raw = _read_raw(path, problems)
     for name in ("prompt", *call_columns.values()):
         if name not in raw:
-            found = ", ".join(repr(column) for column in raw if column != "row")
-            problems.add(f"field {name!r} is missing; found {found}")
+            problems.add(f"field {name!r} is missing; found {column_names(raw)}")
     problems.check()
     raw = raw[raw["prompt"].str.strip() != ""].reset_index(drop=True)
     if raw.empty:
         problems.add("there is no prompt")
-    optional = [name for name in ("image", "height", "width") if name not in raw]
+    used = {"row", *COLUMNS, *call_columns.values()}
+    for column in raw:
+        if column not in used and (raw[column] != "").any():
+            problems.add(
+                f"field {shorten(column)} is not used: remove it, or name the argument of the "
+                "pipeline's call that it is for, as in data.call_columns '{negative_prompt: "
+                "negative_prompt}'"
+            )
+    optional = [name for name in ("image", *COLUMNS) if name not in raw]
     raw = raw.assign(**dict.fromkeys(optional, ""))
-    # Where the prompts' own pictures are is nobody's business: the data set gets copies.
-    columns = Columns(raw, problems, parent(str(path)), allow_outside=True)
-    height, width = (columns.integers(name, 1, 2**20, blank=0) for name in ("height", "width"))
-    columns.reject("width", (height == 0) != (width == 0), "given together with height")
-    calls = read_calls(columns, call_columns)
+    # Pictures may be anywhere, since the data set gets copies of them.
+    parser = ColumnParser(raw, problems, parent(str(path)), allow_outside=True)
+    height, width = (parser.integers(name, 1, 2**20, blank=0) for name in ("height", "width"))
+    parser.reject("width", (height == 0) != (width == 0), "given together with height")
+    seeds = parser.integers("seed", 0, 2**63 - 1, blank=-1)
+    calls = read_calls(parser, call_columns)
     problems.check()
     sizes = [(int(h), int(w)) if h else None for h, w in zip(height, width, strict=True)]
     texts = raw["prompt"].str.strip()
-    return [Prompt(*fields) for fields in zip(texts, calls, sizes, strict=True)]
+    given = [None if seed < 0 else int(seed) for seed in seeds]
+    return [Prompt(*fields) for fields in zip(texts, calls, sizes, given, strict=True)]
+
+
+def _read_raw(path: str | Path, problems: Problems) -> pd.DataFrame:
+    if Path(path).suffix.lower() in (".csv", ".json", ".jsonl"):
+        return read_table(path, problems)
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise MetadataError(f"{path} is not a text file in UTF-8: {error}") from error
+    # Not splitlines, which also splits at characters within a line, such as U+2028.
+    lines = io.StringIO(text, newline=None).read().split("\n")
+    return pd.DataFrame({"prompt": lines, "row": range(1, len(lines) + 1)}, dtype=object)
 
 
 def plan_pairs(
     prompts: list[Prompt], seeds_per_prompt: int, first_seed: int = 0, limit: int | None = None
 ) -> list[Pair]:
-    """Return the rows to draw: every prompt once, then every prompt again, each with its own seed.
+    """Return the pairs to generate: all prompts, then all prompts again, each with another seed.
 
     Args:
         prompts: The prompts.
-        seeds_per_prompt: How often every prompt is drawn, >= 1.
-        first_seed: Seed of the first row; the others count up from it.
-        limit: Largest number of rows; None: all.
+        seeds_per_prompt: Number of pairs for each prompt, >= 1.
+        first_seed: Seed of the first row; the others count up from it. Prompts with a seed keep it.
+        limit: Largest number of pairs; None: no limit.
 
     Raises:
-        ValueError: If a number is out of range.
+        InputError: If a number is out of range, or prompts with a seed are to be repeated.
     """
     for name, value in (("seeds_per_prompt", seeds_per_prompt), ("limit", limit)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value}")
+            raise InputError(f"{name} must be an integer >= 1, got {value}")
     if first_seed < 0:
-        raise ValueError(f"first_seed must be >= 0, got {first_seed}")
+        raise InputError(f"first_seed must be >= 0, got {first_seed}")
+    if seeds_per_prompt > 1 and any(prompt.seed is not None for prompt in prompts):
+        raise InputError(
+            f"seeds_per_prompt is {seeds_per_prompt}, but the prompts have a field 'seed', which "
+            "gives one seed for each; write a row for each seed, or remove the field"
+        )
     rows = [prompt for _ in range(seeds_per_prompt) for prompt in prompts][:limit]
     return [
-        Pair(index, prompt.text, first_seed + index, prompt.call, prompt.size)
+        Pair(index, prompt.text, _seed(prompt, first_seed + index), prompt.call, prompt.size)
         for index, prompt in enumerate(rows)
     ]
+
+
+def _seed(prompt: Prompt, counted: int) -> int:
+    return counted if prompt.seed is None else prompt.seed
 
 
 def prompt_batches(
     prompts: list[Prompt], facts: dict[str, Any], batch_size: int, first_seed: int
 ) -> list[Batch]:
-    """Return prompts as batches to draw: a prompt's seed is its number plus `first_seed`.
+    """Return prompts as batches.
 
     Args:
-        prompts: The prompts, with further arguments of the call.
-        facts: ``num_inference_steps``, ``cfg_scale`` and perhaps ``height``, ``width``.
-        batch_size: Prompts a batch, at most; a batch shares its calls' numbers.
-        first_seed: Seed of the first prompt.
+        prompts: The prompts.
+        facts: ``num_inference_steps``, and optionally ``cfg_scale``, ``height`` and ``width``.
+        batch_size: Largest number of prompts per batch. Numbers in calls are equal in a batch.
+        first_seed: Seed of the first prompt; the others count up from it. Prompts with a seed
+            keep it.
 
     Raises:
-        ValueError: If the steps are not known.
+        InputError: If the number of steps is unknown.
     """
     if "num_inference_steps" not in facts:
-        raise ValueError("num_inference_steps: the checkpoint does not say, so it must be given")
+        raise InputError("num_inference_steps: not stored in the checkpoint, so it must be given")
     size = (facts["height"], facts["width"]) if facts.get("height") else None
-    whole: Batch = {
+    template: Batch = {
         "prompt": [],
         "seed": [],
         "rand_device": "cpu",
@@ -148,19 +187,22 @@ def prompt_batches(
         **NO_TARGET,  # type: ignore[typeddict-item]
     }
     batches: list[Batch] = []
-    for (own_size, _), alike in itertools.groupby(
+    for (prompt_size, _), group in itertools.groupby(
         enumerate(prompts), lambda row: (row[1].size, call_key(row[1].call))
     ):
-        rows = list(alike)
+        rows = list(group)
         for start in range(0, len(rows), batch_size):
-            numbers, chosen = zip(*rows[start : start + batch_size], strict=True)
+            numbers, batch = zip(*rows[start : start + batch_size], strict=True)
             batches.append(
                 {
-                    **whole,
-                    "size": own_size or size,
-                    "prompt": [prompt.text for prompt in chosen],
-                    "call": collate_calls([open_pictures(prompt.call) for prompt in chosen]),
-                    "seed": [first_seed + number for number in numbers],
+                    **template,
+                    "size": prompt_size or size,
+                    "prompt": [prompt.text for prompt in batch],
+                    "call": collate_calls([open_pictures(prompt.call) for prompt in batch]),
+                    "seed": [
+                        _seed(prompt, first_seed + number)
+                        for number, prompt in zip(numbers, batch, strict=True)
+                    ],
                     "row": list(numbers),
                 }
             )

@@ -1,9 +1,8 @@
-"""The teacher: everything that decides what it draws, its pipeline, and a record of both."""
+"""The teacher: its settings, its pipeline, and how it samples a batch of pairs."""
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,8 +14,12 @@ from torch import Tensor
 
 from lit_distill.adapters.weights import load_base_pipeline
 from lit_distill.data.batch import collate_calls, open_pictures
-from lit_distill.encoding.fingerprint import fingerprint, weights_summary
-from lit_distill.pipelines.components import denoisers, override_scheduler_config, silent_diffusers
+from lit_distill.errors import InputError
+from lit_distill.pipelines.components import (
+    override_scheduler_config,
+    replaced_components,
+    silent_diffusers,
+)
 from lit_distill.pipelines.hooks import StepCallback, read_schedule
 from lit_distill.pipelines.rollout import sample
 from lit_distill.teacher.prompts import Pair, Size
@@ -27,28 +30,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Everything that decides what the teacher draws, and the student's steps to be recorded.
+    """All settings that determine the teacher's samples, and those of the student to record.
 
     Attributes:
         model: Hub id or folder of the pipeline.
-        lora: LoRA that is fused into it, if any.
+        lora: LoRA to fuse into it, if any.
         revision: Branch, tag or commit of the hub repository.
         torch_dtype: Data type of the weights.
-        num_inference_steps: The teacher's steps.
-        cfg_scale: The teacher's guidance, 1 = off.
-        scheduler: Name of the diffusers class that takes the place of the pipeline's scheduler,
-            with the latter's settings; None: the pipeline's own.
-        height: Height in pixels of rows without a size; None: the pipeline's default.
-        width: Width in pixels; given together with `height`.
-        rand_device: Device whose generator draws the noise.
-        batch_size: Prompts a batch; part of the result, since sums depend on it in the last bit.
+        num_inference_steps: Steps of the teacher.
+        cfg_scale: Guidance of the teacher, 1 = off.
+        scheduler: Name of a scheduler class of diffusers that replaces the pipeline's scheduler,
+            with the same configuration; None: the pipeline's scheduler.
+        height: Height in pixels of pairs without a size; None: the pipeline's default.
+        width: Width in pixels; set together with `height`.
+        rand_device: Device whose generator samples the noise.
+        batch_size: Prompts per batch. It affects the last bits of the samples.
         call_kwargs: Further arguments of the pipeline's call, e.g. ``negative_prompt``.
-        call_columns: Arguments of the pipeline's call that every row brings, and their columns.
-        student_num_inference_steps: Written to the CSV for the student.
-        student_cfg_scale: Written to the CSV for the student.
-        student_scheduler: Fields in which the student's scheduler differs from the teacher's.
-        student_sigmas: The student's `sigmas`, if it has its own.
-        store_trajectory: Keep the states at the noise levels of the student's steps, too.
+        call_columns: Arguments of the pipeline's call that differ between pairs -> their columns.
+        student_num_inference_steps: Steps of the student, written to the CSV.
+        student_cfg_scale: Guidance of the student, written to the CSV.
+        student_scheduler: Fields of the scheduler's configuration that the student changes.
+        student_sigmas: The student's `sigmas`, if it sets them.
+        store_trajectory: Also store the states at the noise levels of the student's steps.
     """
 
     model: str
@@ -74,24 +77,29 @@ class Teacher:
         """Check the ranges."""
         for name in ("num_inference_steps", "batch_size", "student_num_inference_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)}")
+                raise InputError(f"{name} must be an integer >= 1, got {getattr(self, name)}")
         for name in ("cfg_scale", "student_cfg_scale"):
             if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be >= 1 (1 = off), got {getattr(self, name)}")
+                raise InputError(f"{name} must be >= 1 (1 = off), got {getattr(self, name)}")
         if (self.height is None) != (self.width is None):
-            raise ValueError(f"height={self.height}, width={self.width}: set both or neither")
+            raise InputError(f"height={self.height}, width={self.width}: set both or neither")
+        if double := set(self.call_kwargs) & set(self.call_columns):
+            raise InputError(
+                f"{sorted(double)[0]!r} is both in model.call_kwargs and in data.call_columns: one "
+                "value for all rows, or a column with one for each"
+            )
 
     def size(self, pair: Pair) -> Size | None:
-        """Return the (height, width) that a pair is drawn at; None: the pipeline's default."""
+        """Return the (height, width) at which a pair is generated; None: the pipeline's default."""
         if pair.size is not None or self.height is None or self.width is None:
             return pair.size
         return self.height, self.width
 
     def load(self) -> DiffusionPipeline:
-        """Load the pipeline, with the scheduler that it draws with.
+        """Load the pipeline and replace its scheduler if another one is set.
 
         Raises:
-            ValueError: If diffusers has no such scheduler.
+            InputError: If diffusers has no such scheduler.
         """
         pipe = load_base_pipeline(
             {
@@ -102,28 +110,28 @@ class Teacher:
             }
         )
         if self.scheduler is not None:
-            cls = _scheduler(self.scheduler)
-            flow = "FlowMatch" in type(pipe.scheduler).__name__
-            # Those that serve both kinds of models take this one for the other kind.
-            told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            takes = flow and "use_flow_sigmas" in inspect.signature(cls).parameters
-            # All settings go along, for pipelines read some (base_shift) that the class does not;
-            # it warns about those.
+            cls = _scheduler_class(self.scheduler)
+            is_flow = "FlowMatch" in type(pipe.scheduler).__name__
+            overrides: dict[str, Any] = {}
+            if is_flow and "use_flow_sigmas" in inspect.signature(cls).parameters:
+                # Schedulers for both kinds of models default to the other kind.
+                overrides = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            # The whole configuration is passed, since pipelines read fields (base_shift) that the
+            # class does not have; diffusers warns about those.
             with silent_diffusers():
-                own = pipe.scheduler.config
-                pipe.scheduler = cls.from_config(own, **(told if takes else {}))
+                pipe.scheduler = cls.from_config(pipe.scheduler.config, **overrides)
         return pipe
 
     def sample(
         self, pipe: DiffusionPipeline, pairs: Sequence[Pair], on_step: StepCallback | None = None
     ) -> tuple[Tensor, list[Any]]:
-        """Sample a batch of pairs that share size and the numbers of their calls.
+        """Sample a batch of pairs that share their size and the numbers in their calls.
 
         Returns:
             Final latents, (B, ...), and B images or lists of frames.
 
         Raises:
-            ValueError: If the pipeline draws another size than it was asked for.
+            InputError: If the pipeline generates another size than requested.
         """
         size = self.size(pairs[0])
         with nullcontext() if self.scheduler is None else silent_diffusers():  # see load
@@ -140,61 +148,30 @@ class Teacher:
             )
         width, height = (images[0][0] if isinstance(images[0], list) else images[0]).size
         if size is not None and (height, width) != size:
-            raise ValueError(
-                f"{type(pipe).__name__} draws {height}x{width} (height x width) when asked for "
+            raise InputError(
+                f"{type(pipe).__name__} generates {height}x{width} (height x width) when asked for "
                 f"{size[0]}x{size[1]}: both sides must be multiples of what the pipeline needs"
             )
         return latents, images
 
 
-def _scheduler(name: str) -> Any:  # noqa: ANN401
+def _scheduler_class(name: str) -> Any:  # noqa: ANN401
     import diffusers
 
-    found = getattr(diffusers, name, None)
-    if not hasattr(found, "set_timesteps"):
-        raise ValueError(
+    cls = getattr(diffusers, name, None)
+    if not hasattr(cls, "set_timesteps"):
+        raise InputError(
             f"scheduler must be a scheduler class of diffusers, such as "
             f"FlowMatchHeunDiscreteScheduler or UniPCMultistepScheduler, got {name!r}"
         )
-    return found
-
-
-def record(teacher: Teacher, pipe: DiffusionPipeline, examples: Sequence[Pair]) -> dict[str, Any]:
-    """Return what a loaded pipeline draws with, as plain JSON.
-
-    Args:
-        teacher: What draws.
-        pipe: Its pipeline, `teacher.load()`.
-        examples: A pair of each size.
-
-    Returns:
-        The scheduler's class and configuration; for each size the timesteps and sigmas that the
-        pipeline itself sets; a digest of the denoisers' weights.
-    """
-    config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
-    schedules = {}
-    for pair in examples:
-        size = teacher.size(pair)
-        name = "default" if size is None else f"{size[0]}x{size[1]}"
-        # Six digits: another device or version may differ in the last ones.
-        schedules[name] = {
-            kind: [float(f"{value:.6g}") for value in values.tolist()]
-            for kind, values in read_schedule(pipe, partial(teacher.sample, pipe, [pair])).items()
-        }
-    facts = {
-        "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
-        "schedules": schedules,
-        "denoiser_sha256": fingerprint([weights_summary(d) for d in denoisers(pipe).values()]),
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
-    return plain
+    return cls
 
 
 def student_sigmas(teacher: Teacher, pipe: DiffusionPipeline, pair: Pair) -> Tensor:
-    """Return the noise levels between the student's steps at the size of a pair, (steps - 1,).
+    """Return the noise levels between the student's steps for a pair's size, (steps - 1,).
 
     Raises:
-        ValueError: If the scheduler has no sigmas.
+        InputError: If the scheduler has no sigmas.
     """
     call = teacher.call_kwargs | (
         {"sigmas": teacher.student_sigmas} if teacher.student_sigmas else {}
@@ -205,11 +182,9 @@ def student_sigmas(teacher: Teacher, pipe: DiffusionPipeline, pair: Pair) -> Ten
         cfg_scale=teacher.student_cfg_scale,
         call_kwargs=call,
     )
-    own, pipe.scheduler = pipe.scheduler, override_scheduler_config(pipe, teacher.student_scheduler)
-    try:
-        seen = read_schedule(pipe, partial(student.sample, pipe, [pair]))
-    finally:
-        pipe.scheduler = own
-    if "sigmas" not in seen:
-        raise ValueError(f"store_trajectory: {type(own).__name__} has no sigmas")
-    return seen["sigmas"][1:-1]
+    scheduler = override_scheduler_config(pipe, teacher.student_scheduler)
+    with replaced_components(pipe, scheduler=scheduler):
+        schedule = read_schedule(pipe, partial(student.sample, pipe, [pair]))
+    if "sigmas" not in schedule:
+        raise InputError(f"store_trajectory: {type(scheduler).__name__} has no sigmas")
+    return schedule["sigmas"][1:-1]

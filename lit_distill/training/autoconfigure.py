@@ -1,7 +1,8 @@
-"""What is looked at before a training begins: does the pipeline distil, and in what memory."""
+"""Runs preflight before training, and decides the settings that are wrong or left open."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,143 +13,167 @@ from torch import Tensor
 
 from lit_distill.adapters.inject import freeze_parameters, set_training_mode, trained_parameters
 from lit_distill.compute.activation_checkpointing import MODES_BY_MEMORY, Checkpointing
-from lit_distill.data.batch import NO_TARGET, Batch, collate, open_pictures
+from lit_distill.data.batch import Batch
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.pipelines.hooks import read_schedule
 from lit_distill.pipelines.rollout import rollout
 from lit_distill.preflight.checks import Finding, Report, preflight
-from lit_distill.preflight.memory import choose
-from lit_distill.preflight.probe import Probe, difference
+from lit_distill.preflight.memory import choose_checkpointing
+from lit_distill.preflight.probe import Probe, relative_difference
+from lit_distill.training.first_row import first_batch, preflight_call, untargeted_batch
+from lit_distill.training.placement import place
+from lit_distill.training.settings import Settings
 from lit_distill.training.student import Student
+from lit_distill.training.student_loader import StudentLoader
 
-LAST_STEP = 0.05
-"""Share of noise below which a student's last step has next to nothing left to do."""
+MIN_LAST_SIGMA = 0.05
+"""Noise level below which the student's last step hardly changes the latents."""
 
 
-def autoconfigure(student: Student, data: DistillDataModule, trainer: pl.Trainer) -> None:
-    """Run preflight, if it is set; take up what avoids its findings, and what auto stands for.
+def autoconfigure(student: Student, data: DistillDataModule, trainer: pl.Trainer) -> Settings:
+    """Run preflight, if it is enabled; return the settings that training can use.
+
+    The student is changed as they say: parameters frozen, modules put into training mode.
 
     Raises:
         PreflightError: If a check fails that no setting avoids.
-        ValueError: If the pipeline does not draw the size of an image.
+        ValueError: If the pipeline can't generate the size of an image.
     """
-    keep_gradient = MODES_BY_MEMORY
-    if student.settings["preflight"]:
-        keep_gradient = _check(student, data, trainer)
-    if student.settings["checkpointing"] == "auto":
-        _choose_checkpointing(student, data, trainer, keep_gradient)
+    settings = student.settings
+    modes = MODES_BY_MEMORY
+    if settings.preflight:
+        report = _check(student, data, trainer)
+        settings = _avoid_findings(student, report)
+        modes = report.keep_gradient
+    if settings.checkpointing == "auto":
+        mode = _fastest_checkpointing(student, data, trainer, modes)
+        settings = replace(settings, checkpointing=mode)
+    return settings
 
 
 def run_preflight(student: Student, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
-    """Return what preflight sees, on the trainer's device and in its precision."""
-    student.place(trainer.strategy.root_device)
-    with trainer.precision_plugin.forward_context(), student.own_dtype():
-        fixed = student.settings["call_kwargs"] or {}
-        chosen = {name: student.settings[name] for name in ("checkpointing", "grad_steps")}
-        return preflight(student.pipe, **{**chosen, **fixed, **call})
+    """Return the report of preflight, on the trainer's device and in its precision."""
+    place(student.pipe, trainer.strategy.root_device)
+    settings = student.settings
+    with trainer.precision_plugin.forward_context(), student.precision():
+        return preflight(
+            student.pipe,
+            **{
+                "checkpointing": settings.checkpointing,
+                "grad_steps": settings.grad_steps,
+                **(settings.call_kwargs or {}),
+                **call,
+            },
+        )
 
 
 def quantization_error(student: Student, trainer: pl.Trainer, **call: Any) -> Finding:  # noqa: ANN401
-    """Return how far quantised weights turn the LoRA's gradient from that of the whole ones.
+    """Return how far quantised weights change the LoRA's gradient.
 
-    The whole weights are loaded beside the quantised ones, so this needs memory for both.
+    The full-precision weights are loaded beside the quantised ones, so this needs memory for both.
     """
     check = "the gradient is that of the weights that are not quantised"
     device = trainer.strategy.root_device
-    other = Student({**student.settings, "quantization": None}, student.loader.init_lora)
     try:
-        found = _gradient(student, trainer, call)
-        other.load()
-        same = trained_parameters(student.pipe)
-        for name, parameter in trained_parameters(other.pipe).items():
-            parameter.data.copy_(same[name].data)
-        other.place(device)
-        expected = _gradient(other, trainer, call)
+        quantized = _gradient(student, trainer, call)
+        reference = StudentLoader(replace(student.settings, quantization=None)).load()
+        weights = trained_parameters(student.pipe)
+        for name, parameter in trained_parameters(reference.pipe).items():
+            parameter.data.copy_(weights[name].data)
+        place(reference.pipe, device)
+        expected = _gradient(reference, trainer, call)
     except torch.OutOfMemoryError:
         return Finding(check, "ok", f"not measured: {device} has no memory for both")
-    apart = difference(found, expected)
-    return Finding(check, "ok", f"it differs by {apart:.1%} of its norm")
+    error = relative_difference(quantized, expected)
+    return Finding(check, "ok", f"it differs by {error:.1%} of its norm")
 
 
 def _gradient(student: Student, trainer: pl.Trainer, call: dict[str, Any]) -> Tensor:
-    """Return the gradient of what trains, in one dimension, on the host."""
-    fixed = {**(student.settings["call_kwargs"] or {}), **call}
-    prompt, steps = fixed.pop("prompt"), fixed.pop("num_inference_steps")
-    trial = Probe(student.pipe, prompt, steps, 0, fixed)
+    """Return the gradient of all trainable parameters as one vector, on the host."""
+    arguments = {**(student.settings.call_kwargs or {}), **call}
+    prompt, steps = arguments.pop("prompt"), arguments.pop("num_inference_steps")
+    probe = Probe(student.pipe, prompt, steps, 0, arguments)
     forward = trainer.precision_plugin.forward_context()
-    with forward, student.own_dtype(), trial.gradient("step") as gradient:
+    with forward, student.precision(), probe.gradient("step") as gradient:
         return torch.cat([each.flatten().float().cpu() for each in gradient if each is not None])
 
 
-def _check(
-    student: Student, data: DistillDataModule, trainer: pl.Trainer
-) -> tuple[Checkpointing, ...]:
-    """Avoid what preflight finds; return the checkpointing modes that keep the gradient."""
-    report = run_preflight(student, trainer, **student.example(data))
+def _check(student: Student, data: DistillDataModule, trainer: pl.Trainer) -> Report:
+    """Return preflight's report.
+
+    Raises:
+        PreflightError: If a check fails that no setting avoids.
+        ValueError: If the pipeline can't generate the size of an image.
+    """
+    report = run_preflight(student, trainer, **preflight_call(student, data))
     report.raise_failures()
-    # After look, which has placed the encoders and had this prompt encoded where training runs.
-    _check_last_step(student, student.first(data))
+    # After preflight, which has placed the encoders and encoded this prompt where training runs.
+    _check_last_step(student, first_batch(data))
     _check_sizes(student, data)
+    return report
+
+
+def _avoid_findings(student: Student, report: Report) -> Settings:
+    """Apply what avoids preflight's findings, and warn; return the settings with it."""
     for finding in report.findings:
         if finding.verdict == "avoidable":
             rank_zero_warn(
-                f"{report.pipeline}, {finding.check}: {finding.seen}. "
-                f"{finding.remedy} It is done for this run."
+                f"{report.pipeline}, {finding.check}: {finding.observed}. "
+                f"{finding.remedy} Applied to this run."
             )
     freeze_parameters(student.pipe, report.settings.get("freeze", []))
     set_training_mode(student.pipe, report.settings.get("train_mode", []))
-    for name, value in report.settings.items():
-        known = student.settings[name]
-        student.settings[name] = known + value if isinstance(value, list) else value
-    return report.keep_gradient
+    changes = dict(report.settings)
+    for name in ("freeze", "train_mode"):
+        if name in changes:  # patterns add to those that are set
+            changes[name] = getattr(student.settings, name) + changes[name]
+    return replace(student.settings, **changes)
 
 
 def _check_last_step(student: Student, batch: Batch) -> None:
-    """Warn where the student's last step has next to nothing to do."""
+    """Warn if the student's last step hardly changes the latents."""
     steps = batch["num_inference_steps"]
     call = student.student_call(batch, steps)
-    levels = read_schedule(student.pipe, partial(rollout, student.pipe, **call)).get("sigmas")
-    # Those of flow matching only, which are shares of noise.
-    if levels is None or levels[0] > 1 or levels[-2] >= LAST_STEP:
+    sigmas = read_schedule(student.pipe, partial(rollout, student.pipe, **call)).get("sigmas")
+    # Only flow matching has sigmas that are shares of noise.
+    if sigmas is None or sigmas[0] > 1 or sigmas[-2] >= MIN_LAST_SIGMA:
         return
     rank_zero_warn(
-        f"the last of the student's {steps} steps begins at sigma {levels[-2]:.3g}: it moves the "
-        "latents by next to nothing, so that one step less does the work. Give it its share with "
+        f"the last of the student's {steps} steps begins at sigma {sigmas[-2]:.3g}: it hardly "
+        "changes the latents, so one step less would do the same. Give it a larger share with "
         "model.scheduler: {shift_terminal: null}, or set model.sigmas"
     )
 
 
 def _check_sizes(student: Student, data: DistillDataModule) -> None:
     """Learn the codec of every size of image targets: bad sizes are refused before training."""
-    for each in (data.train_set, data.val_set):
-        for record in [] if each is None else each.image_sizes():
-            opened = record | {"call": open_pictures(record["call"])} | NO_TARGET
-            student.codec(collate([opened]))
+    for dataset in (data.train_set, data.val_set):
+        for record in [] if dataset is None else dataset.image_sizes():
+            student.codec(untargeted_batch(record))
 
 
-def _choose_checkpointing(
+def _fastest_checkpointing(
     student: Student,
     data: DistillDataModule,
     trainer: pl.Trainer,
     modes: tuple[Checkpointing, ...],
-) -> None:
-    """Take the fastest mode that the device has memory for, the same on all, and say so."""
+) -> Checkpointing:
+    """Return the fastest mode that fits the device's memory, the same on all processes; log it."""
     assert data.train_set is not None
     rows = data.train_set.columns
-    example = student.example(data)
-    small = example.get("height", 0) * example.get("width", 0)
+    call = preflight_call(student, data)
+    pixels = call.get("height", 0) * call.get("width", 0)
     largest = float((rows["height"] * rows["width"]).max())
-    times = data.batch_size * (largest / small if small else 1.0)
-    example["num_inference_steps"] = int(rows["num_inference_steps"].max())
+    scale = data.batch_size * (largest / pixels if pixels else 1.0)
+    del call["num_inference_steps"]
+    steps = int(rows["num_inference_steps"].max())
     device = trainer.strategy.root_device
-    student.place(device)
-    with trainer.precision_plugin.forward_context(), student.own_dtype():
-        trial = Probe(
-            student.pipe, example.pop("prompt"), example.pop("num_inference_steps"), 0, example
-        )
-        grad_steps = student.settings["grad_steps"] or trial.num_inference_steps
-        choice = choose(trial, device, modes, times, min(grad_steps, trial.num_inference_steps))
+    place(student.pipe, device)
+    with trainer.precision_plugin.forward_context(), student.precision():
+        probe = Probe(student.pipe, call.pop("prompt"), steps, 0, call)
+        grad_steps = min(student.settings.grad_steps or steps, steps)
+        choice = choose_checkpointing(probe, device, modes, scale, grad_steps)
     choice = trainer.strategy.broadcast(choice)
-    student.settings["checkpointing"] = choice.mode
-    say = rank_zero_info if choice.fits else rank_zero_warn
-    say(f"model.checkpointing: auto takes {choice.mode}; {choice.why}")
+    log = rank_zero_info if choice.fits else rank_zero_warn
+    log(f"model.checkpointing: auto chooses {choice.mode}; {choice.reason}")
+    return choice.mode

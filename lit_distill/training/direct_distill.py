@@ -2,95 +2,106 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lit_distill.adapters.inject import enable_adapter_dropout
 from lit_distill.compute.activation_checkpointing import Checkpointing
 from lit_distill.data.batch import Batch
 from lit_distill.evaluation.metrics import default_metrics
+from lit_distill.pipelines.components import denoisers
+from lit_distill.pipelines.latent_codec import LatentCodec
 from lit_distill.pipelines.trajectory import Trajectory
-from lit_distill.training.losses import DistillLoss, LatentMSE
-from lit_distill.training.lr_scheduler import WarmupCosine
-from lit_distill.training.optimizer_step import OptimizerStep, gradient_norm
-from lit_distill.training.pipeline_module import PipelineModule
-from lit_distill.training.settings import check_settings
-from lit_distill.training.student import Student
+from lit_distill.teacher.stored import stored_target, stored_trajectory
+from lit_distill.training.facts import training_facts
+from lit_distill.training.losses import DistillLoss, LatentMSE, sample_losses
+from lit_distill.training.objectives import Objective, Regression, TrajectoryMatching
+from lit_distill.training.optimizer_step import OptimizerStep, clip_gradients
+from lit_distill.training.optimizers import configure_optimizers, step_on_plateau
+from lit_distill.training.plain import plain_setting
+from lit_distill.training.resumable_module import ResumableModule
+from lit_distill.training.resume import is_fitting
+from lit_distill.training.same_inputs import check_base
+from lit_distill.training.settings import Settings, check_precision
+from lit_distill.training.setup import set_up_student
+from lit_distill.training.student_loader import StudentLoader
+from lit_distill.training.undistilled import UndistilledWeights
 from lit_distill.training.validation import Validator
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-class DirectDistill(PipelineModule):
-    """Teaches a pipeline's denoiser to draw in few steps what it draws in many with guidance.
 
-    A step draws with the student, differentiably end to end, from the teacher's own noise, and
-    regresses the teacher's result: ``loss(student_rollout(batch), teacher_target(batch))``.
-    Frozen weights have `torch_dtype`, trainable ones and the optimizer's state float32; the
-    arithmetic is in `torch_dtype`, exactly as when the exported student draws.
+class DirectDistill(ResumableModule):
+    """Teaches a pipeline's denoiser to match, in few steps, its own samples of many guided steps.
+
+    A training step samples with the student from the teacher's noise, differentiably end to end,
+    and regresses the teacher's result: ``loss(student_rollout(batch), teacher_target(batch))``.
+    Frozen weights have `torch_dtype`; trainable weights and the optimizer's state are float32. The
+    arithmetic is in `torch_dtype`, exactly as when the exported student samples.
 
     Args:
         pretrained_model_name_or_path: Hub id or folder of any diffusers pipeline, or "tiny-digits".
         revision: Branch, tag or commit of the hub repository.
         torch_dtype: Data type of the frozen weights: float32, bfloat16 or float16.
         lora: Fields of peft.LoraConfig (r, lora_alpha, target_modules, ...); null trains the whole
-            denoiser. Without target_modules all attention and MLP linears of the repeated blocks
-            are adapted; without lora_alpha it equals r.
-        init_lora: LoRA to go on from, a file or folder in the layout of diffusers, peft, ComfyUI,
+            denoiser. Defaults: target_modules are all attention and MLP linears of the repeated
+            blocks, and lora_alpha equals r.
+        init_lora: LoRA to start from, a file or folder in the layout of diffusers, peft, ComfyUI,
             kohya or DiffSynth-Studio. It decides rank, alpha and target modules.
-        lora_per_step: Number of the student's steps, each of which gets a LoRA of its own; the
-            rows' num_inference_steps must be this. As many denoiser calls as with one LoRA (null),
-            and as many times its weights. Exported in format diffusers only.
-        teacher_lora: LoRA, in any of these layouts, that the teacher has: it is fused into the
-            weights before the student's is added, so that both start from it.
-        teacher_model: Hub id or folder of another pipeline with the same latent space, to be the
-            online teacher; null: the student's own pretrained weights.
-        scheduler: Fields of the scheduler's configuration in which the student's differs from the
-            teacher's, such as {shift_terminal: null}, without which Qwen-Image has no one-step
-            schedule. They travel with the export.
-        sigmas: The student's noise levels, one a step, falling, as the pipeline's call takes them
-            (before the scheduler shifts them); null: the pipeline's own choice. Part of the call
-            that the export's card tells.
-        trajectory: Match the teacher's states after every step, from the student's own state before
-            it, instead of only the last through all steps. Rows need the states: lit-distill
+        lora_per_step: Number of the student's steps, each of which gets a separate LoRA; must equal
+            the rows' num_inference_steps. Takes as many denoiser calls as one LoRA (null), and as
+            many times its weights. Exported in format diffusers only.
+        teacher_lora: LoRA of the teacher, in any of these layouts. It is fused into the weights
+            before the student's LoRA is added, so that both start from it.
+        teacher_model: Hub id or folder of another pipeline with the same latent space, used as the
+            online teacher; null: the student's pretrained weights.
+        scheduler: Fields of the scheduler's configuration that differ between student and teacher,
+            such as {shift_terminal: null}, without which Qwen-Image has no one-step schedule. They
+            are exported with the student.
+        sigmas: The student's noise levels, one for each step, falling, as the pipeline's call takes
+            them (before the scheduler shifts them); null: the pipeline's default. The export's card
+            includes them in the call.
+        trajectory: Match the teacher's states after every step, each from the student's state
+            before it, instead of only the last through all steps. Rows need the states: lit-distill
             generate --store_trajectory true, or the online teacher.
         checkpointing: What the backward pass recomputes instead of storing: none, block (the
-            denoiser's blocks), selective (these but for their attention), step (each denoiser call
-            but the last) or nested (call and blocks: memory flat in steps). auto: the fastest for
-            which the device has memory, measured before training and said in the log.
-        offload_activations: Keep the blocks' inputs in the host's pinned memory, with block and
-            selective.
+            denoiser's blocks), selective (the blocks but for their attention), step (each denoiser
+            call but the last) or nested (call and blocks: memory flat in steps). auto: the fastest
+            for which the device has memory, measured before training and reported in the log.
+        offload_activations: Keep the blocks' inputs in pinned host memory; block and selective.
         grad_steps: Back-propagate through the last grad_steps steps only; null: through all.
         loss: A DistillLoss; null: LatentMSE.
         optimizer: Optimizer of the trainable parameters.
         lr_scheduler: Learning rate schedule, stepped after every optimizer step; null: constant.
-        teacher_num_inference_steps: Steps of the online teacher, which targets rows that have
-            neither image nor latents.
+        teacher_num_inference_steps: Steps of the online teacher, for rows without a target.
         teacher_cfg_scale: Guidance of the online teacher, 1 = off.
         call_kwargs: Fixed arguments of the pipeline's call, for teacher and student alike.
         freeze: Patterns of parameters that are not trained, such as
             "transformer.transformer_blocks.59.txt_mlp.*".
-        train_mode: Patterns of modules that are put into training mode, but for their dropout, for
-            those (HiDream's experts) that compute without gradients in evaluation mode.
-        rollout_batch_size: Samples that are drawn together; null: the whole batch. 1 is for
+        train_mode: Patterns of modules that are put into training mode, except their dropout. For
+            modules that compute without gradients in evaluation mode (HiDream's experts).
+        rollout_batch_size: Samples that are generated together; null: the whole batch. 1 is for
             pipelines that pad prompts of different length without masking the padding.
-        preflight: Check before training, by a few small draws, that the pipeline can be distilled;
-            checkpointing, freeze, train_mode and rollout_batch_size are changed, with a warning,
-            where it can't be with what is set.
+        preflight: Check before training, with a few small samples, that the pipeline can be
+            distilled. Where the settings prevent it, checkpointing, freeze, train_mode and
+            rollout_batch_size are changed, with a warning.
         compile: Compile the denoiser's repeated blocks with torch.compile.
-        attention_backend: How attention is computed, by its name in diffusers' dispatcher: native,
-            _native_cudnn, _native_flash, flash, _flash_3, ...; null: as diffusers chooses.
-            For the whole process.
+        attention_backend: Attention backend, by its name in diffusers' dispatcher: native,
+            _native_cudnn, _native_flash, flash, _flash_3, ...; null: diffusers' default. Applies to
+            the whole process.
         quantization: Frozen weights in fewer bits, for LoRA only: quant_backend and quant_kwargs of
             diffusers' PipelineQuantizationConfig, for the denoisers, such as {quant_backend:
             bitsandbytes_4bit, quant_kwargs: {load_in_4bit: true, bnb_4bit_quant_type: nf4}} or
             {quant_backend: torchao, quant_kwargs: {quant_type: Int8WeightOnlyConfig}}.
-        metrics: What is measured on held-out rows besides the latent error, by name: any
-            torchmetrics class whose update takes what lit_distill.evaluation.evaluator lists. Null:
-            psnr, ssim, sharpness and diversity. {}: nothing, which saves decoding the images.
+        metrics: Metrics on held-out rows besides the latent error, by name: any torchmetrics class
+            whose update takes what lit_distill.evaluation.evaluator lists. Null: psnr, ssim,
+            sharpness and diversity. {}: none, so that no images are decoded.
     """
 
     def __init__(
@@ -128,169 +139,114 @@ class DirectDistill(PipelineModule):
     ) -> None:
         super().__init__()
         # Plain types only: anything else fails to load with weights_only.
-        # init_lora only says where to begin: a checkpoint holds the weights and settings itself.
         self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler", "init_lora"])
-        # Of the command line this is its text, which the checkpoint keeps; objects it can't.
+        # Metrics of the command line are text, which a checkpoint can keep; objects it can't.
         if any(isinstance(metric, Metric) for metric in (self.hparams["metrics"] or {}).values()):
             self.hparams["metrics"] = None
-        check_settings(self.hparams, init_lora)
-        self.init_lora = init_lora
-        self.hparams.update(freeze=list(freeze or []), train_mode=list(train_mode or []))
+        self.hparams.update({n: plain_setting(v, f"model.{n}") for n, v in self.hparams.items()})
+        lists = {"freeze": list(freeze or []), "train_mode": list(train_mode or [])}
+        self._use(Settings.select({**self.hparams, **lists, "init_lora": init_lora}))
         self.loss = loss or LatentMSE()
+        self.objective: Objective = TrajectoryMatching() if trajectory else Regression()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.call_kwargs = call_kwargs or {}
+        self.loader = StudentLoader(self.settings)
         self.validator = Validator(default_metrics() if metrics is None else metrics)
-        self.student = Student(self.hparams, init_lora)
         self._step = OptimizerStep()
+
+    def _use(self, settings: Settings) -> None:
+        """Use these settings, and have checkpoints record them."""
+        self.settings = settings
+        self.hparams.update(settings.hyperparameters())
+
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        """The student's pipeline, once `configure_model` has run."""
+        return self.student.pipe
 
     # Set-up
 
-    def on_train_start(self) -> None:
-        """Begin to collect losses anew."""
+    def setup(self, stage: str) -> None:
+        """Refuse a precision in which trained weights would not be float32."""
+        check_precision(self.trainer.precision)
+        super().setup(stage)
+
+    def configure_model(self) -> None:
+        """Load the pipeline and make the student trainable, once; settle the settings."""
+        if hasattr(self, "denoisers"):
+            return
+        mesh = None if self._device_mesh is None else self._device_mesh["data_parallel"]
+        self.student, self.placement = set_up_student(self.loader, self._trainer, mesh)
+        self._use(self.student.settings)
+        self.online_teacher = self.student.teacher()
+        load = self.loader.base if self.settings.lora is None else None
+        self._undistilled = UndistilledWeights(self.pipe, load)
+        self.denoisers = nn.ModuleDict(denoisers(self.pipe))
+
+    def on_fit_start(self) -> None:
+        """Place the pipeline and enable the adapters' dropout, if they have any."""
         self._step = OptimizerStep()
-        super().on_train_start()
+        self.placement.place(self.device, vae=self.loss.needs_codec)
+        super().on_fit_start()
+        enable_adapter_dropout(self.denoisers)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        self._run.configure(optimizer)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, WarmupCosine) and scheduler.num_training_steps is None:
-            scheduler.num_training_steps = int(self.trainer.estimated_stepping_batches)
-        self._run.configure(optimizer, scheduler)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return configure_optimizers(self, self.optimizer, self.lr_scheduler)
 
     # Teacher and student
 
     @torch.no_grad()
     def teacher_target(self, batch: Batch) -> Tensor:
-        """Return the teacher's final latents for the batch.
+        """Return the teacher's final latents, (B, ...), float32, in the space of `student_rollout`.
 
-        The stored exact latents; else the encoded image; else those that the online teacher
-        draws now with its own steps and guidance: `teacher_model`, or else the same weights with
-        adapters off.
-
-        Returns:
-            (B, ...), float32, in the space of `student_rollout`.
+        The stored latents; else the encoded image; else the online teacher generates them.
 
         Raises:
-            ValueError: If a row has neither image nor latents and the whole denoiser is trained,
-                so that no teacher is left in it.
+            ValueError: If the online teacher is needed, but full training leaves none.
         """
-        if batch["latents"] is not None:
-            return batch["latents"].float()
-        if batch["encoded"] is not None:
-            return self.codec(batch).pack(batch["encoded"])
-        if batch["image"] is not None:
-            return self.codec(batch).encode(batch["image"])
-        return self.student.online_target(batch)
-
-    def student_rollout(self, batch: Batch) -> Tensor:
-        """Return the student's final latents, (B, ...), differentiable where gradients are on."""
-        return self.student.rollout(
-            batch,
-            cfg_scale=batch["cfg_scale"],
-            grad_steps=self.hparams["grad_steps"],
-            checkpointing=self.hparams["checkpointing"],
-            offload=self.hparams["offload_activations"],
-        )
-
-    def student_trajectory(self, batch: Batch) -> Trajectory:
-        """Return the student's states after every step; each differentiable in its own step."""
-        return self.student.trajectory(
-            batch,
-            cfg_scale=batch["cfg_scale"],
-            checkpointing=self.hparams["checkpointing"],
-            offload=self.hparams["offload_activations"],
-        )
+        stored = stored_target(batch, self.codec)
+        return self.online_teacher.target(batch) if stored is None else stored
 
     @torch.no_grad()
     def teacher_trajectory(self, batch: Batch, sigmas: Tensor) -> Trajectory:
-        """Return the teacher's states at the student's noise levels, stored or drawn now.
-
-        Args:
-            batch: The rows.
-            sigmas: The student's noise levels after each step, (K,).
+        """Return the teacher's states at the student's noise levels, (K,); stored or generated now.
 
         Raises:
             ValueError: If the rows hold no states, or those of another schedule.
         """
-        stored, levels = batch["trajectory"], batch["sigmas"]
-        if stored is not None and levels is not None and batch["latents"] is not None:
-            same = levels.shape[1] == len(sigmas) - 1
-            if not same or not torch.allclose(levels.cpu(), sigmas[:-1], rtol=1e-3):
-                raise ValueError(
-                    f"row {batch['row'][0]}: the teacher's states are at sigmas "
-                    f"{[round(x, 4) for x in levels[0].tolist()]}, the student's steps at "
-                    f"{[round(x, 4) for x in sigmas[:-1].tolist()]}: make the pairs with the "
-                    "model.scheduler, model.sigmas and number of steps that you train with"
-                )
-            states = [*stored.float().transpose(0, 1), batch["latents"].float()]
-            return Trajectory(torch.stack(states), sigmas)
-        if any(batch[kind] is not None for kind in ("latents", "encoded", "image")):
-            raise ValueError(
-                f"model.trajectory: row {batch['row'][0]} has no states of the teacher between its "
-                "steps; make the pairs with `lit-distill generate --store_trajectory true`"
-            )
-        return self.student.online_trajectory(batch).at(sigmas)
+        stored = stored_trajectory(batch, sigmas)
+        return self.online_teacher.trajectory(batch).at(sigmas) if stored is None else stored
+
+    def student_rollout(self, batch: Batch) -> Tensor:
+        """Return the student's final latents, (B, ...), differentiable where gradients are on."""
+        return self.student.rollout(batch)
+
+    def student_trajectory(self, batch: Batch) -> Trajectory:
+        """Return the student's states after every step; each differentiable in its own step."""
+        return self.student.trajectory(batch)
 
     def compare(self, latents: Tensor, target: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of each sample, (B,), float32.
-
-        Raises:
-            ValueError: If the target is not of the shape that the pipeline draws.
-        """
-        if latents.shape != target.shape:
-            raise ValueError(
-                f"row {batch['row'][0]}: the target's latents are {tuple(target.shape[1:])}, but "
-                f"the pipeline draws {tuple(latents.shape[1:])} at size {batch['size']} "
-                "(height, width); were they made by another pipeline or at another size?"
-            )
-        codec = self.codec(batch) if self.loss.needs_codec else None
-        loss: Tensor = self.loss(latents.float(), target.float(), codec)
-        return loss
-
-    # Steps
+        """Return the loss of each sample, (B,), float32."""
+        return sample_losses(self.loss, latents, target, batch, self.codec)
 
     def losses(self, batch: Batch) -> Tensor:
         """Return the training loss of each sample, (B,), float32, with its graph."""
-        if not self.hparams["trajectory"]:
-            target = self.teacher_target(batch)
-            return self.compare(self.student_rollout(batch), target, batch)
-        student = self.student_trajectory(batch)
-        teacher = self.teacher_trajectory(batch, student.sigmas)
-        pairs = zip(student.states, teacher.states, strict=True)
-        return torch.stack([self.compare(own, target, batch) for own, target in pairs]).mean(0)
+        return self.objective.losses(self, batch)
+
+    # Optimizer steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of the student's rollout against the teacher's target."""
-        self._run.seed_batch(self.global_rank)
+        """Return the mean training loss of the batch."""
+        self.resume.seed_batch(self.global_rank)
         losses = self.losses(batch)
         self._step.add(batch["num_inference_steps"], batch["row"], losses.detach())
         return losses.mean()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the loss of the whole optimizer step, over all processes, and the gradient's norm.
-
-        Raises:
-            FloatingPointError: If the norm is not finite, naming step, rows and losses.
-        """
-        norm = gradient_norm(self.trained().values())
-        # A loss scaler skips such steps by itself.
-        if not (torch.isfinite(norm) or self._scales_gradients()):
-            self._step.refuse(self.global_step, norm.item())
-        logged, rows = self._step.finish()
-        self.log("grad_norm", norm, batch_size=rows)
-        for name, mean in logged.items():
-            sync = self.trainer.world_size > 1
-            bar = name == "train_loss"
-            self.log(name, mean, prog_bar=bar, sync_dist=sync, batch_size=rows)
+        """Log the step's loss and the gradient's norm; stop if the norm is not finite."""
+        self._step.log(self)
+        self.resume.updating = True
 
     def configure_gradient_clipping(
         self,
@@ -298,45 +254,96 @@ class DirectDistill(PipelineModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer is told to, with fused optimizers too.
-
-        Lightning refuses those under every mixed precision, but only float16 scales gradients.
-        """
-        if gradient_clip_val and not self._scales_gradients():
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-            plugin = self.trainer.precision_plugin
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def _scales_gradients(self) -> bool:
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        """Clip as the trainer is configured to, with fused optimizers too."""
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Held-out rows
 
-    def on_validation_epoch_start(self) -> None:
-        """Start the clock."""
+    def on_validation_start(self) -> None:
+        """Place the pipeline, including the VAE, which images need, and start the clock."""
+        self.placement.place(self.device, vae=True)
         self.validator.start()
 
-    on_test_epoch_start = on_validation_epoch_start
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_end(self) -> None:
+        """Release the VAE again, unless the loss needs it."""
+        if not self.loss.needs_codec:
+            self.placement.release_vae()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Compare the student and the undistilled pipeline with the teacher on held-out rows.
-
-        Returns:
-            ``draws``, an `EvaluationBatch`, and ``new``, the positions of
-            rows that no process had before.
-        """
+        """Compare student and undistilled pipeline with the teacher: see `Validator.step`."""
         return self.validator.step(self, batch)
+
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log val_gap_closed, val_latent_mse, val_loss, val_seconds and val_<metric>."""
-        self.validator.finish(self, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Do as in validation."""
-        return self.validator.step(self, batch)
+        metrics = self.validator.log(self, "val")
+        if is_fitting(self._trainer) and not self.trainer.sanity_checking:
+            step_on_plateau(self.resume.scheduler, metrics)
+        self.release_undistilled()
 
     def on_test_epoch_end(self) -> None:
         """Log test_gap_closed, test_latent_mse, test_loss, test_seconds and test_<metric>."""
-        self.validator.finish(self, "test")
+        self.validator.log(self, "test")
+        self.release_undistilled()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Any]:
+        """Return the student's images of the batch, B `PIL.Image.Image`."""
+        return self.sample(batch)[1]
+
+    # Sampling
+
+    def codec(self, batch: Batch) -> LatentCodec:
+        """Return the codec of the batch's resolution; learned at first use."""
+        return self.student.codec(batch)
+
+    def sample(
+        self,
+        batch: Batch,
+        *,
+        undistilled: bool = False,
+        **options: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, list[Any]]:
+        """Return final latents (B, ...) and B images, sampled as `pipe()` does.
+
+        Args:
+            batch: The rows.
+            undistilled: Use the pretrained weights instead of the student's.
+            **options: num_inference_steps, cfg_scale (default: those of the rows) or another pipe.
+        """
+        with self.undistilled() if undistilled else nullcontext():
+            return self.student.sample(batch, **options)
+
+    def undistilled(self) -> AbstractContextManager[None]:
+        """Let the pipeline use its pretrained weights: adapters off, or a second denoiser.
+
+        In full training the second denoiser is loaded at its first use after a step. Before, the
+        student is the pretrained denoiser.
+        """
+        initial = is_fitting(self._trainer) and self.global_step == 0 and not self.state_loaded
+        same = initial and self.settings.lora is None
+        return nullcontext() if same else self._undistilled.active()
+
+    def release_undistilled(self) -> None:
+        """Free the second denoiser: it is not kept while training."""
+        self._undistilled.release()
+
+    def decode(self, latents: Tensor, batch: Batch) -> Tensor:
+        """Return the images of the batch's final latents, (B, 3, H, W), float32, range [0, 1]."""
+        return self.student.decode(latents, batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record what a resumed run and an export need beside what Lightning saves."""
+        super().on_save_checkpoint(checkpoint)
+        facts = training_facts(self.trainer) | {"init_lora": self.settings.init_lora}
+        records = {"undistilled_mse": self.validator.undistilled_mse, "facts": facts}
+        records["base_digest"] = self.student.base_digest
+        checkpoint["lit_distill"].update(records)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over a checkpoint's records."""
+        check_base(checkpoint, self.hparams, self.student.base_digest)
+        super().on_load_checkpoint(checkpoint)
+        self.validator.undistilled_mse = dict(checkpoint["lit_distill"]["undistilled_mse"])

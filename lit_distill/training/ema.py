@@ -1,4 +1,4 @@
-"""Exponential moving average of what trains."""
+"""Exponential moving average of the trainable weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_distill.compute.sharding import assign_tensor, full_tensor
+from lit_distill.errors import InputError
 from lit_distill.training.checkpoint_io import check_state
 from lit_distill.training.direct_distill import DirectDistill
 
@@ -19,13 +20,14 @@ from lit_distill.training.direct_distill import DirectDistill
 class EMA(Callback):
     """Keeps an exponential moving average of the trainable weights, in float32.
 
-    Validation, exports and the model after training use the average; a checkpoint holds both, so
-    that training goes on exactly. Frozen weights are not copied (Lightning's `EMAWeightAveraging`
-    copies all). Sharded weights have a sharded average.
+    Validation, exports and the model after training use the average. A checkpoint holds both
+    average and weights, so that training resumes exactly. Frozen weights are not copied
+    (Lightning's `EMAWeightAveraging` copies all). The average of sharded weights is sharded.
 
     Args:
         decay: Weight of the average in an update, >= 0 and < 1. The first updates use
-            (1 + n) / (10 + n) where that is smaller, so that a short run forgets its beginning.
+            (1 + n) / (10 + n) where that is smaller, so that a short run forgets the initial
+            weights.
 
     Raises:
         ValueError: If `decay` is out of range.
@@ -33,19 +35,19 @@ class EMA(Callback):
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"EMA: decay must be >= 0 and < 1, got {decay}")
+            raise InputError(f"EMA: decay must be >= 0 and < 1, got {decay}")
         self.decay = decay
         self.updates = 0
         self.average: dict[str, Tensor] = {}
         self.swapped = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew with every run."""
+        """Reset, in case the callback has been used before."""
         if stage == "fit":
             self.average, self.updates, self.swapped = {}, 0, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin with the weights as they are, unless a checkpoint has brought an average."""
+        """Start from the current weights, unless a checkpoint has an average."""
         assert isinstance(pl_module, DirectDistill)
         loaded, self.average = self.average, {}
         for name, parameter in pl_module.trained().items():
@@ -87,7 +89,7 @@ class EMA(Callback):
             self._swap(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the weights themselves."""
+        """Restore the weights for training."""
         if trainer.state.fn == "fit" and self.swapped:
             assert isinstance(pl_module, DirectDistill)
             self._swap(pl_module)
@@ -99,7 +101,7 @@ class EMA(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the average where `load_student` looks, and the weights beside it."""
+        """Save the average as the state that `load_student` reads, and the weights beside it."""
         assert isinstance(pl_module, DirectDistill)
         if not self.average:
             return
@@ -113,12 +115,12 @@ class EMA(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the average out of the model, which has just loaded it, and the weights in."""
+        """Move the average out of the model, which has just loaded it, and load the weights."""
         assert isinstance(pl_module, DirectDistill)
         if trainer.state.fn != "fit":
             return
         if "ema" not in checkpoint:
-            rank_zero_warn("the checkpoint has no EMA: a new average begins with its weights")
+            rank_zero_warn("the checkpoint has no EMA: a new average starts from its weights")
             return
         saved = checkpoint["ema"]
         trained = pl_module.trained()
@@ -130,7 +132,7 @@ class EMA(Callback):
 
 
 def _gather(tensors: Mapping[str, Tensor], trainer: pl.Trainer) -> dict[str, Tensor]:
-    """Return whole tensors on the host, on the process that writes the checkpoint."""
+    """Return unsharded tensors on the host, on the process that writes the checkpoint."""
     full = ((name, full_tensor(tensor.detach())) for name, tensor in tensors.items())
     return {name: tensor.cpu() for name, tensor in full if trainer.is_global_zero}
 

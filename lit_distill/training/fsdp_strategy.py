@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -16,26 +15,26 @@ from lit_distill.training.checkpoint_io import check_state, read_checkpoint
 class FSDP2(ModelParallelStrategy):
     """Shards parameters, gradients and optimizer state over all processes; ``strategy: fsdp2``.
 
-    A checkpoint is one file, as with any other strategy: it is complete or absent, holds no pickled
+    A checkpoint is one file, as with any other strategy: it is written atomically, holds no pickled
     code, and loads on any number of processes and in `load_student`. Process 0 gathers it in host
-    memory (what is trained, three times over with AdamW).
+    memory (with AdamW, three times the size of the trained weights).
     """
 
     def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
 
     def setup_environment(self) -> None:
-        """Let every process hold a part: Lightning's default is one part a node."""
+        """Shard over all processes: Lightning's default is one shard per node."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what trains, whole; on process 0 only."""
+        """Return what trains, unsharded; on process 0 only."""
         module: Any = self.lightning_module
         return self._gather(module.trained())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the optimizer's state, whole, as it is without sharding; on process 0 only."""
+        """Return the optimizer's state as it is without sharding; on process 0 only."""
         content = getattr(optimizer, "_optimizer", optimizer).state_dict()
         return content | {"state": {i: self._gather(s) for i, s in content["state"].items()}}
 
@@ -50,13 +49,15 @@ class FSDP2(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:  # noqa: ANN401
         """Load weights and optimizer state into the shards, and return the rest.
 
-        The file is mapped, not read, and handed out one tensor at a time.
+        The file's checksums are verified on every process. Then it is memory-mapped, and one tensor
+        at a time is sharded.
 
         Raises:
-            ValueError: If it is no checkpoint of this package, or does not fit.
+            InputError: If it is not a checkpoint of this package, or does not fit.
         """
-        path = Path(self.broadcast(checkpoint_path))
+        path = self.broadcast(checkpoint_path)
         content = read_checkpoint(path, mmap=True)
+        self.checkpoint_io.last = str(path), int(content["global_step"])  # type: ignore[attr-defined]
         module: Any = self.lightning_module
         trained = module.trained()
         state = content.pop("state_dict")
@@ -71,7 +72,7 @@ class FSDP2(ModelParallelStrategy):
 
 
 def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Load state as an optimizer of whole parameters saved it."""
+    """Load the state that an optimizer of unsharded parameters saved."""
     state = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in saved["state"].items():

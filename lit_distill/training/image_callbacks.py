@@ -1,4 +1,4 @@
-"""What a run leaves behind to look at: image grids while it trains, the images of a prediction."""
+"""Callbacks that write images: grids during training, and the images of a prediction."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from lit_distill.data.batch import Batch
+from lit_distill.data.whole_files import write_file
 from lit_distill.evaluation.contact_sheet import contact_sheet, to_pil
 from lit_distill.evaluation.evaluator import EvaluationBatch
 from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.validation import row_keys
 
 
 class ImageGrid(Callback):
-    """Shows at every validation how teacher, undistilled pipeline and student draw the same rows.
+    """Logs a grid at every validation: the same rows by teacher, undistilled pipeline and student.
 
-    The picture goes to the loggers: TensorBoard (tag ``val_images``) and Weights & Biases; without
-    one of these, to ``images/step_<n>.png`` in the folder of the run. The rows are the first
-    held-out ones, with their own seeds, every time. Where no metric looks at images, none are
-    decoded, and there is no picture.
+    The grid goes to TensorBoard (tag ``val_images``) and Weights & Biases. Without either logger it
+    is written to ``images/step_<n>.png`` in the folder of the run. The rows are always the first
+    held-out ones, with their seeds. If no metric needs images, none are decoded, and there is no
+    grid.
 
     Args:
         rows: Number of rows shown.
@@ -32,10 +34,10 @@ class ImageGrid(Callback):
     def __init__(self, rows: int = 8) -> None:
         self.rows = rows
         self._shown: list[tuple[str, list[Image.Image]]] = []
-        self._undistilled: dict[int, list[Image.Image]] = {}
+        self._undistilled: dict[tuple[int, ...], list[Image.Image]] = {}
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin a new picture."""
+        """Start a new grid."""
         self._shown = []
 
     def on_validation_batch_end(
@@ -47,33 +49,34 @@ class ImageGrid(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take the batch's images, if rows are wanting."""
+        """Add the batch's images, until the grid is full."""
         assert isinstance(pl_module, DirectDistill)
         missing = self.rows - len(self._shown)
         if trainer.state.fn != "fit" or missing <= 0:
             return
-        draws: EvaluationBatch = outputs["samples"]
-        if draws.preds is None or draws.target is None:
+        samples: EvaluationBatch = outputs["samples"]
+        if samples.preds is None or samples.target is None:
             return
-        if batch_idx not in self._undistilled:
+        key = tuple(row_keys(batch, pl_module.student.digest()))
+        if key not in self._undistilled:
             with pl_module.undistilled():
                 latents = pl_module.student_rollout(batch)
-            self._undistilled[batch_idx] = to_pil(pl_module.decode(latents, batch))
-        columns = (to_pil(draws.target), self._undistilled[batch_idx], to_pil(draws.preds))
+            self._undistilled[key] = to_pil(pl_module.decode(latents, batch))
+        columns = (to_pil(samples.target), self._undistilled[key], to_pil(samples.preds))
         rows = zip(batch["prompt"], zip(*columns, strict=True), strict=True)
         self._shown += [(prompt, list(images)) for prompt, images in rows][:missing]
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the picture to the loggers."""
+        """Log the grid."""
         if self._shown and trainer.is_global_zero:
             grid = contact_sheet(["teacher", "undistilled", "student"], self._shown)
             log_image(trainer, "val_images", grid)
 
 
 def log_image(trainer: pl.Trainer, name: str, image: Image.Image) -> None:
-    """Give an image to every logger that takes images; if there is none, write a PNG file."""
+    """Log an image with every logger that takes images; if there is none, write a PNG file."""
     step = trainer.global_step
-    taken = False
+    logged = False
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
@@ -81,11 +84,15 @@ def log_image(trainer: pl.Trainer, name: str, image: Image.Image) -> None:
             logger.log_image(key=name, images=[image], step=step)
         else:
             continue
-        taken = True
-    if not taken:
+        logged = True
+    if not logged:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"step_{step:06d}.png")
+        write_png(folder / f"step_{step:06d}.png", image)
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write an image as a PNG file, whole or not at all."""
+    write_file(path, lambda stream: image.save(stream, format="PNG"))
 
 
 class ImageWriter(BasePredictionWriter):
@@ -111,6 +118,5 @@ class ImageWriter(BasePredictionWriter):
     ) -> None:
         """Write the images of one batch."""
         out_dir = Path(self.out_dir or Path(trainer.default_root_dir) / "predictions")
-        out_dir.mkdir(parents=True, exist_ok=True)
         for row, image in zip(batch["row"], prediction, strict=True):
-            image.save(out_dir / f"row_{row:06d}.png")
+            write_png(out_dir / f"row_{row:06d}.png", image)

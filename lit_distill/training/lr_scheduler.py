@@ -1,4 +1,4 @@
-"""The usual learning rate schedule; any other of torch's is named in YAML by its class path."""
+"""The default learning rate schedule. YAML may name any of torch's by its class path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class WarmupCosine(LRScheduler):
     Args:
         optimizer: The optimizer.
         num_warmup_steps: Optimizer steps of the rise.
-        num_training_steps: Optimizer steps in all; null: as many as the trainer will make.
+        num_training_steps: Optimizer steps in total; null: as many as the trainer makes.
     """
 
     def __init__(

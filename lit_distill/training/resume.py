@@ -1,103 +1,179 @@
-"""A run goes on exactly where it stopped: its settings compared, its batches counted, signals."""
+"""Resuming exactly where a run stopped: batches counted, steps completed, settings compared."""
 
 from __future__ import annotations
 
 import inspect
-import signal
-import threading
-from types import FrameType
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
+
+from lit_distill.errors import InputError
+
+
+class FinishedStep(NamedTuple):
+    """Where a run is after an optimizer step: the epoch, Lightning's loops, batches trained on."""
+
+    epoch: int
+    loops: dict[str, Any]
+    batches: int
 
 
 class ResumeState:
-    """What a run must know of itself to go on exactly, beside what Lightning saves.
+    """What an exact resume needs beside what Lightning saves.
 
     Attributes:
-        seed: Seed of what is random in training itself (dropout), the same on every process.
-        batches: Batches this process has trained on.
-        resumed: The notes of the checkpoint that the run goes on from.
+        seed: Seed of the randomness in training itself (dropout), the same on every process.
+        batches: Number of batches that this process has trained on.
+        resumed: The state in the checkpoint that this run resumes from.
+        dataset_digest: Digests of this run's rows.
+        updating: Whether an optimizer step has begun to change weights and is not complete.
+        finished: The last optimizer step that is complete.
+        interrupted: Whether an exception has ended the run, so that only `finished` is saved.
     """
 
     def __init__(self) -> None:
         self.seed: int | None = None
         self.batches = 0
         self.resumed: dict[str, Any] = {}
+        self.dataset_digest: dict[str, Any] = {}
+        self.updating = False
+        self.finished: FinishedStep | None = None
+        self.interrupted = False
         self.optimizer: Optimizer | None = None
         self.scheduler: Any = None
+        self._silenced: list[ModelCheckpoint] = []
         self._settings: list[dict[str, Any]] = []
         self._schedule: dict[str, Any] = {}
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Forget what an earlier call of ``trainer.fit`` has resumed and configured."""
         self.resumed, self.optimizer, self.scheduler = {}, None, None
+        self.updating, self.finished, self.interrupted = False, None, False
+        for callback in self._silenced:
+            callback.save_on_exception = True
+        self._silenced = []
+
+    def choose_seed(self, trainer: pl.Trainer) -> None:
+        """Take process 0's seed on every process, unless a checkpoint has one."""
+        if self.seed is None:
+            self.seed = trainer.strategy.broadcast(torch.initial_seed() % 2**63)
 
     def seed_batch(self, rank: int) -> None:
-        """Make what is random in the next batch a function of seed, batch and process.
+        """Seed the next batch by the run's seed, the number of the batch, and the process.
 
-        There is no generator's state to save then.
+        So no generator's state has to be saved.
         """
         words = np.random.SeedSequence([self.seed or 0, self.batches, rank])
         torch.manual_seed(int(words.generate_state(1)[0]))
         self.batches += 1
 
-    def notes(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of this."""
-        kinds = {"optimizer": _path(self.optimizer), "lr_scheduler": _path(self.scheduler)}
-        return {"seed": self.seed, "batches": self.batches, **kinds}
+    def finish_step(self, trainer: pl.Trainer) -> None:
+        """Record that an optimizer step is complete."""
+        self.updating = False
+        loops = trainer.fit_loop.state_dict()
+        self.finished = FinishedStep(trainer.current_epoch, loops, self.batches)
 
-    def resume(self, notes: dict[str, Any]) -> None:
-        """Take up a checkpoint's notes.
+    def interrupt(self, trainer: pl.Trainer, *, may_save: bool) -> None:
+        """Have the last complete step saved when an exception ends the run, or nothing.
+
+        What follows it, an accumulated gradient or a batch that was read, is not saved: the resumed
+        run does it again. Once the optimizer has begun to change the weights, that step can't be
+        saved any more.
+
+        Args:
+            trainer: The trainer.
+            may_save: Whether all processes are here, and there is time.
+        """
+        self.interrupted = True
+        if may_save and self.finished is not None and not self.updating:
+            return
+        step = trainer.global_step
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
+                callback.save_on_exception = False
+                self._silenced.append(callback)
+        if self._silenced and step and not trainer.sanity_checking:
+            last = getattr(trainer.strategy.checkpoint_io, "last", None)
+            where = f"{last[0]}, of step {last[1]}" if last else "none"
+            rank_zero_warn(
+                "the run ended in the middle of a step, which is not saved; the last checkpoint: "
+                + where
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of this."""
+        kinds = {
+            "optimizer": _class_path(self.optimizer),
+            "lr_scheduler": _class_path(self.scheduler),
+        }
+        batches = self.finished.batches if self.interrupted and self.finished else self.batches
+        progress = {"seed": self.seed, "batches": batches, "dataset_digest": self.dataset_digest}
+        return progress | kinds
+
+    def rewind(self, checkpoint: dict[str, Any]) -> None:
+        """After an exception, put the last complete step into a checkpoint's loops."""
+        if self.interrupted and self.finished is not None:
+            checkpoint["epoch"] = self.finished.epoch
+            checkpoint["loops"]["fit_loop"] = self.finished.loops
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint.
 
         Raises:
-            ValueError: If this run has another class of optimizer or schedule.
+            InputError: If it holds weights only, or this run's optimizer or schedule is of another
+                class.
         """
-        self.seed, self.batches, self.resumed = notes["seed"], notes["batches"], notes
+        if "optimizer_states" not in checkpoint:
+            raise InputError(
+                "the checkpoint holds weights only (ModelCheckpoint.save_weights_only): "
+                "training can't resume from it"
+            )
+        state = checkpoint["lit_distill"]
+        self.seed, self.batches, self.resumed = state["seed"], state["batches"], state
         if self.optimizer is not None:  # sharded: made before the checkpoint is read
-            self._refuse_others()
+            self._check_classes()
 
     def configure(self, optimizer: Optimizer, scheduler: Any = None) -> None:  # noqa: ANN401
-        """Note optimizer and schedule as they are configured, before a checkpoint overwrites them.
+        """Record the settings of optimizer and schedule before a checkpoint overwrites them.
 
         Raises:
-            ValueError: If the checkpoint's are of another class.
+            InputError: If the checkpoint's are of another class.
         """
-        if optimizer is not self.optimizer:  # a schedule has changed its lr when it comes along
+        if optimizer is not self.optimizer:  # a schedule changes the learning rate when it is made
             groups = optimizer.param_groups
             self._settings = [{k: v for k, v in g.items() if k != "params"} for g in groups]
         self.optimizer, self.scheduler, self._schedule = optimizer, scheduler, {}
         if scheduler is not None:
+            for group in optimizer.param_groups:  # as most schedules do; ReduceLROnPlateau does not
+                group.setdefault("initial_lr", group["lr"])
             arguments = set(inspect.signature(type(scheduler)).parameters) - {"last_epoch"}
             state = scheduler.state_dict()
             self._schedule = {k: v for k, v in state.items() if k in arguments}
-            self._refuse_others()
+            self._check_classes()
 
-    def _refuse_others(self) -> None:
-        for kind, thing in (("optimizer", self.optimizer), ("lr_scheduler", self.scheduler)):
-            saved, found = self.resumed.get(kind, _path(thing)), _path(thing)
-            if saved != found:
-                raise ValueError(
-                    f"model.{kind} is {found}, but the checkpoint's is {saved}, whose state it "
-                    f"can't take: go on with {saved}, or begin a new run"
+    def _check_classes(self) -> None:
+        for name, value in (("optimizer", self.optimizer), ("lr_scheduler", self.scheduler)):
+            configured = _class_path(value)
+            saved = self.resumed.get(name, configured)
+            if saved != configured:
+                raise InputError(
+                    f"model.{name} is {configured}, but the checkpoint's is {saved}, whose state "
+                    f"it can't load: resume with {saved}, or start a new run"
                 )
 
-    def keep_settings(self) -> list[tuple[str, Any, Any]]:
-        """Give optimizer and schedule back the settings that loading a checkpoint has overwritten.
-
-        Returns:
-            (name, configured value, the checkpoint's value) of each that differed.
+    def keep_settings(self) -> None:
+        """Restore settings of optimizer and schedule that a checkpoint has overwritten, and warn.
 
         Raises:
-            ValueError: If the checkpoint's are of another class.
+            InputError: If the checkpoint's are of another class.
         """
-        self._refuse_others()
+        self._check_classes()
         changed: dict[str, tuple[str, Any, Any]] = {}
         assert self.optimizer is not None
         groups = zip(self.optimizer.param_groups, self._settings, strict=True)
@@ -116,7 +192,11 @@ class ResumeState:
                 if state.get(name) != value:
                     changed[name] = (name, value, state.get(name))
             self.scheduler.__dict__.update(self._schedule)
-        return list(changed.values())
+        for name, configured, saved in changed.values():
+            rank_zero_warn(
+                f"the optimizer's or schedule's {name}={configured!r} differs from the "
+                f"checkpoint's {saved!r}; continuing with {configured!r}"
+            )
 
     def _set_lr(self, index: int, group: dict[str, Any], base: float) -> None:
         before = group.get("initial_lr", group["lr"])
@@ -127,51 +207,38 @@ class ResumeState:
             self.scheduler.base_lrs[index] = base
 
 
-def _path(thing: Any) -> str | None:  # noqa: ANN401
+def _class_path(value: Any) -> str | None:  # noqa: ANN401
     """Return the import path of an object's class; None for None."""
-    return None if thing is None else f"{type(thing).__module__}.{type(thing).__qualname__}"
+    return None if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-class StopOnSignal(Callback):
-    """Ends training after the running optimizer step when SIGTERM or SIGUSR1 comes.
+def is_fitting(trainer: pl.Trainer | None) -> bool:
+    """Return whether the trainer trains, rather than validates, tests or predicts."""
+    return trainer is not None and trainer.state.fn == "fit"
 
-    A ``ModelCheckpoint(save_on_exception=True)`` then saves. One process having the signal is
-    enough: all agree, after an optimizer step, to stop. Lightning's own handler is replaced because
-    it talks to the other processes from within the handler, in the middle of whatever they are
-    exchanging, and may stop between the batches of an accumulated step. Where SLURM requeues the
-    job, its signal stays Lightning's.
+
+def restore_order(trainer: pl.Trainer) -> None:
+    """Resume the order of rows where Lightning does not: after a whole epoch, without max_steps.
+
+    It would begin with the order of the first epoch again.
     """
+    loop = trainer.fit_loop
+    if loop._combined_loader is not None and loop._combined_loader_states_to_load:
+        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+        loop._combined_loader_states_to_load = []
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals; Lightning puts back the earlier handlers when the run ends."""
-        self.received = None
-        if threading.current_thread() is not threading.main_thread():
-            return
-        signal.signal(signal.SIGTERM, self._note)
-        environment = trainer._accelerator_connector.cluster_environment
-        if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
-            signal.signal(signal.SIGUSR1, self._note)
+def warn_of_changed_settings(configured: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Warn of every hyperparameter that differs from the checkpoint's; the configured one is used.
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
-    ) -> None:
-        """Stop if any process was told to, once its accumulated gradients are used."""
-        if trainer.fit_loop._should_accumulate():
-            return
-        stop = self.received is not None
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
-            name = self.received.name if self.received else "a signal to another process"
-            raise SIGTERMException(f"stopped by {name} after step {trainer.global_step}")
+    Args:
+        configured: Hyperparameters of this run.
+        saved: Hyperparameters in the checkpoint.
+    """
+    for name, value in configured.items():
+        # Metrics may be objects on one side, and do not affect the student.
+        if name in saved and saved[name] != value and name != "metrics":
+            rank_zero_warn(
+                f"model.{name}={value!r} differs from the checkpoint's {saved[name]!r}; "
+                f"continuing with {value!r}"
+            )

@@ -1,8 +1,9 @@
-"""The pipeline that is taught: loaded, frozen, and made trainable."""
+"""Loads the student's pipeline, freezes it, and makes what is trained of it trainable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,13 @@ from lit_distill.adapters.lora_files import read_lora
 from lit_distill.adapters.weights import load_base_pipeline, load_into_adapters, lora_config_fields
 from lit_distill.compute.precision import compute_in
 from lit_distill.compute.quantization import quantization_config
-from lit_distill.compute.sharding import _hand_out, shard
-from lit_distill.pipelines.components import denoisers
+from lit_distill.compute.sharding import broadcast_state_dict, shard
+from lit_distill.errors import InputError
+from lit_distill.pipelines.components import denoisers, use_attention
 from lit_distill.pipelines.loading import DTYPES, denoiser_classes, load_pipeline, pipeline_source
+from lit_distill.pipelines.model_digest import component_digests
+from lit_distill.training.settings import Settings
+from lit_distill.training.student import Student
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,95 +30,119 @@ if TYPE_CHECKING:
 
 
 class StudentLoader:
-    """Loads the pipeline of a `DirectDistill`, whole or shared among processes.
+    """Loads the pipeline of a student, whole or sharded over processes.
 
     Args:
-        settings: Its hyperparameters. Those of a LoRA to go on from are written into them.
-        init_lora: File or folder of the LoRA to go on from.
+        settings: The settings as they are given.
+
+    Attributes:
+        base_digest: Digests of the pretrained denoisers that were loaded last, by name. Quantised
+            ones have none: they can't be compared with others.
     """
 
-    def __init__(self, settings: MutableMapping[str, Any], init_lora: str | None) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.init_lora = init_lora
+        self.base_digest: dict[str, str] = {}
 
-    def _name(self) -> str:
-        name: str | None = self.settings["pretrained_model_name_or_path"]
-        if not name:
-            raise ValueError(
-                "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
-                "layout, or tiny-digits"
-            )
-        return name
+    def load(self, mesh: DeviceMesh | None = None, device: torch.device | None = None) -> Student:
+        """Return the student: the pipeline frozen, and what is trained of it made trainable.
+
+        Its settings have the fields of the LoRA that `init_lora` names.
+
+        Args:
+            mesh: Processes that share the denoisers (FSDP2), if any.
+            device: Where the shards of this process go.
+
+        Raises:
+            InputError: If the pipeline does not take a setting.
+        """
+        if mesh is None:
+            pipe = self._whole()
+        else:
+            assert device is not None
+            pipe = self._sharded(mesh, device)
+        if self.settings.attention_backend:
+            use_attention(pipe, self.settings.attention_backend)
+        return Student(pipe, self.settings, sharded=mesh is not None, base_digest=self.base_digest)
 
     def base(self) -> DiffusionPipeline:
         """Return the pipeline that a student starts from, as pretrained."""
-        name, quantization = self._name(), self.settings["quantization"]
+        name, quantization = self.settings.model_name(), self.settings.quantization
         options: dict[str, Any] = {}
         if quantization:
-            config = quantization_config(
-                quantization, denoiser_classes(name, self.settings["revision"])
-            )
-            options["quantization_config"] = config
-        return load_base_pipeline(dict(self.settings), **options)
+            classes = denoiser_classes(name, self.settings.revision)
+            options["quantization_config"] = quantization_config(quantization, classes)
+        return load_base_pipeline(self.settings.hyperparameters(), **options)
 
-    def whole(self) -> DiffusionPipeline:
-        """Return the pipeline made trainable, its arithmetic in the base data type."""
+    def _digested_base(self) -> DiffusionPipeline:
+        """Return the pipeline that a student starts from, and record its denoisers' digests."""
         pipe = self.base()
+        if not self.settings.quantization:
+            self.base_digest = component_digests(pipe, denoisers(pipe))
+        return pipe
+
+    def _whole(self) -> DiffusionPipeline:
+        """Return the pipeline made trainable, its arithmetic in the base data type."""
+        pipe = self._digested_base()
         dtypes = {
             key: {name: p.dtype for name, p in denoiser.named_parameters()}
             for key, denoiser in denoisers(pipe).items()
         }
         self._prepare(pipe)
-        if not self.settings["compile"]:  # whose tracing can't follow the casts
+        if not self.settings.compile:  # whose tracing can't follow the casts
             for key, denoiser in denoisers(pipe).items():
-                compute_in(denoiser, dtypes[key], DTYPES[self.settings["torch_dtype"]])
+                compute_in(denoiser, dtypes[key], DTYPES[self.settings.torch_dtype])
         return pipe
 
-    def sharded(self, mesh: DeviceMesh, device: torch.device) -> DiffusionPipeline:
-        """Return the pipeline made trainable, its denoisers shared among processes (FSDP2).
-
-        Raises:
-            ValueError: If the weights are quantised.
-        """
-        if self.settings["quantization"]:
-            raise ValueError(
+    def _sharded(self, mesh: DeviceMesh, device: torch.device) -> DiffusionPipeline:
+        """Return the pipeline made trainable, its denoisers sharded over processes (FSDP2)."""
+        settings = self.settings
+        if settings.quantization:
+            raise InputError(
                 "model.quantization: fsdp2 does not shard quantised weights; use strategy ddp, "
                 "with the denoiser whole on each device"
             )
-        options = {name: self.settings[name] for name in ("revision", "torch_dtype")}
-        return load_sharded(
-            self.base,
-            partial(load_pipeline, self._name(), **options),
-            empty_denoisers(self._name(), self.settings["revision"]),
+        pipe = load_sharded(
+            self._digested_base,
+            partial(
+                load_pipeline,
+                settings.model_name(),
+                revision=settings.revision,
+                torch_dtype=settings.torch_dtype,
+            ),
+            empty_denoisers(settings.model_name(), settings.revision),
             self._prepare,
             mesh,
             device,
         )
+        self.base_digest = _broadcast(self.base_digest)
+        return pipe
 
     def _prepare(self, pipe: DiffusionPipeline) -> None:
-        """Make the pipeline trainable, with the LoRA to go on from in it."""
+        """Make the pipeline trainable, with the weights of `init_lora` in its adapters."""
         from lit_distill.compute.fused_lora import use_fused_lora  # peft is slow to import
 
-        begin: LoRA = read_lora(self.init_lora, pipe) if self.init_lora else {}
-        if begin:
-            self.settings["lora"] = self._fields_of(begin, pipe)
+        init_lora = self.settings.init_lora
+        initial: LoRA = read_lora(init_lora, pipe) if init_lora else {}
+        if initial:
+            self.settings = replace(self.settings, lora=self._fields_of(initial, pipe))
         names = ("lora", "freeze", "train_mode", "lora_per_step")
-        make_trainable(pipe, **{name: self.settings[name] for name in names})
-        load_into_adapters(pipe, begin)
+        make_trainable(pipe, **{name: getattr(self.settings, name) for name in names})
+        load_into_adapters(pipe, initial)
         for denoiser in denoisers(pipe).values():
             use_fused_lora(denoiser)
 
-    def _fields_of(self, begin: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
-        """Return the settings of a LoRA to go on from, with those of `lora` it leaves open."""
-        found = lora_config_fields(begin, pipe)
-        given = self.settings["lora"] or {}
+    def _fields_of(self, initial: LoRA, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """Return the fields of the initial LoRA, and those of `lora` that it leaves open."""
+        fields = lora_config_fields(initial, pipe)
+        given = self.settings.lora or {}
         for name, value in given.items():
-            if name in found and found[name] != value:
-                raise ValueError(
-                    f"model.lora.{name} is {value!r}, but init_lora {self.init_lora} has "
-                    f"{found[name]!r}; leave it out"
+            if name in fields and fields[name] != value:
+                raise InputError(
+                    f"model.lora.{name} is {value!r}, but init_lora {self.settings.init_lora} has "
+                    f"{fields[name]!r}; leave it out"
                 )
-        return given | found
+        return given | fields
 
 
 def load_sharded(
@@ -126,13 +155,13 @@ def load_sharded(
 ) -> DiffusionPipeline:
     """Return a pipeline whose trainable denoisers are sharded over the mesh.
 
-    Process 0 alone reads the denoisers' weights and hands them out; host memory of the others
-    never holds them.
+    Only process 0 reads the denoisers' weights and sends each process its shards. The host memory
+    of the others never holds the whole weights.
 
     Args:
         load: Loads the whole pipeline; called on process 0.
         load_rest: Loads it with the components it is given; called on the others.
-        empty: The denoisers without memory, of `empty_denoisers`.
+        empty: The denoisers without memory, as `empty_denoisers` returns them.
         prepare: Makes a pipeline's denoisers trainable.
         mesh: One-dimensional mesh of all processes.
         device: Where this process's shards go.
@@ -142,27 +171,28 @@ def load_sharded(
     if mesh.get_rank() == 0:
         pipe = load()
         dtypes = {key: denoiser.dtype for key, denoiser in denoisers(pipe).items()}
-        prepare(pipe)  # draws the adapters just as without sharding
+        prepare(pipe)  # initialises the adapters exactly as without sharding
         full = denoisers(pipe)
         pipe.register_modules(**empty)
     else:
         pipe = load_rest(**empty)
-    (dtypes,) = _broadcast(dtypes)
+    dtypes = _broadcast(dtypes)
     for key, denoiser in denoisers(pipe).items():
-        nn.Module.to(denoiser, dtypes[key])  # diffusers' own talks of what it keeps in float32
+        nn.Module.to(denoiser, dtypes[key])  # diffusers' override logs what it keeps in float32
     prepare(pipe)
     for key, denoiser in denoisers(pipe).items():
         shard(denoiser, mesh, dtypes[key])
         denoiser._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-        _hand_out(full[key].state_dict() if full else {}, denoiser)
+        broadcast_state_dict(full[key].state_dict() if full else {}, denoiser)
         full.pop(key, None)
     return pipe
 
 
-def _broadcast(thing: Any) -> list[Any]:  # noqa: ANN401
-    things = [thing]
-    torch.distributed.broadcast_object_list(things, src=0)
-    return things
+def _broadcast(value: Any) -> Any:  # noqa: ANN401
+    """Return the value of process 0."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def empty_denoisers(name: str, revision: str | None) -> dict[str, Any]:

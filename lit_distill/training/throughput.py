@@ -1,4 +1,4 @@
-"""Speed and memory of training, in the log."""
+"""Logs the speed and memory of training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from lit_distill.data.batch import Batch
+from lit_distill.data.batch import Batch, split_batch
+from lit_distill.errors import InputError
 from lit_distill.training.direct_distill import DirectDistill
 
 
@@ -31,23 +32,23 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""For `FlopCounterMode`, which knows attention on GPUs only."""
+"""For `FlopCounterMode`, which only counts attention on GPUs."""
 
 
 class TrainingMonitor(Callback):
     """Logs images/s, tokens/s, model FLOP utilisation and peak memory, over all processes.
 
-    A token is one position of the latents in one denoiser call: an image of 16 tokens drawn in 4
-    steps without guidance counts 64. Model FLOPs are those of the student's forward pass (counted
-    once for each size, number of steps and guidance), twice that for the backward pass of full
-    training, once for that of a LoRA, whose frozen weights need no gradient; recomputation of
-    activation checkpointing counts as nothing gained. Lightning's `ThroughputMonitor` assumes
-    batches of one size.
+    A token is one position of the latents in one denoiser call: an image of 16 tokens, generated in
+    4 steps without guidance, counts 64. Model FLOPs are those of the forward pass, counted once for
+    each size, number of steps and guidance, plus those of the backward pass. A backward pass costs
+    twice a forward pass in full training, and as much as one with a LoRA, whose frozen weights need
+    no gradient. Recomputation for activation checkpointing is not counted. Lightning's
+    `ThroughputMonitor` assumes batches of one size.
 
     Args:
         every_n_steps: Optimizer steps that are averaged.
-        peak_flops: Floating point operations a second that one device can do; null: as Lightning
-            knows it for this device and data type. Without either, utilisation is not logged.
+        peak_flops: Floating point operations per second of one device; null: Lightning's figure for
+            this device and data type. If neither is known, utilisation is not logged.
 
     Raises:
         ValueError: If `every_n_steps` is not positive.
@@ -55,27 +56,27 @@ class TrainingMonitor(Callback):
 
     def __init__(self, every_n_steps: int = 10, peak_flops: float | None = None) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"TrainingMonitor: every_n_steps must be >= 1, got {every_n_steps}")
+            raise InputError(f"TrainingMonitor: every_n_steps must be >= 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.peak_flops = peak_flops
-        self._known: dict[tuple[Any, ...], tuple[int, float]] = {}
-        self._forget()
+        self._counts: dict[tuple[Any, ...], tuple[int, float]] = {}
+        self._reset()
 
-    def _forget(self) -> None:
-        self._images, self._tokens, self._work, self._steps = 0, 0, 0.0, 0
-        self._begun = time.perf_counter()
+    def _reset(self) -> None:
+        self._images, self._tokens, self._flops, self._steps = 0, 0, 0.0, 0
+        self._started = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the device's peak."""
+        """Look up the device's peak."""
         assert isinstance(pl_module, DirectDistill)
         if self.peak_flops is None:
-            dtype = getattr(torch, pl_module.hparams["torch_dtype"])
+            dtype = getattr(torch, pl_module.settings.torch_dtype)
             self.peak_flops = get_available_flops(pl_module.device, dtype)
-        self._forget()
+        self._reset()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin a new measurement: validation is not training."""
-        self._forget()
+        """Start a new measurement: validation is not training."""
+        self._reset()
 
     def on_train_batch_end(
         self,
@@ -91,25 +92,25 @@ class TrainingMonitor(Callback):
         rows = len(batch["row"])
         self._images += rows
         self._tokens += rows * tokens
-        self._work += rows * flops
+        self._flops += rows * flops
         if trainer.fit_loop._should_accumulate():
             return
         self._steps += 1
         if self._steps == self.every_n_steps:
             self._log(trainer, pl_module)
-            self._forget()
+            self._reset()
 
     def _log(self, trainer: pl.Trainer, module: DirectDistill) -> None:
         cuda = module.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize(module.device)
-        seconds = time.perf_counter() - self._begun
+        seconds = time.perf_counter() - self._started
         speed = {
             "images_per_second": self._images * trainer.world_size / seconds,
             "tokens_per_second": self._tokens * trainer.world_size / seconds,
         }
         if self.peak_flops:
-            speed["model_flops_utilisation"] = self._work / seconds / self.peak_flops
+            speed["model_flops_utilisation"] = self._flops / seconds / self.peak_flops
         if cuda:
             speed["peak_memory_GiB"] = torch.cuda.max_memory_allocated(module.device) / 2**30
         else:  # kilobytes on Linux
@@ -119,27 +120,19 @@ class TrainingMonitor(Callback):
     def _count(self, module: DirectDistill, batch: Batch) -> tuple[int, float]:
         """Return tokens and model FLOPs of an image of this batch."""
         key = (batch["size"], batch["num_inference_steps"], batch["cfg_scale"] > 1)
-        if key not in self._known:
-            begun = time.perf_counter()
-            # Eagerly, for compiled blocks can't be looked into.
-            eagerly = torch.compiler.set_stance("force_eager")
+        if key not in self._counts:
+            started = time.perf_counter()
+            # Eagerly, because the operations of compiled blocks can't be counted.
+            eager = torch.compiler.set_stance("force_eager")
             counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-            with torch.no_grad(), eagerly, counter:
-                latents = module.student_rollout(_first(batch))
-            self._begun += time.perf_counter() - begun
-            backward = 2 if module.hparams["lora"] is None else 1
-            share = min(1.0, (module.hparams["grad_steps"] or math.inf) / key[1])
+            with torch.no_grad(), eager, counter:
+                latents = module.student_rollout(split_batch(batch, 1)[0])
+            self._started += time.perf_counter() - started
+            backward = 2 if module.settings.lora is None else 1
+            share = min(1.0, (module.settings.grad_steps or math.inf) / key[1])
             tokens = _positions(module, latents) * key[1] * (2 if key[2] else 1)
-            self._known[key] = tokens, counter.get_total_flops() * (1 + backward * share)
-        return self._known[key]
-
-
-def _first(batch: Batch) -> Batch:
-    """Return the first row alone."""
-    one = batch.copy()
-    for name in ("prompt", "seed", "row"):
-        one[name] = batch[name][:1]
-    return one
+            self._counts[key] = tokens, counter.get_total_flops() * (1 + backward * share)
+        return self._counts[key]
 
 
 def _positions(module: DirectDistill, latents: torch.Tensor) -> int:

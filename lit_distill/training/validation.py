@@ -1,4 +1,4 @@
-"""Validation: held-out rows drawn, compared with the teacher, summed up and logged."""
+"""Validation: held-out rows sampled, compared with the teacher, summarised and logged."""
 
 from __future__ import annotations
 
@@ -6,22 +6,56 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
+import lightning.pytorch as pl
 import torch
+from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_distill.data.batch import Batch
+from lit_distill.data.batch import TARGETS, Batch, has_target
 from lit_distill.evaluation.evaluator import Evaluation, EvaluationBatch
 from lit_distill.evaluation.metrics import latent_mse
+from lit_distill.pipelines.model_digest import tensor_digest
+from lit_distill.training.student import Student
 
-if TYPE_CHECKING:
-    from lit_distill.training.direct_distill import DirectDistill
+
+class ValidatedModule(Protocol):
+    """What validation calls; `DirectDistill` has it."""
+
+    student: Student
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoisers are."""
+
+    @property
+    def global_rank(self) -> int:
+        """Number of this process."""
+
+    def all_gather(self, data: Any) -> Any:  # noqa: ANN401
+        """Return a tensor of every process, stacked if there are several."""
+
+    def teacher_target(self, batch: Batch) -> Tensor:
+        """Return the teacher's final latents, (B, ...), float32."""
+
+    def student_rollout(self, batch: Batch) -> Tensor:
+        """Return the student's final latents, (B, ...)."""
+
+    def compare(self, latents: Tensor, target: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of each sample, (B,)."""
+
+    def undistilled(self) -> AbstractContextManager[None]:
+        """Let `student_rollout` use the pretrained weights until the context is left."""
+
+    def decode(self, latents: Tensor, batch: Batch) -> Tensor:
+        """Return images, (B, 3, H, W), float32, range [0, 1]."""
 
 
 class Validator:
-    """What a `DirectDistill` does in validation and test, and what it remembers between them.
+    """Compares student and undistilled pipeline with the teacher, and keeps what does not change.
 
     Not a part of the module's tree: the metrics' networks stay out of checkpoints and of DDP.
 
@@ -29,15 +63,15 @@ class Validator:
         metrics: Metrics by name.
 
     Attributes:
-        evaluation: Sums up the metrics.
+        evaluation: Summarises the metrics.
         undistilled_mse: Latent MSE of the undistilled pipeline by `row_keys`, of all processes'
-            rows: these have to agree on whether to draw.
+            rows: these have to agree on whether to sample it.
     """
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         self.evaluation = Evaluation(metrics)
         self.undistilled_mse: dict[int, float] = {}
-        self._online: dict[int, Tensor] = {}
+        self._online_targets: dict[int, Tensor] = {}
         self._started = 0.0
 
     def start(self) -> None:
@@ -45,29 +79,34 @@ class Validator:
         self._started = time.perf_counter()
 
     @torch.no_grad()
-    def step(self, module: DirectDistill, batch: Batch) -> dict[str, Any]:
-        """Draw held-out rows and add them to the evaluation, each row once over all processes.
+    def step(self, module: ValidatedModule, batch: Batch) -> dict[str, Any]:
+        """Sample held-out rows and add them to the evaluation, each row once over all processes.
 
         Returns:
-            ``draws``, an `EvaluationBatch`, and ``new``, the positions of rows that count.
+            ``samples``, an `EvaluationBatch`, and ``new``, the positions of rows that count.
         """
-        keys = _gather(module, torch.tensor(row_keys(batch), device=module.device))
-        target = self._target(module, batch, keys[module.global_rank].tolist())
+        own = row_keys(batch, module.student.digest())
+        keys = _gather(module, torch.tensor(own, device=module.device))
+        target = self._target(module, batch, own)
         latents = module.student_rollout(batch).float()
         loss = module.compare(latents, target, batch)
-        draws = EvaluationBatch(batch["prompt"], latents, target, loss=loss)
-        draws.undistilled_mse = self._undistilled(module, batch, target, keys)
+        samples = EvaluationBatch(batch["prompt"], latents, target, loss=loss)
+        samples.undistilled_mse = self._undistilled_mse(module, batch, target, keys)
         if self.evaluation.needs_images:
-            draws.preds, draws.target = module.decode(latents, batch), module.decode(target, batch)
+            samples.preds = module.decode(latents, batch)
+            samples.target = module.decode(target, batch)
         new = self.evaluation.claim(keys.tolist(), module.global_rank)
-        self.evaluation.update(draws.select(new), batch["num_inference_steps"])
-        return {"samples": draws, "new": new}
+        self.evaluation.update(samples.select(new), batch["num_inference_steps"])
+        return {"samples": samples, "new": new}
 
-    def finish(self, module: DirectDistill, stage: str) -> None:
-        """Log the values of all rows as ``<stage>_<name>``, and the seconds that it took."""
+    def log(self, module: pl.LightningModule, stage: str) -> dict[str, float]:
+        """Log the values of all rows as ``<stage>_<name>``, and the seconds taken; start anew.
+
+        Returns:
+            What was logged.
+        """
         values = {f"{stage}_{name}": value for name, value in self.evaluation.compute().items()}
         self.evaluation.reset()
-        module.release_undistilled()
         values[f"{stage}_seconds"] = time.perf_counter() - self._started
         gap = values.pop(f"{stage}_gap_closed", math.nan)
         # The values are of all rows already; their mean over processes is themselves.
@@ -75,22 +114,24 @@ class Validator:
         module.log(f"{stage}_gap_closed", gap, prog_bar=True, sync_dist=True)
         trainer = module.trainer
         if trainer.sanity_checking and trainer.num_sanity_val_batches == trainer.num_val_batches:
-            # Lightning forgets this validation, but it is where the curves start.
+            # Lightning discards this validation, but it is the first point of the curves.
             for logger in trainer.loggers:
                 logger.log_metrics(values | {f"{stage}_gap_closed": gap}, module.global_step)
+        return values | {f"{stage}_gap_closed": gap}
 
-    def _target(self, module: DirectDistill, batch: Batch, keys: list[int]) -> Tensor:
-        """Return the teacher's latents; the online teacher draws a held-out row only once."""
-        if any(batch[kind] is not None for kind in ("latents", "encoded", "image")):
+    def _target(self, module: ValidatedModule, batch: Batch, keys: list[int]) -> Tensor:
+        """Return the teacher's latents; the online teacher generates a held-out row only once."""
+        if has_target(batch):
             return module.teacher_target(batch)
-        if any(key not in self._online for key in keys):
-            self._online.update(zip(keys, module.teacher_target(batch).cpu(), strict=True))
-        return torch.stack([self._online[key] for key in keys]).to(module.device)
+        known = self._online_targets
+        if any(key not in known for key in keys):
+            known.update(zip(keys, module.teacher_target(batch).cpu(), strict=True))
+        return torch.stack([known[key] for key in keys]).to(module.device)
 
-    def _undistilled(
-        self, module: DirectDistill, batch: Batch, target: Tensor, keys: Tensor
+    def _undistilled_mse(
+        self, module: ValidatedModule, batch: Batch, target: Tensor, keys: Tensor
     ) -> Tensor:
-        """Return the undistilled pipeline's latent MSE of each row, (B,); drawn once a row."""
+        """Return the undistilled pipeline's latent MSE of each row, (B,); sampled once a row."""
         known, rows = self.undistilled_mse, keys.flatten().tolist()
         if any(key not in known for key in rows):
             with module.undistilled():
@@ -100,15 +141,38 @@ class Validator:
         return torch.tensor(kept, device=module.device)
 
 
-def row_keys(batch: Batch) -> list[int]:
-    """Return what tells the batch's held-out rows apart, also from those of another table."""
-    shared = (batch["num_inference_steps"], batch["cfg_scale"], batch["size"])
-    rows = zip(batch["row"], batch["prompt"], batch["seed"], strict=True)
-    digests = [hashlib.sha256(repr((*row, *shared)).encode()).digest() for row in rows]
-    return [int.from_bytes(digest[:7], "big") for digest in digests]
+def row_keys(batch: Batch, sampling: str = "") -> list[int]:
+    """Return keys of the batch's rows, by all that their samples and targets depend on.
+
+    The content of the targets and of pictures counts: a row may be generated again with other
+    settings of the teacher, but the same prompt and seed.
+
+    Args:
+        batch: The rows.
+        sampling: What the samples depend on beside their rows: see `Student.digest`.
+    """
+    fields = ("rand_device", "num_inference_steps", "cfg_scale", "size")
+    shared = (sampling, *(batch[name] for name in fields))  # type: ignore[literal-required]
+    keys = []
+    for index, row in enumerate(zip(batch["row"], batch["prompt"], batch["seed"], strict=True)):
+        targets = [_content(batch[name], index) for name in TARGETS]  # type: ignore[literal-required]
+        call = {name: _content(value, index) for name, value in sorted(batch["call"].items())}
+        digest = hashlib.sha256(repr((row, shared, targets, call)).encode()).digest()
+        keys.append(int.from_bytes(digest[:7], "big"))
+    return keys
 
 
-def _gather(module: DirectDistill, values: Tensor) -> Tensor:
+def _content(values: Any, index: int) -> str:  # noqa: ANN401
+    """Return what identifies a row's entry of a batch's values, or the value for all rows."""
+    value = values[index] if isinstance(values, list | Tensor) else values
+    if isinstance(value, Tensor):
+        return tensor_digest(value)
+    if isinstance(value, Image.Image):
+        return f"{value.mode}{value.size}{hashlib.sha256(value.tobytes()).hexdigest()}"
+    return repr(value)
+
+
+def _gather(module: ValidatedModule, values: Tensor) -> Tensor:
     """Return (processes, B) of the (B,) of each."""
-    gathered: Tensor = module.all_gather(values)  # type: ignore[assignment]
+    gathered: Tensor = module.all_gather(values)
     return gathered.reshape(-1, len(values))

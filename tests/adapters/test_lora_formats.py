@@ -20,7 +20,7 @@ def test_what_is_written_is_read_back(name, format, folder, tmp_path):
     pipe = build(name)
     component, denoiser = next(iter(denoisers(pipe).items()))
     if type(denoiser).__name__ not in LAYOUTS[format]:
-        with pytest.raises(ValueError, match=r"how it names the modules of .* is not known here"):
+        with pytest.raises(ValueError, match=r"its names for the modules of .* are not known"):
             layout_of(format, component, denoiser)
         return
     lora = extract_lora(away(module(folder(name), name)).pipe)[component]
@@ -38,7 +38,7 @@ def test_what_is_written_is_read_back(name, format, folder, tmp_path):
         )
 
 
-# Keys as DiffSynth-Studio's own modules are called.
+# Keys by the names of DiffSynth-Studio's modules.
 DIFFSYNTH_KEYS = {
     "QwenImage": ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mlp.net.2"],
     "Flux": [
@@ -118,7 +118,7 @@ def test_queries_keys_and_values_come_in_this_order(name, key, parts, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["diffusers", "comfyui", "kohya", "diffsynth", "peft"])
-def test_training_goes_on_from_a_lora_of_any_layout(format, exports, folder, tmp_path):
+def test_training_starts_from_a_lora_of_any_layout(format, exports, folder, tmp_path):
     out, model = exports
     begun = module(folder("QwenImage"), lora=None, init_lora=str(out / format))
     torch.testing.assert_close(
@@ -157,7 +157,7 @@ FIRST = "lora_unet_transformer_blocks_0_attn_to_q"
     [
         (
             lambda s: s.update({"lora_unet_blocks_0_q.lora_up.weight": torch.zeros(4, 4)}),
-            "1 of .* keys stand for no module of QwenImage.*: lora_unet_blocks_0_q.lora_up.weight",
+            "1 of .* keys belong to no module of QwenImage.*: lora_unet_blocks_0_q.lora_up.weight",
         ),
         (
             lambda s: s.update({f"{FIRST}.lora_up.weight": torch.zeros(32, 3)}),
@@ -165,17 +165,17 @@ FIRST = "lora_unet_transformer_blocks_0_attn_to_q"
         ),
         (
             lambda s: s.update({f"{FIRST}.lora_down.weight": torch.zeros(4, 31)}),
-            rf"{FIRST}: down \(4, 31\) and up \(32, 4\) do not fit a weight of \(32, 32\)",
+            rf"{FIRST}: down \(4, 31\) and up \(32, 4\) do not match a weight of \(32, 32\)",
         ),
         (lambda s: s.pop(f"{FIRST}.alpha"), f"{FIRST} has no alpha"),
         (lambda s: s.pop(f"{FIRST}.lora_up.weight"), f"{FIRST} has no factor 'up'"),
         (
             lambda s: s.update({"lora_te1_text_model_q.lora_up.weight": torch.zeros(4, 4)}),
-            "lora_te1_text_model_q.*text encoders are not adapted here",
+            "lora_te1_text_model_q.*LoRAs of text encoders are not supported",
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_by_name(change, message, exports, folder, tmp_path):
+def test_a_file_that_does_not_match_is_refused_by_name(change, message, exports, folder, tmp_path):
     path = tampered(exports, tmp_path, change)
     with pytest.raises(ValueError, match=message) as error:
         module(folder("QwenImage"), init_lora=str(path))

@@ -1,4 +1,4 @@
-"""One LoRA per step: the right one draws, learns, and is taken home."""
+"""One LoRA per step: the right one samples, is trained, and is exported."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def pipeline(name="tiny-digits"):
 
 
 def moved(pipe, lora_per_step=STEPS, lean=True, seed=1, **lora):
-    """Puts LoRAs in, all different, and different from nothing."""
+    """Add LoRAs that all differ, and that all change the output."""
     make_trainable(pipe, {"r": 4, "lora_alpha": 8} | lora, lora_per_step=lora_per_step)
     generator = torch.Generator().manual_seed(seed)
     for denoiser in denoisers(pipe).values():
@@ -73,7 +73,7 @@ def step_of(name):
 
 @pytest.mark.parametrize("name", ["tiny-digits", "StableDiffusionXL", "Flux"])
 def test_equal_loras_are_one(name):
-    """They draw as one does, and their gradients add up to its gradient."""
+    """They sample as one LoRA does, and their gradients add up to its gradient."""
     single = moved(pipeline(name), None)
     several = moved(pipeline(name))
     load_into_adapters(several, extract_lora(single))
@@ -91,7 +91,7 @@ def test_equal_loras_are_one(name):
 
 
 @pytest.mark.parametrize("name", ["tiny-digits", "StableDiffusionXL"])
-def test_the_call_the_rollout_and_plain_diffusers_draw_the_same(name):
+def test_the_call_the_rollout_and_plain_diffusers_sample_the_same(name):
     pipe = moved(pipeline(name))
     with torch.no_grad():
         expected = rollout(pipe, **arguments(name))
@@ -102,11 +102,11 @@ def test_the_call_the_rollout_and_plain_diffusers_draw_the_same(name):
         assert pipe.scheduler is scheduler
         seen = []
 
-        def own(pipe, step, timestep, kwargs):
+        def callback(pipe, step, timestep, kwargs):
             seen.append(step)
             return kwargs
 
-        again = pipe(**arguments(name), **plain, **off, callback_on_step_end=own)[0]
+        again = pipe(**arguments(name), **plain, **off, callback_on_step_end=callback)[0]
         assert torch.equal(again, expected) and seen == [0, 1, 2]
         # The same adapters, switched by what plain diffusers has.
         by_hand = moved(pipeline(name), None)
@@ -120,8 +120,8 @@ def test_the_call_the_rollout_and_plain_diffusers_draw_the_same(name):
         fresh.set_adapters("step_1")
         switch = switch_adapter_callback(step_names(STEPS))
         for _ in range(2):  # it begins anew by itself
-            drawn = fresh(**arguments(name), **plain, **off, callback_on_step_end=switch)[0]
-            torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-5)
+            latents = fresh(**arguments(name), **plain, **off, callback_on_step_end=switch)[0]
+            torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_the_call_the_rollout_and_plain_diffusers_draw_the_same(name):
         ("StableDiffusionXL", ["nested"]),
     ],
 )
-def test_what_is_run_again_sees_the_lora_of_its_step(name, modes):
+def test_recomputation_uses_the_lora_of_its_step(name, modes):
     pipe = moved(pipeline(name))
     expected = {}
     # The last block is known, and kept, from the second time on.
     for mode in ["none", modes[0], *modes]:
         checkpointing, _, offload = mode.partition(" ")
         options = arguments(name) | {"checkpointing": checkpointing, "offload": bool(offload)}
-        # Two draws before the backward pass, as of a split batch.
+        # Two rollouts before the backward pass, as for a split batch.
         both = [rollout(pipe, **options), rollout(pipe, **arguments(name), checkpointing="block")]
         found = gradients(pipe, sum(part.square().mean() for part in both))
         expected = expected or found
@@ -181,7 +181,7 @@ def test_compiled_blocks_see_the_lora_of_the_step():
     torch._dynamo.reset()
 
 
-def test_what_a_user_has_activated_beside_them_stays():
+def test_other_adapters_that_a_user_has_activated_stay_active():
     pipe = moved(pipeline())
     generator = torch.Generator().manual_seed(5)
     style = moved(pipeline(), None, lean=False, seed=9)
@@ -222,7 +222,7 @@ def test_another_number_of_steps_is_refused_unless_they_are_off():
         ({"grad_steps": 2}, r"before the last 2 of model\.lora_per_step \(3\) would never train"),
     ],
 )
-def test_what_they_can_t_be_combined_with_is_said(options, message):
+def test_unsupported_combinations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         module(**{"lora_per_step": 3} | options)
 
@@ -245,7 +245,7 @@ def test_a_pipeline_that_plain_diffusers_could_not_switch_is_refused():
 
 @pytest.fixture(scope="module")
 def trained(pairs, tmp_path_factory):
-    """Trained with preflight and a moving average, cut and gone on with."""
+    """Trained with preflight and a moving average, interrupted and resumed."""
     path = tmp_path_factory.mktemp("run") / "one/checkpoints"  # reports look for logs beside it
     for limit, ckpt_path in ((2, None), (4, path / "student.ckpt")):
         torch.manual_seed(0)
@@ -303,8 +303,8 @@ def test_the_commands_work_on_the_checkpoint_alone(trained, pairs, tmp_path, mon
     main(["validate", *ckpt, *rows, *quiet])
     quiet += ["--trainer.enable_progress_bar", "false"]
     (tmp_path / "prompts.txt").write_text("a red seven on a blue background\n")
-    drawn = build_cli(["predict", *ckpt, "--prompts", "prompts.txt", *quiet])
-    assert drawn.model.hparams["lora_per_step"] == 4
+    predicted = build_cli(["predict", *ckpt, "--prompts", "prompts.txt", *quiet])
+    assert predicted.model.hparams["lora_per_step"] == 4
     compare = json.dumps([{"lora": str(trained[1] / "export"), "name": "exported"}])
     options = ["--data.batch_size", "8", "--out", "report", "--compare", compare]
     main(["test", *ckpt, *rows, *quiet, *options])
@@ -313,7 +313,7 @@ def test_the_commands_work_on_the_checkpoint_alone(trained, pairs, tmp_path, mon
     assert exported["latent_mse"] == pytest.approx(own["latent_mse"], rel=1e-4)
 
 
-def test_the_cards_lines_draw_the_student_in_plain_diffusers(trained, tmp_path):
+def test_the_code_of_the_card_samples_the_student_in_plain_diffusers(trained, tmp_path):
     """Word for word, in a fresh Python that imports diffusers only."""
     export = trained[1] / "export"
     files = sorted(path.name for path in export.glob("*.safetensors"))
@@ -336,11 +336,11 @@ def test_the_cards_lines_draw_the_student_in_plain_diffusers(trained, tmp_path):
     expected = np.asarray(pipe(prompt, generator=torch.manual_seed(3)).images[0], int)
     for name in ("image.png", "again.png"):
         assert np.abs(np.asarray(Image.open(tmp_path / name), int) - expected).max() <= 1
-    # The first step's LoRA at every step draws something else.
+    # The first step's LoRA at every step gives another image.
     pipe.transformer.set_adapters("step_1")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "lit_distill.compute.step_adapters.StepAdapters.at",
+            "lit_distill.compute.step_adapters.StepAdapters.bind_step",
             lambda self, step, total, call: call,
         )
         other = np.asarray(pipe(prompt, generator=torch.manual_seed(3)).images[0], int)
@@ -356,8 +356,8 @@ def test_a_format_that_holds_one_lora_is_refused(format, trained, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionXL", "Wan22"])
-def test_families_go_home(name, folder, tmp_path):
-    """A second denoiser has files of its own; the teacher's LoRA goes into every one."""
+def test_families_are_exported(name, folder, tmp_path):
+    """A second denoiser has its own files; the teacher's LoRA is merged into each LoRA."""
     model = away(module_of(folder(name), name, lora_per_step=4))
     export_student(checkpoint_of(model, name), tmp_path)
     expected = picture(model.pipe, name)
@@ -379,7 +379,7 @@ def test_families_go_home(name, folder, tmp_path):
     assert np.abs(picture(plain(folder(name)), name) - expected).max() > 1
 
 
-def test_all_begin_with_the_lora_to_go_on_from_and_end_with_the_teachers(folder, tmp_path):
+def test_all_start_from_init_lora_and_are_exported_with_the_teachers(folder, tmp_path):
     path = folder("QwenImage")
     first = away(module_of(path))
     export_student(checkpoint_of(first), tmp_path / "first")

@@ -31,7 +31,7 @@ def test_a_misspelt_key_is_refused_by_name(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--config", str(CONFIGS[-1]), "--model.checkpoint", "none"])
     assert ended.value.code != 0
-    assert "key='checkpoint'" in capsys.readouterr().err
+    assert "unknown key 'checkpoint' (did you mean 'checkpointing'?)" in capsys.readouterr().err
 
 
 def test_help_lists_the_commands_soon():
@@ -97,7 +97,7 @@ def test_the_last_checkpoint_is_the_latest_where_validation_gets_no_better(pairs
 def test_examples_run(pairs, tmp_path):
     train = [sys.executable, "examples/train.py", str(pairs / "train/metadata.csv"), str(tmp_path)]
     subprocess.run([*train, "2"], check=True, cwd=ROOT)
-    infer = [sys.executable, "examples/infer.py", str(TINY), str(tmp_path), "a red seven"]
+    infer = [sys.executable, "examples/infer.py", str(TINY), str(tmp_path / "lora"), "a red seven"]
     subprocess.run([*infer, str(tmp_path / "image.png"), "32"], check=True, cwd=ROOT)
     assert Image.open(tmp_path / "image.png").size == (32, 32)
 
@@ -109,5 +109,5 @@ def test_preflight_prints_what_it_saw(capsys):
     main(["preflight", *tiny, "--model.lora", "{r: 4}", "--trainer.logger", "false"])
     assert time.monotonic() - started < 30  # about 2 s where nothing else runs
     found = capsys.readouterr().out
-    assert "QwenImagePipeline:\n  ok         the rollout draws what pipe() draws" in found
+    assert "QwenImagePipeline:\n  ok         the rollout generates what pipe() generates" in found
     assert "model.freeze: ['transformer.transformer_blocks.3.attn.to_add_out.*'" in found

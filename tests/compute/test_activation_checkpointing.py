@@ -60,7 +60,7 @@ def test_counted_flops_are_those_of_the_formula(step, counters, bare):
     counted = counter.get_total_flops() - encoder.get_total_flops()
     text_width = known.pipe.transformer.config.joint_attention_dim
     assert counted == 2 * counters.forward_flops(known.options, text_width)
-    # Step checkpointing runs each call but the last once more, but for what it stores nothing of.
+    # Step checkpointing recomputes each call but the last.
     again = step.counted(bare("step"))["GFLOP"] - step.counted(known)["GFLOP"]
     assert again == pytest.approx(counted / 2e9, rel=0.02)
 
@@ -100,8 +100,8 @@ def test_saved_bytes_are_those_that_autograd_saves(step, counters, bare):
     assert step.counted(thrifty)["saved_MiB"] < 0.1 * step.counted(known)["saved_MiB"]
 
 
-def drawn(**options):
-    """The loaded module, and what its untrained student draws."""
+def sampled_with(**options):
+    """Return the loaded module and a sample of its untrained student."""
     options = {"torch_dtype": "float32", "lora": {"r": 4}} | options
     model = DirectDistill("tiny-digits", preflight=False, **options)
     model.configure_model()
@@ -124,9 +124,9 @@ def backend_restored():
 
 
 def test_attention_is_computed_with_the_backend_that_is_set(backend_restored):
-    _, expected = drawn()
-    assert torch.equal(drawn(attention_backend="native")[1], expected)
-    model, latents = drawn(attention_backend="_native_math")
+    _, expected = sampled_with()
+    assert torch.equal(sampled_with(attention_backend="native")[1], expected)
+    model, latents = sampled_with(attention_backend="_native_math")
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
     used = {
         module.processor._attention_backend
@@ -136,11 +136,11 @@ def test_attention_is_computed_with_the_backend_that_is_set(backend_restored):
     assert {backend.value for backend in used} == {"_native_math"}
 
 
-def test_attention_backends_that_can_not_be_used_are_refused(backend_restored):
+def test_unusable_attention_backends_are_refused(backend_restored):
     with pytest.raises(ValueError, match=r"model.attention_backend 'cudnn'.*_native_cudnn"):
-        drawn(attention_backend="cudnn")
+        sampled_with(attention_backend="cudnn")
     with pytest.raises(ValueError, match=r"model.attention_backend 'sage'.*install `sageattention"):
-        drawn(attention_backend="sage")
+        sampled_with(attention_backend="sage")
     with pytest.raises(ValueError, match=r"UNet2DConditionModel .unet. does not take"):
         use_attention(build("StableDiffusionXL"), "native")
 
@@ -149,14 +149,15 @@ INT8 = {"quant_backend": "torchao", "quant_kwargs": {"quant_type": "Int8WeightOn
 
 
 def test_quantised_weights_are_the_denoisers_and_the_lora_trains(pairs, tmp_path):
-    torchao = pytest.importorskip("torchao")
-    model, latents = drawn(quantization=INT8)
+    # The base of every quantised tensor: Int8WeightOnlyConfig's class differs between versions.
+    quantised = pytest.importorskip("torchao.utils").TorchAOBaseTensor
+    model, latents = sampled_with(quantization=INT8)
     layers = dict(model.denoisers.named_modules())
     base = layers["transformer.transformer_blocks.0.attn.to_q.base_layer"]
-    assert isinstance(base.weight, torchao.quantization.Int8Tensor)
+    assert isinstance(base.weight, quantised)
     encoder = model.pipe.text_encoder
-    assert not any(isinstance(p, torchao.quantization.Int8Tensor) for p in encoder.parameters())
-    exact = drawn()[1]
+    assert not any(isinstance(p, quantised) for p in encoder.parameters())
+    exact = sampled_with()[1]
     assert 0 < (latents - exact).norm() / exact.norm() < 0.05
     before = {name: p.detach().clone() for name, p in model.trained().items()}
     trainer = pl.Trainer(max_steps=2, default_root_dir=tmp_path, **QUIET)
@@ -168,7 +169,7 @@ def test_quantised_weights_are_the_denoisers_and_the_lora_trains(pairs, tmp_path
 
 
 def test_quantization_reaches_from_pretrained_for_the_denoisers_only(monkeypatch):
-    """Where no quantiser is installed: what diffusers is asked for."""
+    """Without an installed quantiser: which configuration diffusers receives."""
 
     class Stand:
         def __init__(self, load_in_4bit=False, **kwargs):
@@ -188,7 +189,7 @@ def test_quantization_reaches_from_pretrained_for_the_denoisers_only(monkeypatch
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
     nf4 = {"quant_backend": "bitsandbytes_4bit", "quant_kwargs": {"load_in_4bit": True}}
     with pytest.raises(AskedError):
-        drawn(quantization=nf4)
+        sampled_with(quantization=nf4)
     assert list(asked[0].quant_mapping) == ["transformer"]
     assert asked[0].quant_mapping["transformer"].load_in_4bit
 
@@ -206,9 +207,9 @@ def test_quantization_reaches_from_pretrained_for_the_denoisers_only(monkeypatch
         ),
     ],
 )
-def test_quantization_that_can_not_be_is_refused(options, message):
+def test_unsupported_quantization_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        drawn(**{"quantization": INT8} | options)
+        sampled_with(**{"quantization": INT8} | options)
 
 
 def test_a_missing_quantiser_is_named_with_how_to_get_it(monkeypatch):

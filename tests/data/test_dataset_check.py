@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def copy(pairs, tmp_path):
-    """A copy of the held-out pairs, to be spoilt."""
+    """A copy of the held-out pairs, to be damaged."""
     return shutil.copytree(pairs / "heldout", tmp_path / "copy")
 
 
 def edit(folder, **changes):
-    """Change what the provenance of a data set says."""
+    """Change the provenance of a data set."""
     path = folder / "provenance.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -88,13 +88,13 @@ def test_a_damaged_file_is_named_with_its_row(copy, name, spoil, message):
         check_data(copy / "metadata.csv")
 
 
-def test_fit_finds_by_headers_what_it_can(copy):
-    """Reading a table must not read a million files, so what only they tell is left to check."""
+def test_fit_checks_headers_only(copy):
+    """Reading a table must not read a million files: damage inside of them is found by `check`."""
     cut(copy / "latents/000003.safetensors")
     assert len(read_metadata(copy / "metadata.csv")) == 8
 
 
-def test_all_that_is_wrong_comes_in_one_list_without_a_traceback(copy, capsys):
+def test_all_problems_are_listed_at_once_without_a_traceback(copy, capsys):
     table = pd.read_csv(copy / "metadata.csv", dtype=str)
     table.loc[1, "seed"] = "5.0"
     table.loc[6, "image"] = "images/none.png"
@@ -108,7 +108,7 @@ def test_all_that_is_wrong_comes_in_one_list_without_a_traceback(copy, capsys):
     assert [line.split()[2] for line in lines[1:4]] == ["3", "5", "8:"]
 
 
-def test_pictures_of_the_call_are_read_whole_too(write, tmp_path):
+def test_pictures_of_the_call_are_fully_decoded_too(write, tmp_path):
     path = write("a.png,x,1,cpu,4,1,c.png", header=HEADER + ",edit")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "c.png")
@@ -117,12 +117,12 @@ def test_pictures_of_the_call_are_read_whole_too(write, tmp_path):
         check_data(path, call_columns={"image": "edit"})
 
 
-def test_pairs_are_drawn_again_with_the_recorded_teacher(pairs, capsys):
+def test_pairs_are_generated_again_with_the_recorded_teacher(pairs, capsys):
     check(pairs / "heldout", "--pairing", "3")
     lines = capsys.readouterr().out.splitlines()[-4:]
     assert lines[0].split() == ["row", "target", "error", "finding"]
     assert [line.split()[0] for line in lines[1:]] == ["2", "6", "9"]
-    assert all(line.endswith("as the teacher draws it") for line in lines[1:])
+    assert all(line.endswith("as the teacher generates it") for line in lines[1:])
 
 
 def findings(folder, rows=2, **settings):
@@ -131,33 +131,33 @@ def findings(folder, rows=2, **settings):
     return check_pairing(str(folder / "metadata.csv"), table, model, CPU, rows)
 
 
-def test_a_wrong_seed_is_told(copy, capsys):
+def test_a_wrong_seed_is_found(copy, capsys):
     table = pd.read_csv(copy / "metadata.csv", dtype=str)
     table["seed"] = table["seed"].astype(int) + 1
     table.to_csv(copy / "metadata.csv", index=False)
     with pytest.raises(SystemExit):
         check(copy, "--pairing", "2")
     lines = capsys.readouterr().out.splitlines()
-    assert "wrong seed: it is 1000000's" in lines[-2]
-    assert "wrong seed: it is 1000007's" in lines[-1]
+    assert "wrong seed: seed 1000000 generates it" in lines[-2]
+    assert "wrong seed: seed 1000007 generates it" in lines[-1]
 
 
-def test_wrong_settings_are_told(pairs, copy):
+def test_wrong_settings_are_found(pairs, copy):
     generate(copy / "new", "prompts_heldout.txt", 2, 0, "--cfg_scale", "1")
     edit(copy / "new", cfg_scale=4.0)
     found = findings(copy / "new")
     assert not found["alike"].any()
-    assert found["finding"].str.startswith("wrong settings: 10 steps at cfg 1 drew it").all()
+    assert found["finding"].str.startswith("wrong settings: 10 steps at cfg 1 generate it").all()
 
 
-def test_a_wrong_scheduler_is_told(copy):
+def test_a_wrong_scheduler_is_found(copy):
     generate(copy / "new", "prompts_heldout.txt", 1, 0, "--scheduler", "UniPCMultistepScheduler")
     edit(copy / "new", scheduler=None)
     finding = findings(copy / "new")["finding"][0]
-    assert finding.startswith("wrong scheduler: UniPCMultistepScheduler drew it")
+    assert finding.startswith("wrong scheduler: UniPCMultistepScheduler generates it")
 
 
-def test_a_wrong_model_is_told_by_its_weights(copy, tmp_path):
+def test_a_wrong_model_is_found_by_its_weights(copy, tmp_path):
     pipe = load_pipeline("tiny-digits")
     with torch.no_grad():
         for parameter in pipe.transformer.parameters():
@@ -168,14 +168,14 @@ def test_a_wrong_model_is_told_by_its_weights(copy, tmp_path):
     assert finding == "wrong model: its weights are not those in provenance.json"
     edit(copy, model="tiny-digits")
     finding = findings(copy, pretrained_model_name_or_path=str(tmp_path / "other"))["finding"][0]
-    assert finding.startswith("wrong model: tiny-digits drew it")
+    assert finding.startswith("wrong model: tiny-digits generates it")
 
 
-def test_images_without_latents_or_provenance_are_drawn_with_the_models_settings(copy):
+def test_images_without_latents_or_provenance_are_generated_with_the_models_settings(copy):
     table = pd.read_csv(copy / "metadata.csv", dtype=str).drop(columns="latents")
     table.to_csv(copy / "metadata.csv", index=False)
     (copy / "provenance.json").unlink()
-    with pytest.raises(ValueError, match="name the pipeline that drew it"):
+    with pytest.raises(ValueError, match="name the pipeline that generated it"):
         findings(copy)
     settings = {"torch_dtype": "float32", "teacher_cfg_scale": 4.0}
     settings |= {"pretrained_model_name_or_path": str(TINY)}
@@ -185,7 +185,7 @@ def test_images_without_latents_or_provenance_are_drawn_with_the_models_settings
     assert not findings(copy, teacher_num_inference_steps=2, **settings)["alike"].any()
 
 
-def test_a_teacher_in_sixteen_bits_is_alike_and_another_data_type_is_told(copy):
+def test_a_16_bit_teacher_matches_and_another_data_type_is_found(copy):
     out = copy / "new"
     generate(out, "prompts_heldout.txt", 4, 0, "--model.torch_dtype", "bfloat16")
     assert findings(out, rows=4)["alike"].all()

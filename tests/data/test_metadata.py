@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 import zlib
 
@@ -10,9 +11,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lit_distill import DistillDataModule
+from lit_distill.data.dataset_check import check_data
 from lit_distill.data.images import read_image
 from lit_distill.data.metadata import hold_out, read_metadata
 from lit_distill.data.table_io import MetadataError
+from lit_distill.errors import InputError
 
 GOOD = "a.png,x,1,cpu,4,1"
 
@@ -58,7 +61,7 @@ RECORD = {"image": "a.png", "prompt": "x", "rand_device": "cpu", "num_inference_
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_json_is_read_as_it_is_written(write, tmp_path, suffix):
+def test_json_numbers_are_read_as_they_are_written(write, tmp_path, suffix):
     write()
     records = [RECORD | {"seed": 9007199254740993, "cfg_scale": 1}]
     records += [RECORD | {"seed": "5", "cfg_scale": "1.5", "latents": None, "prompt": "null"}]
@@ -107,23 +110,29 @@ ROWS = [
     (["../a.png,x,1,cpu,4,1"], r"image must be inside of .*\(or set data.allow_outside: true\)"),
     (["/etc/hosts,x,1,cpu,4,1"], "image must be inside of .* got '/etc/hosts'"),
     (["s3://bucket/a.png,x,1,cpu,4,1"], "image must be inside of .* got 's3://bucket/a.png'"),
-    (["text.png,x,1,cpu,4,1"], "image: not a readable image"),
-    (["empty.png,x,1,cpu,4,1"], "image: not a readable image"),
-    (["bomb.png,x,1,cpu,4,1"], "image: not a readable image .*exceeds limit"),
-    (["chunk.png,x,1,cpu,4,1"], "image: not a readable image .*[Tt]oo large|exceed"),
+    (["text.png,x,1,cpu,4,1"], "image: .*text.png is not a readable image: of no known format"),
+    (["empty.png,x,1,cpu,4,1"], "image: .*empty.png is not a readable image: of no known"),
+    (["bomb.png,x,1,cpu,4,1"], "image: .*bomb.png is not a readable image: .*exceeds limit"),
+    (
+        ["chunk.png,x,1,cpu,4,1"],
+        "image: .*chunk.png is not a readable image: .*([Tt]oo large|exceed)",
+    ),
     ([GOOD, "twin.png,x,1,cpu,4,1"], "row 3 .*another image or latents than in row 2"),
     (
         ["a.png,x,1,cpu,4,1,7"],
-        "not a CSV file in UTF-8: Expected 6 fields in line 2, saw 7.*quotes",
+        "metadata.csv row 2: has 7 values, but the header has 6 columns; .* need quotes",
     ),
-    ([GOOD, "a.png,x, y,1,cpu,4,1"], "Expected 6 fields in line 3, saw 7"),
-    (['a.png,"x,1,cpu,4,1'], "not a CSV file in UTF-8: EOF inside string"),
+    (
+        [GOOD, "a.png,x, y,1,cpu,4,1"],
+        "metadata.csv row 3: has 7 values, but the header has 6 columns",
+    ),
+    (['a.png,"x,1,cpu,4,1'], "metadata.csv row 2: has a quote that is never closed"),
     ([], "the table has no rows"),
 ]
 
 
 def png(width, height, bits, data):
-    """A file of three colours that says of itself what it likes."""
+    """A PNG file with any header over any data."""
 
     def chunk(kind, data):
         return (
@@ -136,7 +145,7 @@ def png(width, height, bits, data):
 
 @pytest.fixture
 def oddities(tmp_path):
-    """Files that are no images, or dangerous ones."""
+    """Files that are not images, or dangerous ones."""
     (tmp_path / "d").mkdir()
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
@@ -156,7 +165,7 @@ def test_a_bad_value_is_named_with_its_row(write, oddities, rows, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not a CSV file in UTF-8: No columns"),
+        ("", "not a CSV file in UTF-8: it has no header"),
         (f"{HEADER},image\n{GOOD},b.png\n", "column 'image' occurs 2 times"),
         (f"{HEADER}, seed\n{GOOD},2\n", "column 'seed' occurs 2 times"),
         (
@@ -225,9 +234,9 @@ def test_all_problems_are_shown_at_once_in_the_order_of_rows(write):
     assert rows == ["2", "2", "3", "3"]
 
 
-def test_what_a_seed_draws_may_be_listed_twice_but_only_alike(write):
+def test_a_seed_may_be_listed_twice_only_with_the_same_image(write):
     assert len(read_metadata(write(GOOD, GOOD, "b.png,x,1,cpu,8,1", "b.png,x,2,cpu,4,1"))) == 4
-    header = HEADER + ",height,width"  # one seed at two sizes draws two images
+    header = HEADER + ",height,width"  # one seed at two sizes gives two images
     assert len(read_metadata(write(f"{GOOD},32,32", "b.png,x,1,cpu,4,1,32,48", header=header))) == 2
 
 
@@ -283,22 +292,22 @@ def test_images_are_not_changed_and_ambiguous_ones_refused(tmp_path):
         read_image(tmp_path / "cut.png")
 
 
-def opened(tmp_path, image, name="image.png", **options):
+def reopened(tmp_path, image, name="image.png", **options):
     image.save(tmp_path / name, **options)
     return (read_image(tmp_path / name) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def test_pictures_are_converted_predictably(tmp_path):
     grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
-    assert np.array_equal(opened(tmp_path, grey), np.repeat(np.array(grey)[..., None], 3, -1))
+    assert np.array_equal(reopened(tmp_path, grey), np.repeat(np.array(grey)[..., None], 3, -1))
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8))
     palette = colours.quantize(12)
-    assert np.array_equal(opened(tmp_path, palette), np.array(palette.convert("RGB")))
+    assert np.array_equal(reopened(tmp_path, palette), np.array(palette.convert("RGB")))
     opaque = colours.convert("RGBA")
-    assert np.array_equal(opened(tmp_path, opaque), np.array(colours))
+    assert np.array_equal(reopened(tmp_path, opaque), np.array(colours))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter
-    assert np.array_equal(opened(tmp_path, colours, exif=exif), np.rot90(np.array(colours), -1))
+    assert np.array_equal(reopened(tmp_path, colours, exif=exif), np.rot90(np.array(colours), -1))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +329,7 @@ def test_pictures_whose_conversion_would_be_a_guess_are_refused(tmp_path, mode, 
 
 
 def test_sixteen_bits_a_colour_are_refused_not_cut(tmp_path):
-    """Pillow reads them as 8-bit RGB without a word."""
+    """Pillow silently reads them as 8-bit RGB."""
     rows = zlib.compress((b"\0" + bytes(range(12))) * 2)
     (tmp_path / "deep.png").write_bytes(png(2, 2, 16, rows))
     assert Image.open(tmp_path / "deep.png").mode == "RGB"
@@ -368,3 +377,84 @@ def test_sizes_are_read_from_headers_alone(write, tmp_path):
         (tmp_path / name).write_bytes(data[: len(data) // 2])
     table = read_metadata(path)
     assert table[["height", "width"]].to_numpy().tolist() == [[48, 64]] * 3
+
+
+# Files that are damaged, ambiguous, or no files
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, 'a.png,"x" y,2,cpu,4,1', GOOD], "row 3: has text after a closing quote"),
+        ([GOOD, 'a.png,"x""" y",2,cpu,4,1', GOOD], "row 3: has text after a closing quote"),
+        ([GOOD, 'a.png,"x,2,cpu,4,1', GOOD, 'a.png,"y",3,cpu,4,1'], "row 3: has text after a clo"),
+        ([GOOD, 'a.png,"x,2,cpu,4,1', GOOD], "row 3: has a quote that is never closed"),
+    ],
+)
+def test_sloppy_quotes_are_refused_with_their_row(write, rows, message):
+    """pandas merges such rows, or drops the quotes."""
+    with pytest.raises(MetadataError, match=message):
+        read_metadata(write(*rows))
+
+
+def test_a_carriage_return_in_quotes_belongs_to_the_prompt(write):
+    assert read_metadata(write('a.png,"x\ry",1,cpu,4,1'))["prompt"].tolist() == ["x\ry"]
+
+
+def test_values_without_a_column_are_not_passed_over(write):
+    with pytest.raises(MetadataError, match="a column without a name, but rows have values in it"):
+        read_metadata(write(f"{GOOD},7", header=f"{HEADER},"))
+    assert len(read_metadata(write(f"{GOOD},", header=f"{HEADER},"))) == 1
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le"])
+def test_utf16_is_named(write, codec):
+    with pytest.raises(MetadataError, match="it looks like UTF-16, save it as UTF-8"):
+        read_metadata(write(GOOD, encoding=codec))
+
+
+def test_texts_that_no_file_can_hold_are_refused_with_their_row(write, tmp_path):
+    write()
+    good = RECORD | {"seed": 1, "cfg_scale": 1}
+    texts = ("fine 😀", "half \ud83d", "NUL \0")
+    (tmp_path / "metadata.json").write_text(json.dumps([good | {"prompt": t} for t in texts]))
+    with pytest.raises(MetadataError) as error:
+        read_metadata(tmp_path / "metadata.json")
+    assert "row 2: 'prompt' holds half of a surrogate pair" in str(error.value)
+    assert "row 3: 'prompt' holds a NUL character" in str(error.value)
+    assert "row 1" not in str(error.value)
+
+
+def test_a_pipe_instead_of_an_image_does_not_hang(write, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(
+        InputError, match=r"pipe\.png is not a readable image: .*a pipe or a device"
+    ):
+        read_image(tmp_path / "pipe.png")
+    row = "pipe.png,x,1,cpu,4,1"
+    with pytest.raises(MetadataError, match=r"row 2 .*pipe\.png is not a readable image"):
+        read_metadata(write(row))
+    sizes = write(f"{row},32,32,", header=f"{HEADER},height,width,latents", name="sizes.csv")
+    with pytest.raises(MetadataError, match=r"row 2 .*pipe\.png is not a readable image"):
+        check_data(sizes)
+    latents = write(",x,1,cpu,4,1,pipe.safetensors", header=f"{HEADER},latents", name="lat.csv")
+    with pytest.raises(MetadataError, match=r"row 2: .*pipe\.safetensors can't be read: .*a pipe"):
+        check_data(latents)
+
+
+def test_a_flipped_bit_in_the_pixels_of_a_png_is_found(tmp_path):
+    """Pillow does not compare the checksums of the pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png", compress_level=0)
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[data.index(b"IDAT") + 100] ^= 1
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.png is not a readable image: its part at byte .*dam"):
+        read_image(tmp_path / "a.png")
+    data[data.index(b"IDAT") + 100] ^= 1
+    (tmp_path / "a.png").write_bytes(data)
+    assert read_image(tmp_path / "a.png").shape == (3, 8, 8)
+    (tmp_path / "a.png").write_bytes(data[:-12])  # only the mark of the end is missing
+    with pytest.raises(InputError, match=r"a\.png is not a readable image: "):
+        read_image(tmp_path / "a.png")

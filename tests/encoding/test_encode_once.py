@@ -20,14 +20,14 @@ def sample(pipe, prompts, name, **further):
 
 
 def counted(owner, name):
-    calls, own = [], getattr(owner, name)
+    calls, original = [], getattr(owner, name)
 
     def count(*args, **kwargs):
         calls.append(1)
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
 
     count.__name__ = name
-    count.__signature__ = inspect.signature(own)
+    count.__signature__ = inspect.signature(original)
     setattr(owner, name, count)
     return calls
 
@@ -59,18 +59,18 @@ def test_many_lengths_in_a_batch_need_only_singles_once_padding_is_known():
     assert again.shape == both.shape
 
 
-def test_what_is_not_understood_is_refused_not_guessed():
+def test_unknown_padding_is_refused_not_guessed():
     pipe = build("QwenImage")
-    own = pipe.encode_prompt
+    original = pipe.encode_prompt
 
     def padded_by_content(prompt, *args, **kwargs):
-        embeds, mask = own(prompt, *args, **kwargs)
+        embeds, mask = original(prompt, *args, **kwargs)
         if mask is not None:  # what fills a short prompt is not constant
             embeds = embeds + torch.randn(embeds.shape, generator=torch.Generator().manual_seed(0))
         return embeds, mask
 
     padded_by_content.__name__ = "encode_prompt"
-    padded_by_content.__signature__ = inspect.signature(own)
+    padded_by_content.__signature__ = inspect.signature(original)
     pipe.encode_prompt = padded_by_content
     EncodeOnce(pipe)
     with pytest.raises(EncodingCollateError, match=r"set model\.rollout_batch_size: 1"):
@@ -94,5 +94,5 @@ def test_fingerprints_tell_content_apart():
     contents = [tensor, tensor.half(), tensor.view(3, 2), tensor + 1, "a", ["a"], ["a", "b"]]
     contents += [["ab"], None, 1, True, 1.0, {"a": 1}, (("a", 1),)]
     assert len({fingerprint(content) for content in contents}) == len(contents)
-    with pytest.raises(TypeError, match="cannot tell the content of a Generator"):
+    with pytest.raises(TypeError, match="cannot compute a digest of a Generator"):
         fingerprint({"generator": torch.Generator()})

@@ -25,13 +25,13 @@ from lit_distill.evaluation.metrics import (
 
 
 def pictures(count, seed=0):
-    """Pictures of digits as the embedded pipeline's classifier knows them: smooth and coloured."""
+    """Smooth, coloured images, as the embedded pipeline's classifier was trained on."""
     noise = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     smooth = scipy.ndimage.gaussian_filter(noise.numpy(), (0, 0, 2, 2))
     return torch.from_numpy(smooth * 3 + 0.5).clamp(0, 1)
 
 
-def draws(preds, target, prompt=None):
+def samples(preds, target, prompt=None):
     """Rows whose latents are the pixels themselves."""
     prompt = prompt or [f"prompt {index // 2}" for index in range(len(preds))]
     undistilled = torch.full((len(preds),), 0.25)
@@ -48,7 +48,7 @@ def measure(metrics, *parts):
 def frechet_by_scipy(one, two):
     one, two = (load_features("tiny-digits")(images).double().numpy() for images in (one, two))
     cov1, cov2 = np.cov(one.T), np.cov(two.T)
-    # A little of the identity keeps the root of few rows' covariance in reach of scipy.
+    # A small multiple of the identity keeps scipy's root of few rows' covariance stable.
     tiny = 1e-12 * np.eye(len(cov1))
     root = scipy.linalg.sqrtm((cov1 + tiny) @ (cov2 + tiny)).real
     return ((one.mean(0) - two.mean(0)) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root)
@@ -58,22 +58,22 @@ def test_metrics_agree_with_independent_implementations():
     target = pictures(40)
     preds = (target + 0.1 * pictures(40, 1)).clamp(0, 1)
     metrics = default_metrics() | {"frechet": FrechetDistance("tiny-digits")}
-    parts = [draws(preds[i : i + 7], target[i : i + 7]) for i in range(0, 40, 7)]
-    found = measure(metrics, *parts)
+    parts = [samples(preds[i : i + 7], target[i : i + 7]) for i in range(0, 40, 7)]
+    measured = measure(metrics, *parts)
     mse = (preds - target).double().square().mean().item()
-    assert found["latent_mse"] == pytest.approx(mse, rel=1e-6)
-    assert found["gap_closed"] == pytest.approx(1 - mse / 0.25, rel=1e-6)
-    assert found["psnr"] == pytest.approx(-10 * math.log10(mse), rel=1e-5)
-    assert found["ssim"] == pytest.approx(ssim_by_scipy(preds, target), abs=1e-5)
-    assert found["frechet"] == pytest.approx(frechet_by_scipy(preds, target), rel=1e-3)
-    assert found["frechet"] > 0.01
+    assert measured["latent_mse"] == pytest.approx(mse, rel=1e-6)
+    assert measured["gap_closed"] == pytest.approx(1 - mse / 0.25, rel=1e-6)
+    assert measured["psnr"] == pytest.approx(-10 * math.log10(mse), rel=1e-5)
+    assert measured["ssim"] == pytest.approx(ssim_by_scipy(preds, target), abs=1e-5)
+    assert measured["frechet"] == pytest.approx(frechet_by_scipy(preds, target), rel=1e-3)
+    assert measured["frechet"] > 0.01
 
 
 def test_sharpness_is_the_ratio_of_squared_slopes():
     ramp = torch.linspace(0, 1, 32).expand(2, 3, 32, 32)
-    found = measure({"sharpness": Sharpness()}, draws(0.5 * ramp, ramp))
-    assert found["sharpness"] == pytest.approx(0.25)
-    turned = measure({"sharpness": Sharpness()}, draws(ramp.transpose(2, 3), ramp))
+    measured = measure({"sharpness": Sharpness()}, samples(0.5 * ramp, ramp))
+    assert measured["sharpness"] == pytest.approx(0.25)
+    turned = measure({"sharpness": Sharpness()}, samples(ramp.transpose(2, 3), ramp))
     assert turned["sharpness"] == pytest.approx(1)
 
 
@@ -82,27 +82,27 @@ def test_diversity_is_the_mean_distance_of_pairs_of_one_prompt():
     target = grey.view(4, 1, 1, 1).expand(4, 3, 8, 8)
     prompts = ["a", "a", "a", "b"]  # pairs .2, .4 and .6; b has no second seed
     preds = torch.tensor([0.0, 0.1, 0.1, 0.7]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
-    found = measure({"diversity": Diversity()}, draws(preds, target, prompts))
-    assert found["diversity"] == pytest.approx((0.1 + 0.0 + 0.1) / (0.2 + 0.4 + 0.6))
-    alone = measure({"diversity": Diversity()}, draws(preds, target, ["a", "b", "c", "d"]))
+    measured = measure({"diversity": Diversity()}, samples(preds, target, prompts))
+    assert measured["diversity"] == pytest.approx((0.1 + 0.0 + 0.1) / (0.2 + 0.4 + 0.6))
+    alone = measure({"diversity": Diversity()}, samples(preds, target, ["a", "b", "c", "d"]))
     assert "diversity" not in alone
 
 
-def test_planted_faults_are_seen():
+def test_planted_faults_are_measured():
     target = pictures(64)
     metrics = default_metrics() | {"frechet": FrechetDistance("tiny-digits")}
-    faithful = measure(metrics, draws((target + 0.01).clamp(0, 1), target))
+    faithful = measure(metrics, samples((target + 0.01).clamp(0, 1), target))
     blurred = torch.from_numpy(scipy.ndimage.gaussian_filter(target.numpy(), (0, 0, 1, 1)))
-    assert measure(metrics, draws(blurred, target))["sharpness"] < 0.8 < faithful["sharpness"]
+    assert measure(metrics, samples(blurred, target))["sharpness"] < 0.8 < faithful["sharpness"]
     same = target[::2].repeat_interleave(2, 0)  # one image for both seeds of a prompt
-    assert measure(metrics, draws(same, target))["diversity"] == 0
+    assert measure(metrics, samples(same, target))["diversity"] == 0
     assert faithful["diversity"] == pytest.approx(1, abs=0.02)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    shuffled = measure(metrics, draws(target[order], target))
+    shuffled = measure(metrics, samples(target[order], target))
     assert shuffled["latent_mse"] > 50 * faithful["latent_mse"]
     assert shuffled["psnr"] < faithful["psnr"] - 15
     assert shuffled["frechet"] == pytest.approx(0, abs=1e-4)
-    other = measure(metrics, draws(pictures(64, 2).roll(1, 1) * 0.5, target))
+    other = measure(metrics, samples(pictures(64, 2).roll(1, 1) * 0.5, target))
     assert other["frechet"] > 0.1
 
 
@@ -128,13 +128,13 @@ class Unknown(Metric):
         return torch.tensor(0.0)
 
 
-def test_metrics_ask_for_what_they_measure_by_name():
+def test_metrics_get_inputs_by_the_names_of_their_arguments():
     target, preds = pictures(8), pictures(8, 1)
     kid = KernelInceptionDistance(feature=load_features("tiny-digits"), subset_size=8, subsets=1)
-    found = measure({"lpips": Perceptual()}, draws(preds, target))
-    assert found["lpips"] == pytest.approx((preds - 2 * target).sum().item(), rel=1e-5)
+    measured = measure({"lpips": Perceptual()}, samples(preds, target))
+    assert measured["lpips"] == pytest.approx((preds - 2 * target).sum().item(), rel=1e-5)
     evaluation = Evaluation({"kid": kid})
-    evaluation.update(draws(preds, target), 4)
+    evaluation.update(samples(preds, target), 4)
     kid.update(preds, real=False)
     kid.update(target, real=True)
     group = evaluation._metrics["kid"]
@@ -148,26 +148,26 @@ def test_copies_of_a_metric_share_its_network():
     metric = FrechetDistance("tiny-digits")
     evaluation = Evaluation({"frechet": metric})
     assert evaluation.fresh()._metrics["frechet"].inception is metric.inception
-    evaluation.update(draws(pictures(4), pictures(4, 1)), 4)
+    evaluation.update(samples(pictures(4), pictures(4, 1)), 4)
     assert metric.fake_features_num_samples == 0
 
 
 def test_values_of_every_number_of_steps_where_rows_differ():
     target, preds = pictures(12), pictures(12, 1)
-    few, many = draws(preds[:4], target[:4]), draws(preds[4:], target[4:])
+    few, many = samples(preds[:4], target[:4]), samples(preds[4:], target[4:])
     evaluation = Evaluation(default_metrics())
     evaluation.update(few.select([0, 1]), 2)
     evaluation.update(few.select([2, 3]), 2)
     assert "psnr_2_steps" not in evaluation.compute()
     evaluation.update(many, 4)
-    found = evaluation.compute()
+    measured = evaluation.compute()
     alone = {2: measure(default_metrics(), few), 4: measure(default_metrics(), many)}
     for steps, values in alone.items():
         for name, value in values.items():
-            assert found[f"{name}_{steps}_steps"] == pytest.approx(value, rel=1e-5)
+            assert measured[f"{name}_{steps}_steps"] == pytest.approx(value, rel=1e-5)
     whole = measure(default_metrics(), few, many)
     for name, value in whole.items():
-        assert found[name] == pytest.approx(value, rel=1e-5)
+        assert measured[name] == pytest.approx(value, rel=1e-5)
 
 
 def test_rows_are_counted_once_over_all_processes():
@@ -210,19 +210,19 @@ def clip(tmp_path_factory):
     return path
 
 
-def test_images_are_prepared_as_the_network_s_own_settings_say(clip):
+def test_images_are_preprocessed_by_the_settings_of_the_network(clip):
     image = pictures(1)[0]
     pil = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
     resized = np.asarray(pil.resize((24, 24), Image.Resampling.BICUBIC), float)[2:22, 2:22] / 255
     expected = (resized - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4]
-    found = TransformersFeatures(str(clip)).preprocess(image[None])[0].permute(1, 2, 0).numpy()
-    assert np.abs(found - expected).max() < 0.04  # twice 1/255 over a deviation of .2
+    measured = TransformersFeatures(str(clip)).preprocess(image[None])[0].permute(1, 2, 0).numpy()
+    assert np.abs(measured - expected).max() < 0.04  # twice 1/255 over a deviation of .2
 
 
 def test_clip_score_is_the_cosine_of_image_and_prompt(clip):
     images, prompts = pictures(4), ["red", "blue seven", "seven red", "blue"]
     metric = CLIPScore(str(clip))
-    found = measure({"clip_score": metric}, draws(images, images, prompts))["clip_score"]
+    measured = measure({"clip_score": metric}, samples(images, images, prompts))["clip_score"]
     model = tf.CLIPModel.from_pretrained(clip).eval()
     tokens = tf.AutoTokenizer.from_pretrained(clip)(
         prompts, padding="max_length", return_tensors="pt"
@@ -231,7 +231,7 @@ def test_clip_score_is_the_cosine_of_image_and_prompt(clip):
         output = model(**tokens, pixel_values=metric.network.preprocess(images))
     cosine = (output.image_embeds * output.text_embeds).sum(1)  # both of unit length
     assert len(set(cosine.tolist())) == 4
-    assert found == pytest.approx(100 * cosine.clamp(min=0).mean().item(), abs=1e-3)
+    assert measured == pytest.approx(100 * cosine.clamp(min=0).mean().item(), abs=1e-3)
 
 
 def test_frechet_distance_on_a_clip_and_on_a_dino(clip, tmp_path):
@@ -246,7 +246,7 @@ def test_frechet_distance_on_a_clip_and_on_a_dino(clip, tmp_path):
         metric = FrechetDistance(str(path))
         assert metric.real_features_sum.shape == (features,)
         images = pictures(8)
-        assert measure({"f": metric}, draws(images.flip(0), images))["f"] == pytest.approx(
+        assert measure({"f": metric}, samples(images.flip(0), images))["f"] == pytest.approx(
             0, abs=1e-3
         )
-        assert measure({"f": metric}, draws(images / 2, images))["f"] > 1e-3
+        assert measure({"f": metric}, samples(images / 2, images))["f"] > 1e-3

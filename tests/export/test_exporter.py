@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -17,9 +18,12 @@ from lit_distill.adapters.lora import Factors
 from lit_distill.adapters.lora_files import to_state
 from lit_distill.adapters.lora_formats import layout_of
 from lit_distill.cli import main
-from lit_distill.export import exporter
+from lit_distill.errors import InputError
+from lit_distill.export import exporter, lora_writer
 from lit_distill.export.export_on_save import ExportOnSave
 from lit_distill.export.exporter import ExportError
+from lit_distill.export.facts import StudentFacts
+from lit_distill.export.model_card import ExportSummary, model_card
 from lit_distill.pipelines.components import denoisers
 
 FILES = ["diffusers", "comfyui", "kohya", "peft", "merged"]
@@ -29,7 +33,7 @@ QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
 QUIET |= {"enable_model_summary": False, "use_distributed_sampler": False}
 
 
-# Plain diffusers and peft, in the hands of a user
+# Exports loaded with plain diffusers and peft, as users do
 
 
 @pytest.mark.parametrize("format", FILES)
@@ -101,15 +105,15 @@ def test_diffusers_reads_flux_at_its_published_width(format):
         for key, (rows, columns) in weights.items()
     }
     state = to_state(weights, layout_of(format, "transformer", denoiser), denoiser)
-    found = FluxPipeline.lora_state_dict(state)
-    assert {key.partition(".lora_")[0] for key in found} == {f"transformer.{k}" for k in weights}
+    loaded = FluxPipeline.lora_state_dict(state)
+    assert {key.partition(".lora_")[0] for key in loaded} == {f"transformer.{k}" for k in weights}
     for key, factors in weights.items():
-        up = found[f"transformer.{key}.lora_B.weight"]
-        down = found[f"transformer.{key}.lora_A.weight"]
+        up = loaded[f"transformer.{key}.lora_B.weight"]
+        down = loaded[f"transformer.{key}.lora_A.weight"]
         torch.testing.assert_close(up @ down[:, :64], factors.delta()[:, :64])
 
 
-def test_an_edit_pipeline_draws_its_rows_with_their_pictures(folder, tmp_path):
+def test_an_edit_pipeline_samples_its_rows_with_their_pictures(folder, tmp_path):
     call = dict(CALL_KWARGS["FluxKontext"])
     call.pop("image").save(tmp_path / "given.png")
     size = {side: call.pop(side) for side in ("height", "width")}
@@ -131,7 +135,7 @@ def test_an_edit_pipeline_draws_its_rows_with_their_pictures(folder, tmp_path):
     assert np.abs(picture(pipe, "FluxKontext") - expected).max() <= 1
 
 
-# An export that is not the student is an error
+# An export that differs from the student is an error
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_an_edit_pipeline_draws_its_rows_with_their_pictures(folder, tmp_path):
     [
         (
             lambda s: (s.pop(FIRST_PLAIN.format("A")), s.pop(FIRST_PLAIN.format("B"))),
-            "did not arrive",
+            "is missing",
         ),
         (lambda s: s[FIRST_PLAIN.format("B")].mul_(1.5), "differs by 5.0e-01"),
         (
@@ -149,17 +153,19 @@ def test_an_edit_pipeline_draws_its_rows_with_their_pictures(folder, tmp_path):
                     FIRST_PLAIN.format("B").replace("attn.to_q", "img_mod.1"): torch.ones(192, 4),
                 }
             ),
-            "img_mod.1 arrived, but was not trained",
+            "img_mod.1 was loaded, but was not trained",
         ),
     ],
 )
-def test_a_module_that_does_not_come_back_is_named(change, message, folder, tmp_path, monkeypatch):
+def test_a_module_that_differs_after_reloading_is_named(
+    change, message, folder, tmp_path, monkeypatch
+):
     def corrupted(*arguments):
         state = to_state(*arguments)
         change(state)
         return state
 
-    monkeypatch.setattr(exporter, "to_state", corrupted)
+    monkeypatch.setattr(lora_writer, "to_state", corrupted)
     with pytest.raises(
         ExportError, match=rf"transformer\.transformer_blocks\.0\.\S+ {message}|{message}"
     ):
@@ -169,7 +175,7 @@ def test_a_module_that_does_not_come_back_is_named(change, message, folder, tmp_
 FIRST_PLAIN = "transformer.transformer_blocks.0.attn.to_q.lora_{}.weight"
 
 
-def test_a_reader_that_refuses_is_reported(folder, tmp_path):
+def test_an_error_of_the_reader_is_reported(folder, tmp_path):
     """musubi-tuner's Wan files hold every linear of a block: diffusers' reader needs them all."""
     model = away(module(folder("Wan"), "Wan", lora={"r": 4, "target_modules": ["attn1.to_q"]}))
     with pytest.raises(ExportError, match=r"load_lora_weights refuses .* as kohya: KeyError"):
@@ -179,12 +185,12 @@ def test_a_reader_that_refuses_is_reported(folder, tmp_path):
 def test_another_image_is_an_error(folder, tmp_path, monkeypatch):
     content = checkpoint_of(away(module(folder("QwenImage"))))
     monkeypatch.setattr(exporter, "fuse_lora", lambda pipe, lora: None)
-    with pytest.raises(ExportError, match="draws another image than the student"):
+    with pytest.raises(ExportError, match="does not reproduce the student's image"):
         export_student(content, tmp_path, "merged")
-    assert not list(tmp_path.iterdir())  # nothing that looks finished
+    assert not list(tmp_path.iterdir())  # nothing that looks like an export
 
 
-def test_what_cannot_be_written_says_why(folder, tmp_path):
+def test_unsupported_exports_are_refused_with_a_reason(folder, tmp_path):
     content = checkpoint_of(away(module(folder("QwenImage"))))
     with pytest.raises(ValueError, match=r"format must be one of diffusers, comfyui, .*'lora'"):
         export_student(content, tmp_path, "lora")
@@ -194,7 +200,7 @@ def test_what_cannot_be_written_says_why(folder, tmp_path):
     with pytest.raises(ValueError, match=r"adapter is not plain LoRA \(use_dora, lora_bias\)"):
         export_student(dora, tmp_path)
     full = checkpoint_of(module(folder("QwenImage"), lora=None))
-    with pytest.raises(ValueError, match="format kohya is for a LoRA; the whole denoiser"):
+    with pytest.raises(ValueError, match="format kohya is for a LoRA, but the whole denoiser"):
         export_student(full, tmp_path, "kohya")
     pixart = checkpoint_of(module(folder("PixArtSigma"), "PixArtSigma"), "PixArtSigma")
     with pytest.raises(ValueError, match=r"PixArtSigmaPipeline has no LoRA writer.*peft or merged"):
@@ -205,7 +211,7 @@ def test_what_cannot_be_written_says_why(folder, tmp_path):
 # Options, facts, hub
 
 
-def test_type_and_size_of_files_are_options(folder, tmp_path):
+def test_dtype_and_size_of_files_are_options(folder, tmp_path):
     content = checkpoint_of(away(module(folder("QwenImage"))))
     export_student(content, tmp_path / "lora", dtype="bfloat16")
     state = load_file(tmp_path / "lora/pytorch_lora_weights.safetensors")
@@ -226,7 +232,7 @@ def test_a_bfloat16_base_with_a_float32_lora_is_exported(format, folder, tmp_pat
     assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
 
 
-def test_facts_travel_along(exports):
+def test_exports_hold_the_facts_of_the_student(exports):
     out, _ = exports
     for format in ("diffusers", "comfyui", "kohya", "diffsynth", "peft", "merged"):
         card = huggingface_hub.ModelCard.load(out / format / "README.md")
@@ -243,7 +249,8 @@ def test_facts_travel_along(exports):
         facts = json.loads(file.metadata()["lit_distill"])
     assert facts["num_inference_steps"] == 4
     assert facts["lora"] == {"r": 4, "lora_alpha": 8}
-    assert facts["examples"] == [row_of("QwenImage")]
+    assert facts["examples"] == [row_of("QwenImage") | {"call": {}, "pictures": {}}]
+    assert StudentFacts.from_dict(facts).to_dict() == facts
 
 
 def test_the_card_of_a_hub_model_names_it_and_its_commit(folder, tmp_path):
@@ -252,10 +259,11 @@ def test_the_card_of_a_hub_model_names_it_and_its_commit(folder, tmp_path):
     place.parent.mkdir(parents=True)
     place.symlink_to(folder("QwenImage"))
     content = checkpoint_of(module(place))
-    facts = exporter.student_facts(content, plain(place))
-    assert facts["base_revision"] == commit
-    facts |= {"base_model": "Qwen/Qwen-Image", "verified": {"reader": "it", "difference": 0.0}}
-    text = exporter.model_card(facts, "diffusers", build("QwenImage"), "samples.png")
+    facts = StudentFacts.from_checkpoint(content, plain(place))
+    assert facts.base_revision == commit
+    facts = replace(facts, base_model="Qwen/Qwen-Image")
+    summary = ExportSummary("diffusers", "a reader", difference=0.0, has_scheduler=False)
+    text = model_card(facts, summary, build("QwenImage"), "samples.png")
     card = huggingface_hub.ModelCard(text)
     assert card.data.base_model == "Qwen/Qwen-Image"
     assert "true_cfg_scale=1.0" in text
@@ -271,20 +279,23 @@ def test_the_usage_lines_of_a_card_run(exports, folder, tmp_path):
         code = code.replace("height=16", "height=16, generator=torch.Generator().manual_seed(3)")
         scope = {}
         exec(code, scope)
-        found = np.asarray(scope["image"], int)
-        assert np.abs(found - picture(model.pipe, "QwenImage")).max() <= 1
+        image = np.asarray(scope["image"], int)
+        assert np.abs(image - picture(model.pipe, "QwenImage")).max() <= 1
 
 
 def test_a_folder_is_pushed_to_the_hub(folder, tmp_path, monkeypatch):
-    calls = []
+    calls, remote = [], [".gitattributes", "picture.png"]
 
     class Api:
         def create_repo(self, repo_id, exist_ok):
             calls.append(("create", repo_id, exist_ok))
             return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            names = {path.name for path in Path(folder_path).iterdir()}
+        def list_repo_files(self, repo_id):
+            return remote
+
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+            names = {path.name for path in Path(folder_path).iterdir()} - set(ignore_patterns)
             calls.append(("upload", repo_id, names))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -292,6 +303,20 @@ def test_a_folder_is_pushed_to_the_hub(folder, tmp_path, monkeypatch):
     export_student(content, tmp_path, push_to_hub="me/my-lora")
     files = {"README.md", "samples.png", "pytorch_lora_weights.safetensors"}
     assert calls == [("create", "me/my-lora", True), ("upload", "me/my-lora", files)]
+
+    # Weights of another export there would be read together with these.
+    remote += ["adapter_config.json", "adapter_model.safetensors"]
+    stale = (
+        "me/my-lora holds adapter_config.json, adapter_model.safetensors, which tools would read"
+    )
+    with pytest.raises(InputError, match=stale):
+        export_student(content, tmp_path, push_to_hub="me/my-lora")
+    # What is not verified is not uploaded.
+    calls.clear()
+    monkeypatch.setattr(exporter, "fuse_lora", lambda pipe, lora: None)
+    with pytest.raises(ExportError):
+        export_student(content, tmp_path / "merged", "merged", push_to_hub="me/my-lora")
+    assert calls == []
 
 
 # The command line and the callback
@@ -336,7 +361,7 @@ def test_export_and_predict_by_command(trained, tmp_path, capsys):
     quiet += ["--trainer.default_root_dir", str(tmp_path)]
     out = str(tmp_path / "comfy")
     main(["export", "--ckpt_path", checkpoint, "--out", out, "--format", "comfyui", *quiet])
-    assert "loaded back, and seen to draw the same image" in capsys.readouterr().out
+    assert "reloaded and verified to reproduce the same image" in capsys.readouterr().out
     prompts = ["a red seven on a blue background", "a white two on a black background"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     predict = ["predict", "--ckpt_path", checkpoint, "--prompts", str(tmp_path / "prompts.txt")]

@@ -13,11 +13,11 @@ from lit_distill import export_student, load_student, rollout
 from lit_distill.adapters.lora import add_loras
 from lit_distill.adapters.weights import extract_lora, fuse_lora
 
-# Students for use
+# Students loaded from each source
 
 
 @pytest.mark.parametrize("source", ["student.ckpt", "diffusers", "kohya", "peft", "merged"])
-def test_a_loaded_student_knows_its_steps(source, exports, folder):
+def test_a_loaded_student_uses_its_steps_by_default(source, exports, folder):
     out, model = exports
     pipe = load_student(out / source)
     generator = torch.Generator().manual_seed(3)
@@ -40,7 +40,7 @@ def test_a_loaded_student_knows_its_steps(source, exports, folder):
     torch.testing.assert_close(latents, model.sample(batch())[0], rtol=1e-3, atol=1e-3)
 
 
-def test_a_student_of_a_moved_base_is_told_where_it_is(exports, folder, tmp_path):
+def test_a_student_is_loaded_with_a_moved_base_model(exports, folder, tmp_path):
     moved = tmp_path / "moved"
     moved.symlink_to(folder("QwenImage"))
     for source in ("student.ckpt", "diffusers"):
@@ -48,7 +48,7 @@ def test_a_student_of_a_moved_base_is_told_where_it_is(exports, folder, tmp_path
         assert np.abs(picture(pipe, "QwenImage") - picture(exports[1].pipe, "QwenImage")).max() <= 1
 
 
-def test_files_of_others_are_not_students(exports, tmp_path):
+def test_files_of_other_tools_are_not_students(exports, tmp_path):
     state = load_file(exports[0] / "diffusers/pytorch_lora_weights.safetensors")
     save_file(state, tmp_path / "style.safetensors")
     with pytest.raises(ValueError, match=r"not written by lit_distill.*load_lora_weights"):
@@ -57,8 +57,8 @@ def test_files_of_others_are_not_students(exports, tmp_path):
         load_student(TINY)
 
 
-def test_two_adapters_together_are_the_sum_of_both(exports, folder, tmp_path):
-    """Few-step and style, by the example's code."""
+def test_two_adapters_add_up(exports, folder, tmp_path):
+    """A few-step and a style LoRA, with the code of the example."""
     style = away(module(folder("QwenImage"), lora={"r": 2}), seed=5)
     export_student(checkpoint_of(style), tmp_path / "style")
     few = exports[0] / "diffusers"
@@ -70,23 +70,23 @@ def test_two_adapters_together_are_the_sum_of_both(exports, folder, tmp_path):
     generator = torch.Generator().manual_seed(0)
     call = {"num_inference_steps": 4, "true_cfg_scale": 1.0, "height": 16, "width": 16}
     expected = np.asarray(pipe("a red cat", generator=generator, **call).images[0], int)
-    found = np.asarray(Image.open(tmp_path / "both.png"), int)
-    assert np.abs(found - expected).max() <= 1
+    both = np.asarray(Image.open(tmp_path / "both.png"), int)
+    assert np.abs(both - expected).max() <= 1
     alone = np.asarray(exports[1].pipe("a red cat", generator=generator, **call).images[0], int)
-    assert np.abs(found - alone).max() > 1
+    assert np.abs(both - alone).max() > 1
 
 
 # Teachers
 
 
-def test_a_teachers_lora_is_in_teacher_student_and_export(exports, folder, tmp_path):
+def test_the_teacher_lora_applies_to_teacher_student_and_export(exports, folder, tmp_path):
     out, styled = exports
     style = str(out / "kohya")
     options = {"teacher_num_inference_steps": 4, "teacher_cfg_scale": 1.0}
     model = module(folder("QwenImage"), teacher_lora=style, **options)
     expected, _ = styled.sample(batch())
-    for found in (model.teacher_target(batch()), model.student_rollout(batch())):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for latents in (model.teacher_target(batch()), model.student_rollout(batch())):
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
     away(model, seed=9)
     torch.testing.assert_close(model.teacher_target(batch()), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(model.student_rollout(batch()), expected, atol=1e-2)
@@ -100,7 +100,7 @@ def test_a_teachers_lora_is_in_teacher_student_and_export(exports, folder, tmp_p
         assert np.abs(picture(pipe, "QwenImage") - picture(model.pipe, "QwenImage")).max() <= 1
 
 
-def test_another_model_teaches(exports, folder):
+def test_teacher_model_is_the_teacher(exports, folder):
     out, turbo = exports
     options = {"teacher_num_inference_steps": 4, "teacher_cfg_scale": 1.0}
     for lora in ({"r": 4}, None):
@@ -112,14 +112,14 @@ def test_another_model_teaches(exports, folder):
         module(folder("QwenImage"), teacher_model="a", teacher_lora="b")
 
 
-def test_a_scheduler_of_the_students_own_travels_with_it(folder, tmp_path):
-    model = module(folder("QwenImage"), scheduler={"shift_terminal": None})
+def test_a_modified_scheduler_is_exported(folder, tmp_path):
     options = {"teacher_num_inference_steps": 4, "teacher_cfg_scale": 1.0}
+    model = module(folder("QwenImage"), scheduler={"shift_terminal": None}, **options)
     base = module(folder("QwenImage"), **options)
     usual = base.sample(batch())[0]
     away(model)
     assert not torch.allclose(model.sample(batch(), undistilled=True)[0], usual, atol=1e-2)
-    model.hparams.update(options)  # the teacher keeps the base's scheduler
+    # The teacher keeps the base's scheduler.
     torch.testing.assert_close(model.teacher_target(batch()), usual)
     content = checkpoint_of(model)
     content["lit_distill"]["facts"] |= {"num_inference_steps": 1}
@@ -130,7 +130,7 @@ def test_a_scheduler_of_the_students_own_travels_with_it(folder, tmp_path):
         export_student(content, tmp_path / format, format)
         pipe = load_student(tmp_path / format)
         generator = [torch.Generator().manual_seed(3)]
-        found = rollout(
+        latents = rollout(
             pipe,
             prompt=["a red cat"],
             num_inference_steps=1,
@@ -138,7 +138,7 @@ def test_a_scheduler_of_the_students_own_travels_with_it(folder, tmp_path):
             height=16,
             width=16,
         )
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
     assert (tmp_path / "diffusers/scheduler_config.json").is_file()
     assert "type(pipe.scheduler).from_pretrained" in (tmp_path / "diffusers/README.md").read_text()
     export_student(checkpoint_of(base), tmp_path / "usual")

@@ -1,4 +1,4 @@
-"""Students of tiny pipelines, moved away from their teachers, and what they draw."""
+"""Students of tiny pipelines that differ from their teachers, and their images."""
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ def module(path, name="QwenImage", **options):
 
 @torch.no_grad()
 def away(model, seed=1):
-    """Moves a student away from its teacher, as training would."""
+    """Makes a student differ from its teacher, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

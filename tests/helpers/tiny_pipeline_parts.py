@@ -14,11 +14,11 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 BUILDERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {}
-"""Builder of each family, and the arguments of its smallest sensible draw."""
+"""Builder of each family, and the arguments of its smallest sensible sample."""
 
 
 def family(**call_kwargs: Any) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-    """Registers a builder under its function's name, with the arguments of its smallest draw."""
+    """Registers a builder under its function's name, with the arguments of its smallest sample."""
 
     def register(builder: Callable[[], Any]) -> Callable[[], Any]:
         BUILDERS[builder.__name__] = builder, call_kwargs

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import tiny_pipelines_embedded  # noqa: F401
 import tiny_pipelines_images  # noqa: F401
 import tiny_pipelines_more  # noqa: F401
 import tiny_pipelines_video  # noqa: F401
@@ -46,4 +47,4 @@ FAMILIES = {name: functools.partial(build, name) for name in BUILDERS}
 """Builder of each family's pipeline, with seed 0."""
 
 CALL_KWARGS = {name: call_kwargs for name, (_, call_kwargs) in BUILDERS.items()}
-"""Arguments of each family's smallest sensible draw, besides prompt, steps and generator."""
+"""Arguments of each family's smallest sensible sample, besides prompt, steps and generator."""

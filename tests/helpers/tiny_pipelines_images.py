@@ -287,7 +287,7 @@ _edit_size = qwen_edit.calculate_dimensions
 @family(image=_picture(), height=128, width=128)
 def QwenImageEdit() -> Any:
     # The pipeline resizes every picture to a megapixel: here it means 128 x 128, and the VAE
-    # divides by 32 so that the draw stays affordable (seconds) where this does not hold.
+    # divides by 32 so that a sample stays affordable (seconds) where this does not hold.
     qwen_edit.calculate_dimensions = lambda area, ratio: _edit_size(128 * 128, ratio)
     parts = _qwen_parts() | {"vae": _qwen_vae(levels=6)}
     return df.QwenImageEditPipeline(**parts, processor=qwen_processor(parts["tokenizer"]))

@@ -1,4 +1,4 @@
-"""Tiny pipelines of more families that draw images."""
+"""Tiny pipelines of more image families."""
 
 # ruff: noqa: N802
 
@@ -27,6 +27,23 @@ from tiny_pipeline_parts import (
 )
 
 
+def sana_transformer(**config: Any) -> Any:
+    return df.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        patch_size=1,
+        sample_size=8,
+        **config,
+    )
+
+
 @family(
     height=32,
     width=32,
@@ -45,19 +62,7 @@ def Sana() -> Any:
             f"{side}_qkv_multiscales": ((), (), (5,)),
         }
     return df.SanaPipeline(
-        transformer=df.SanaTransformer2DModel(
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            num_cross_attention_heads=2,
-            cross_attention_head_dim=8,
-            cross_attention_dim=16,
-            caption_channels=16,
-            patch_size=1,
-            sample_size=8,
-        ),
+        transformer=sana_transformer(),
         vae=df.AutoencoderDC(
             latent_channels=4, attention_head_dim=4, scaling_factor=0.41407, **sides
         ),

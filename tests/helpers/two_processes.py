@@ -147,7 +147,7 @@ def resume(pairs, out, strategy, report):
 def stop(pairs, out, strategy, report):
     """One process gets SIGTERM: both save and end after the step.
 
-    What gets no gradient is left for preflight to find and freeze.
+    Preflight finds and freezes what gets no gradient.
     """
     folder = Path(out) / f"{strategy}_stopped"
     saver = ModelCheckpoint(folder, filename="stopped", save_on_exception=True)
@@ -160,7 +160,7 @@ def stop(pairs, out, strategy, report):
 
 
 class Rows(pl.Callback):
-    """Notes the steps and rows of every batch, of both processes; saves in mid-epoch."""
+    """Records steps and rows of every batch, of both processes; saves in mid-epoch."""
 
     def __init__(self, half):
         self.half = half
@@ -191,14 +191,14 @@ def epochs(pairs, out, ckpt_path=None):
 
 
 def buckets(pairs, out, report):
-    """Both processes draw from one bucket at every step, and miss no row, also after a resume."""
+    """Both processes take rows of one bucket at every step, and miss none, also after a resume."""
     seen = epochs(pairs, out)
     shared = all(one[0] == two[0] and len(one[1]) == len(two[1]) for one, two in seen)
     counts = []  # of rows, in each epoch
     for epoch in range(3):
         part = seen[epoch * len(seen) // 3 : (epoch + 1) * len(seen) // 3]
-        drawn = [row for both in part for _, batch in both for row in batch]
-        counts.append([len(drawn), len(set(drawn))])
+        rows = [row for both in part for _, batch in both for row in batch]
+        counts.append([len(rows), len(set(rows))])
     report("buckets", shared, counts, epochs(pairs, out, f"{out}/half.ckpt") == seen[4:])
 
 

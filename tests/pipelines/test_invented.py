@@ -126,8 +126,8 @@ def test_an_unknown_pipeline_whose_other_guidance_stays_on_is_named():
     class Stubborn(InventedPipeline):
         @torch.no_grad()
         def __call__(self, *args, guidance_scale=1.0, **kwargs):
-            own = inspect.unwrap(InventedPipeline.__call__)
-            return own(self, *args, guidance_scale=guidance_scale + 2, **kwargs)
+            original = inspect.unwrap(InventedPipeline.__call__)
+            return original(self, *args, guidance_scale=guidance_scale + 2, **kwargs)
 
     pipe = invented()
     pipe.__class__ = Stubborn

@@ -17,8 +17,8 @@ def test_decode_is_the_pipelines_own_decoding(name):
     latents, images = sample(pipe, **arguments, generator=[torch.Generator().manual_seed(0)])
     with torch.no_grad():
         decoded = codec.decode(latents)[0].permute(1, 2, 0)
-    own = torch.tensor(list(images[0].tobytes())).view(decoded.shape) / 255
-    assert (decoded - own).abs().max() <= 0.5 / 255 + 1e-4
+    expected = torch.tensor(list(images[0].tobytes())).view(decoded.shape) / 255
+    assert (decoded - expected).abs().max() <= 0.5 / 255 + 1e-4
 
 
 def test_encode_equals_the_familys_own_encoder():
@@ -28,9 +28,9 @@ def test_encode_equals_the_familys_own_encoder():
         z = pipe.vae.encode((images * 2 - 1).unsqueeze(2)).latent_dist.mode()
         mean = torch.tensor(pipe.vae.config.latents_mean).view(1, -1, 1, 1, 1)
         std = torch.tensor(pipe.vae.config.latents_std).view(1, -1, 1, 1, 1)
-        own = pipe._pack_latents((z - mean) / std, 2, 4, 8, 12)
+        expected = pipe._pack_latents((z - mean) / std, 2, 4, 8, 12)
     found = LatentCodec(pipe, height=32, width=48).encode(images)
-    assert (found - own).abs().max() <= 1e-6
+    assert (found - expected).abs().max() <= 1e-6
 
 
 def test_a_tail_that_is_no_permutation_is_refused():
@@ -50,5 +50,5 @@ def test_images_of_another_size_are_refused():
 @pytest.mark.parametrize(("height", "width"), [(33, 33), (36, 36), (32, 36)])
 def test_a_size_that_the_pipeline_would_round_is_refused(height, width):
     """An image of 33 pixels has as many latents as one of 32, so shapes alone don't tell."""
-    with pytest.raises(ValueError, match=rf"can't draw {height}x{width} pixels"):
+    with pytest.raises(ValueError, match=rf"can't generate {height}x{width} pixels"):
         LatentCodec(load_pipeline("tiny-digits"), height=height, width=width)

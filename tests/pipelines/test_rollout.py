@@ -79,14 +79,16 @@ def test_checkpointing_does_not_change_the_gradient(name, checkpointing):
 
 
 def saved_bytes(pipe, name, checkpointing, steps):
-    """Bytes that autograd keeps between forward and backward, each storage once."""
+    """Return the bytes that autograd stores for the backward pass, without the parameters."""
     storages = {}
 
     def pack(tensor):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    own = {p.untyped_storage().data_ptr() for d in denoisers(pipe).values() for p in d.parameters()}
+    parameters = {
+        p.untyped_storage().data_ptr() for d in denoisers(pipe).values() for p in d.parameters()
+    }
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         keep = rollout(
             pipe,
@@ -95,7 +97,7 @@ def saved_bytes(pipe, name, checkpointing, steps):
             checkpointing=checkpointing,
         )
     assert keep.requires_grad
-    return sum(size for pointer, size in storages.items() if pointer not in own)
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 
 def test_checkpointing_stores_less():
@@ -107,7 +109,7 @@ def test_checkpointing_stores_less():
     assert stored[1] == stored[2]
 
 
-def test_the_last_block_is_not_run_again():
+def test_the_last_block_is_not_recomputed():
     pipe = frozen("QwenImage")
     blocks = pipe.transformer.transformer_blocks
     runs = {"first": 0, "last": 0}
@@ -123,7 +125,7 @@ def test_the_last_block_is_not_run_again():
         latents = rollout(pipe, **call("QwenImage"), generator=generators(), checkpointing=mode)
         latents.sum().backward()
         seen.append(dict(runs))
-    # Three steps, with every call's blocks run again, and with nested once more.
+    # Three steps with the blocks of every call recomputed, with nested once more.
     assert seen == [{"first": 6, "last": 6}, {"first": 6, "last": 5}, {"first": 9, "last": 6}]
 
 
@@ -148,15 +150,15 @@ def with_lora(name, **lora):
     return pipe, step
 
 
-def left_out(pipe):
-    """Names of layers that the first block leaves out when it runs again."""
+def skipped_layers(pipe):
+    """Return the names of the layers that the first block skips in recomputation."""
     block = pipe.transformer.transformer_blocks[0]
-    skipped = set().union(*activation_checkpointing._UNUSED[block].values())
+    skipped = set().union(*activation_checkpointing._UNUSED_LAYERS[block].values())
     return {name for name, layer in block.named_modules() if layer in skipped}
 
 
 @pytest.mark.parametrize("name", CORE)
-def test_layers_that_are_left_out_when_a_block_runs_again_do_not_change_the_gradient(name):
+def test_layers_that_are_skipped_in_recomputation_do_not_change_the_gradient(name):
     pipe, step = with_lora(name)
     expected, _ = step("none")
     for mode in ("block", "selective", "nested") * 2:
@@ -170,16 +172,16 @@ def test_layers_that_are_left_out_when_a_block_runs_again_do_not_change_the_grad
     _, whole = step("block")
     assert lean <= whole
     if name == "QwenImage":
-        assert left_out(pipe) == {"img_mlp.net.2", "txt_mlp.net.2"}
+        assert skipped_layers(pipe) == {"img_mlp.net.2", "txt_mlp.net.2"}
         assert lean < whole
 
 
-def test_a_layer_whose_gate_is_trained_is_computed_again():
+def test_a_layer_whose_gate_is_trained_is_recomputed():
     targets = ["to_q", "img_mod.1", "txt_mod.1", "img_mlp.net.2", "txt_mlp.net.2"]
     pipe, step = with_lora("QwenImage", target_modules=targets)
     expected, _ = step("none")
     found, _ = step("block")
-    assert left_out(pipe) == set()
+    assert skipped_layers(pipe) == set()
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
@@ -250,7 +252,7 @@ def test_the_pipeline_is_left_as_it_was():
         ({"checkpointing": "all"}, "checkpointing must be one of none, block, selective, step"),
         (
             {"offload": True},
-            r"with checkpointing none there is nothing to move; use block or selective",
+            r"and checkpointing none stores none; use block or selective",
         ),
         ({"grad_steps": 0}, "grad_steps must be >= 1"),
         ({"cfg_scale": 0.5}, r"cfg_scale must be a number >= 1 \(1 = no guidance\), got 0.5"),

@@ -1,4 +1,4 @@
-"""Schedules of the student's own, and the states between its steps."""
+"""The student's own schedule, and the states between its steps."""
 
 import lightning.pytorch as pl
 import pytest
@@ -48,7 +48,7 @@ def test_a_states_gradient_ends_where_its_step_began():
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
-    """Pairs whose teacher makes the student's own four steps, without guidance."""
+    """Pairs whose teacher takes the same four steps as the student, without guidance."""
     out = tmp_path_factory.mktemp("followed")
     options = ["--store_trajectory", "true", "--num_inference_steps", "4", "--cfg_scale", "1"]
     generate(out / "train", "prompts_train.txt", 8, 0, *options)
@@ -124,7 +124,7 @@ def test_a_student_keeps_its_own_sigmas(pairs, tmp_path):
     export_student(tmp_path / "student.ckpt", tmp_path / "export")
     card = (tmp_path / "export/README.md").read_text()
     assert f"sigmas={SIGMAS}" in card
-    # Other numbers of steps have the pipeline's own sigmas.
+    # Other numbers of steps use the pipeline's sigmas.
     eight, _ = model.sample(batch, num_inference_steps=8)
     assert eight.isfinite().all()
     pipe(batch["prompt"][:1], num_inference_steps=2, output_type="latent", **seeded())

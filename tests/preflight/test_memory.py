@@ -10,7 +10,7 @@ from lit_distill import DirectDistill, DistillDataModule, load_pipeline, rollout
 from lit_distill.adapters.inject import make_trainable
 from lit_distill.compute.fused_lora import FusedLoraLinear, use_fused_lora
 from lit_distill.preflight import memory as measured
-from lit_distill.preflight.memory import GIB, MODES_BY_SPEED, LiveBytes, choose
+from lit_distill.preflight.memory import GIB, MODES_BY_SPEED, LiveBytes, choose_checkpointing
 from lit_distill.preflight.probe import Probe
 from lit_distill.training import autoconfigure
 
@@ -19,26 +19,26 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def trial():
+def probe():
     pipe = load_pipeline("tiny-digits", torch_dtype="float32")
     make_trainable(pipe, {"r": 4})
     return Probe(pipe, "a red seven on a blue background", 4, 0, dict(CALL))
 
 
-def peak(trial, mode):
+def peak(probe, mode):
     """The most that lives in a step of training, counted."""
-    with LiveBytes() as live, trial.gradient(mode):
+    with LiveBytes() as live, probe.gradient(mode):
         pass
     return live.peak
 
 
-def test_selective_keeps_the_attention_besides_and_less_than_all(trial):
+def test_selective_keeps_the_attention_besides_and_less_than_all(probe):
     def saved(mode):
         generator = [torch.Generator().manual_seed(0)]
         with LiveBytes() as live:
             latents = rollout(
-                trial.pipe,
-                prompt=[trial.prompt],
+                probe.pipe,
+                prompt=[probe.prompt],
                 num_inference_steps=4,
                 generator=generator,
                 checkpointing=mode,
@@ -48,9 +48,9 @@ def test_selective_keeps_the_attention_besides_and_less_than_all(trial):
 
     saved("block")  # the number of blocks is known from here on
     block, selective, every = (saved(mode)[0] for mode in ("block", "selective", "none"))
-    config = trial.pipe.transformer.config
+    config = probe.pipe.transformer.config
     width = config.num_attention_heads * config.attention_head_dim
-    tokens = (CALL["height"] // 8) ** 2 + trial.pipe.encode_prompt(trial.prompt)[0].shape[1]
+    tokens = (CALL["height"] // 8) ** 2 + probe.pipe.encode_prompt(probe.prompt)[0].shape[1]
     # What attention returns of every block that is run again: output and log-sum-exp.
     kept = 4 * tokens * (width + config.num_attention_heads) * (4 * config.num_layers - 1)
     assert selective - block == pytest.approx(kept, rel=0.05)
@@ -58,38 +58,38 @@ def test_selective_keeps_the_attention_besides_and_less_than_all(trial):
 
 
 @pytest.mark.parametrize("mode", MODES_BY_SPEED)
-def test_need_of_all_steps_is_known_from_two(trial, mode):
-    one, two = (measured._activations(trial, CPU, mode, steps) for steps in (1, 2))
-    peak(trial, mode)  # the number of blocks is known from here on
-    assert one + 3 * (two - one) == pytest.approx(peak(trial, mode), rel=0.15)
+def test_need_of_all_steps_is_known_from_two(probe, mode):
+    one, two = (measured._activations(probe, CPU, mode, steps) for steps in (1, 2))
+    peak(probe, mode)  # the number of blocks is known from here on
+    assert one + 3 * (two - one) == pytest.approx(peak(probe, mode), rel=0.15)
 
 
-def needs(trial, monkeypatch, free, modes=MODES_BY_SPEED, times=1.0):
+def needs(probe, monkeypatch, free, modes=MODES_BY_SPEED, times=1.0):
     monkeypatch.setattr(measured, "free_bytes", lambda device: free)
-    return choose(trial, CPU, modes, times, 4)
+    return choose_checkpointing(probe, CPU, modes, times, 4)
 
 
-def test_auto_takes_the_fastest_that_fits_and_says_why(trial, monkeypatch):
-    everything = needs(trial, monkeypatch, 10 * GIB)
+def test_auto_chooses_the_fastest_that_fits_and_reports_why(probe, monkeypatch):
+    everything = needs(probe, monkeypatch, 10 * GIB)
     assert everything.mode == "none" and everything.fits
-    assert re.fullmatch(r"GiB needed: none [\d.e-]+; free on cpu: 10", everything.why)
-    nothing = needs(trial, monkeypatch, 0)
+    assert re.fullmatch(r"GiB needed: none [\d.e-]+; free on cpu: 10", everything.reason)
+    nothing = needs(probe, monkeypatch, 0)
     assert not nothing.fits
-    found = dict(re.findall(r"(\w+) ([\d.e-]+)[,;]", nothing.why))
+    found = dict(re.findall(r"(\w+) ([\d.e-]+)[,;]", nothing.reason))
     assert list(found) == list(MODES_BY_SPEED)
     sizes = {mode: float(size) * GIB for mode, size in found.items()}
     assert nothing.mode == min(sizes, key=sizes.get)
     for mode in ("selective", "block"):
-        fits = needs(trial, monkeypatch, 1.01 * sizes[mode])
+        fits = needs(probe, monkeypatch, 1.01 * sizes[mode])
         assert fits.mode == mode and fits.fits
     # Twice the positions need twice the memory, and what preflight finds wrong is not taken.
-    assert needs(trial, monkeypatch, 1.01 * sizes["none"], times=2.0).mode != "none"
-    assert needs(trial, monkeypatch, 10 * GIB, modes=("step", "block")).mode == "block"
+    assert needs(probe, monkeypatch, 1.01 * sizes["none"], times=2.0).mode != "none"
+    assert needs(probe, monkeypatch, 10 * GIB, modes=("step", "block")).mode == "block"
 
 
-def test_auto_is_settled_before_training_and_noted(pairs, tmp_path, monkeypatch, caplog):
-    said = []
-    monkeypatch.setattr(autoconfigure, "rank_zero_info", said.append)
+def test_auto_is_decided_before_training_and_saved(pairs, tmp_path, monkeypatch, caplog):
+    logged = []
+    monkeypatch.setattr(autoconfigure, "rank_zero_info", logged.append)
     model = DirectDistill(
         "tiny-digits", torch_dtype="float32", lora={"r": 4}, checkpointing="auto", preflight=False
     )
@@ -98,14 +98,14 @@ def test_auto_is_settled_before_training_and_noted(pairs, tmp_path, monkeypatch,
     )
     trainer.fit(model, DistillDataModule(str(pairs / "train/metadata.csv"), batch_size=2))
     assert model.hparams["checkpointing"] == "none"
-    assert said[0].startswith("model.checkpointing: auto takes none; GiB needed: none ")
+    assert logged[0].startswith("model.checkpointing: auto chooses none; GiB needed: none ")
     checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)
     assert checkpoint["hyper_parameters"]["checkpointing"] == "none"
 
 
-def test_auto_without_data_to_settle_it_is_refused():
+def test_auto_without_training_data_is_refused():
     model = DirectDistill("tiny-digits", checkpointing="auto")
-    with pytest.raises(ValueError, match="auto is chosen when a training with DistillDataModule"):
+    with pytest.raises(ValueError, match="auto is resolved when training with DistillDataModule"):
         rollout(
             load_pipeline("tiny-digits"),
             prompt=["a"],
@@ -113,9 +113,9 @@ def test_auto_without_data_to_settle_it_is_refused():
             generator=[torch.Generator()],
             checkpointing=model.hparams["checkpointing"],
         )
-    with pytest.raises(ValueError, match="does not count with offloading"):
+    with pytest.raises(ValueError, match="does not support offloading"):
         DirectDistill("tiny-digits", checkpointing="auto", offload_activations=True)
-    with pytest.raises(ValueError, match="with checkpointing nested there is nothing to move"):
+    with pytest.raises(ValueError, match="and checkpointing nested stores none"):
         DirectDistill("tiny-digits", checkpointing="nested", offload_activations=True)
 
 
@@ -165,16 +165,14 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", MODES_BY_SPEED)
-def test_a_rollout_and_its_backward_pass_wait_for_the_device_no_more_than_the_pipeline(trial, mode):
+def test_a_rollout_and_its_backward_pass_wait_for_the_device_no_more_than_the_pipeline(probe, mode):
     def generator():
         return [torch.Generator().manual_seed(0)]
 
-    call = {"prompt": [trial.prompt], "num_inference_steps": 4, **CALL}
+    call = {"prompt": [probe.prompt], "num_inference_steps": 4, **CALL}
     with Waits() as plain:
-        trial.pipe(**call, generator=generator(), output_type="latent", true_cfg_scale=1.0)
-    with Waits() as fresh:  # the rollout's scheduler, whose numbers are the host's own
-        type(trial.pipe.scheduler).from_config(trial.pipe.scheduler.config)
+        probe.pipe(**call, generator=generator(), output_type="latent", true_cfg_scale=1.0)
     with Waits() as ours:
-        rollout(trial.pipe, **call, generator=generator(), checkpointing=mode).sum().backward()
+        rollout(probe.pipe, **call, generator=generator(), checkpointing=mode).sum().backward()
     assert plain.seen > 0  # the mode does see them
-    assert ours.seen == plain.seen + fresh.seen
+    assert ours.seen == plain.seen

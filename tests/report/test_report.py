@@ -67,14 +67,14 @@ def report(run, heldout, tmp_path_factory):
     return out / "report"
 
 
-def ways(report):
+def contenders(report):
     content = json.loads((report / "metrics.json").read_text())
-    return {way["way"]: way for way in content["ways"]}
+    return {contender["way"]: contender for contender in content["ways"]}
 
 
-def test_every_way_is_measured(report):
-    found = ways(report)
-    assert list(found) == [
+def test_every_contender_is_measured(report):
+    measured = contenders(report)
+    assert list(measured) == [
         "teacher, 10 steps, cfg 4",
         "undistilled, 4 steps, cfg 1",
         "undistilled, 4 steps, cfg 4",
@@ -84,9 +84,10 @@ def test_every_way_is_measured(report):
         "exported, 4 steps, cfg 1",
         "folder, 3 steps, cfg 2",
     ]
-    assert [way["evaluations"] for way in found.values()] == [20, 4, 8, 16, 4, 4, 4, 6]
-    teacher, undistilled, _, nearest, student, *same, folder = found.values()
-    assert teacher["latent_mse"] < 1e-10  # drawn again, the pairs are the same
+    evaluations = [contender["evaluations"] for contender in measured.values()]
+    assert evaluations == [20, 4, 8, 16, 4, 4, 4, 6]
+    teacher, undistilled, _, nearest, student, *same, folder = measured.values()
+    assert teacher["latent_mse"] < 1e-10  # sampled again, the pairs are the same
     assert undistilled["gap_closed"] == pytest.approx(0, abs=1e-4)
     assert 0 < student["gap_closed"] < nearest["gap_closed"] < 1
     for other in same:
@@ -94,29 +95,30 @@ def test_every_way_is_measured(report):
             assert other[name] == pytest.approx(student[name], rel=1e-2), name
         assert other["latent_mse"] != undistilled["latent_mse"]
     assert folder["latent_mse"] not in (undistilled["latent_mse"], student["latent_mse"])
-    for way in found.values():
-        assert way["speed_up"] == pytest.approx(
-            teacher["seconds_an_image"] / way["seconds_an_image"]
+    for contender in measured.values():
+        assert contender["speed_up"] == pytest.approx(
+            teacher["seconds_an_image"] / contender["seconds_an_image"]
         )
     assert student["speed_up"] > 1.5  # a fifth of the denoiser calls
     table = pd.read_csv(report / "metrics.csv")
-    assert table["way"].tolist() == list(found)
+    assert table["way"].tolist() == list(measured)
     assert table["latent_mse"].tolist() == pytest.approx(
-        [way["latent_mse"] for way in found.values()]
+        [contender["latent_mse"] for contender in measured.values()]
     )
 
 
 def test_images_and_errors_of_every_row_are_kept(report, heldout):
     rows = pd.read_csv(report / "rows.csv")
     assert len(rows) == 8 * 8
-    found = ways(report)
-    for label, own in rows.groupby("way"):
-        folder = report / "images" / found[label]["key"]
+    measured = contenders(report)
+    for label, errors in rows.groupby("way"):
+        folder = report / "images" / measured[label]["key"]
         assert len(list(folder.glob("row_*.png"))) == 8
         if not label.startswith("teacher"):
-            assert own["latent_mse"].mean() == pytest.approx(found[label]["latent_mse"], rel=1e-5)
-            psnr = -10 * math.log10(own["image_mse"].mean())
-            assert psnr == pytest.approx(found[label]["psnr"], rel=1e-5)
+            mse = errors["latent_mse"].mean()
+            assert mse == pytest.approx(measured[label]["latent_mse"], rel=1e-5)
+            psnr = -10 * math.log10(errors["image_mse"].mean())
+            assert psnr == pytest.approx(measured[label]["psnr"], rel=1e-5)
     stored = np.asarray(Image.open(heldout.parent / "images/000003.png"), int)
     shown = Image.open(report / "images/teacher-10-steps-cfg-4/row_000005.png")
     assert np.abs(np.asarray(shown, int) - stored).max() <= 1
@@ -132,15 +134,15 @@ def test_provenance_names_run_rows_and_machine(report, run, heldout):
     assert f"torch {torch.__version__.split('+')[0]}" in facts["versions"]
 
 
-def test_the_snippet_draws_what_the_report_shows(report, run, tmp_path):
+def test_the_snippet_generates_what_the_report_shows(report, run, tmp_path):
     page = (report / "report.html").read_text()
     snippet = re.search(r'<pre id="run">(.*?)</pre>', page, re.DOTALL)[1]
     for code, character in (("&#39;", "'"), ("&#34;", '"'), ("&lt;", "<"), ("&gt;", ">")):
         snippet = snippet.replace(code, character)
     subprocess.run([sys.executable, "-c", snippet.replace("&amp;", "&")], check=True, cwd=tmp_path)
-    drawn = np.asarray(Image.open(tmp_path / "image.png"), int)
+    image = np.asarray(Image.open(tmp_path / "image.png"), int)
     shown = Image.open(report / "images/student-4-steps-cfg-1/row_000002.png")
-    assert np.abs(drawn - np.asarray(shown, int)).max() <= 1
+    assert np.abs(image - np.asarray(shown, int)).max() <= 1
 
 
 @needs_chromium
@@ -188,8 +190,8 @@ def test_the_page_works_in_a_browser_without_a_network(report, tmp_path):
                 ],
                 int,
             )
-        for name, way in (("before", "student-4-steps-cfg-1"), ("after", "teacher-10-steps-cfg-4")):
-            stored = np.asarray(Image.open(report / f"images/{way}/row_{int(row):06d}.png"), int)
+        for name, key in (("before", "student-4-steps-cfg-1"), ("after", "teacher-10-steps-cfg-4")):
+            stored = np.asarray(Image.open(report / f"images/{key}/row_{int(row):06d}.png"), int)
             expected = stored[2:26, 18:23].reshape(-1, 3)
             assert np.abs(right_of_the_middle[name] - expected).max() <= 4, name
 
@@ -213,8 +215,8 @@ def test_the_page_works_in_a_browser_without_a_network(report, tmp_path):
         assert browser.run("document.querySelectorAll('.card').length") == 0
         browser.run(choose.format("filter", "", "filter"))
 
-        # Another way to look at.
-        key = ways(report)["folder, 3 steps, cfg 2"]["key"]
+        # Another contender.
+        key = contenders(report)["folder, 3 steps, cfg 2"]["key"]
         source = "document.querySelector('.card img.right').src"
         before = browser.run(source)
         browser.run(choose.format("right", key, "right"))
@@ -225,8 +227,10 @@ def test_the_page_works_in_a_browser_without_a_network(report, tmp_path):
         assert len(browser.requests) == 1
 
 
-def test_two_candidates_of_one_name_are_refused(run, heldout, tmp_path):
-    with pytest.raises(ValueError, match="two ways are called 'last, 4 steps, cfg 1'; give one"):
+def test_two_contenders_of_one_name_are_refused(run, heldout, tmp_path):
+    with pytest.raises(
+        ValueError, match="two contenders are called 'last, 4 steps, cfg 1'; give one"
+    ):
         main(
             ["test", "--ckpt_path", str(run), "--data.val_metadata_path", str(heldout)]
             + ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]

@@ -1,13 +1,13 @@
-import hashlib
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, generate
+from conftest import ROOT, TINY, generate
+from folders import hashes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,28 +18,21 @@ from lit_distill.pipelines.rollout import sample
 from lit_distill.teacher.prompts import plan_pairs, read_prompts
 
 
-def hashes(folder):
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
-
-
-def test_generate_goes_on_after_an_interruption_with_the_same_files(pairs, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_files(pairs, tmp_path):
     generate(tmp_path, "prompts_heldout.txt", 8, 1_000_000)
     whole = hashes(tmp_path)
     assert whole == hashes(pairs / "heldout")
     for name in ("images/000003.png", "latents/000005.safetensors", "metadata.csv"):
         (tmp_path / name).unlink()
-    (tmp_path / "images/.000003.png.77.tmp").write_text("half of an ima")
+    killed = f".000003.png.{'0123456789abcdef' * 2}.tmp"
+    (tmp_path / "images" / killed).write_text("half of an ima")
     kept = (tmp_path / "images/000000.png").stat().st_mtime_ns
     generate(tmp_path, "prompts_heldout.txt", 8, 1_000_000)
     assert hashes(tmp_path) == whole
     assert (tmp_path / "images/000000.png").stat().st_mtime_ns == kept
 
 
-# Imports once, so that a run can be killed at any moment of its work, not only while it imports.
+# Imports before forking, so that a run is killed while it works, not while it imports.
 RUNS = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -87,12 +80,15 @@ print("ended", end(begin(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000
 
 def run(script, *arguments):
     command = [sys.executable, "-c", RUNS + script, *arguments]
-    found = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    finished = subprocess.run(
+        command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
-def test_killed_at_five_moments_it_ends_with_the_files_of_an_uninterrupted_run(tmp_path):
+def test_a_run_killed_five_times_resumes_to_the_files_of_an_uninterrupted_run(tmp_path):
     output = run(KILLED, str(tmp_path / "killed"))
     assert output.count("killed 9 at") == 5, output
     assert "ended 0" in output
@@ -101,7 +97,7 @@ def test_killed_at_five_moments_it_ends_with_the_files_of_an_uninterrupted_run(t
     assert len(read_metadata(tmp_path / "killed/metadata.csv")) == 24
 
 
-def test_what_can_not_be_written_is_told_and_never_listed(tmp_path):
+def test_a_file_that_cannot_be_written_is_reported_and_never_listed(tmp_path):
     size = ["--height", "64", "--width", "64", "--limit", "2"]
     output = run(LIMITED, str(tmp_path / "set"), *size)
     assert "latents/000000.safetensors can't be written: File too large" in output
@@ -111,13 +107,13 @@ def test_what_can_not_be_written_is_told_and_never_listed(tmp_path):
     assert len(read_metadata(tmp_path / "set/metadata.csv")) == 2
 
 
-def test_a_folder_that_can_not_be_made_is_told_before_anything_is_drawn(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported_before_anything_is_generated(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/set can't be written: Not a directory"):
         generate(tmp_path / "file/set", "prompts_heldout.txt", 2, 0)
 
 
-def test_two_processes_write_what_one_does(tmp_path):
+def test_two_processes_write_the_same_files_as_one(tmp_path):
     generate(tmp_path / "one", "prompts_heldout.txt", 10, 0, "--batch_size", "2")
     options = ["--model.pretrained_model_name_or_path", "tiny-digits"]
     options += ["--model.torch_dtype", "float32", "--prompts", str(TINY / "prompts_heldout.txt")]
@@ -127,7 +123,7 @@ def test_two_processes_write_what_one_does(tmp_path):
     command = [sys.executable, "-m", "lit_distill", "generate", *options]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert "Drew 10 images" in found.stderr
+    assert "Generated 10 images" in found.stderr
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
     assert len(read_metadata(tmp_path / "two/metadata.csv")) == 10
 
@@ -199,8 +195,8 @@ def test_prompts_may_have_sizes_and_the_teacher_another_scheduler(tmp_path):
         generate(tmp_path / "other", prompts, 3, 0, "--scheduler", "Euler")
 
 
-def test_a_size_that_the_pipeline_does_not_draw_is_refused_and_nothing_written(tmp_path):
-    with pytest.raises(ValueError, match=r"draws 32x32 .* when asked for 36x36"):
+def test_a_size_that_the_pipeline_does_not_support_is_refused_and_nothing_written(tmp_path):
+    with pytest.raises(ValueError, match=r"generates 32x32 .* when asked for 36x36"):
         generate(tmp_path, "prompts_heldout.txt", 1, 0, "--height", "36", "--width", "36")
     assert set(hashes(tmp_path)) == {"provenance.json"}
     generate(tmp_path, "prompts_heldout.txt", 1, 0)  # the folder is still free for another try
@@ -216,7 +212,7 @@ def test_a_size_that_the_pipeline_does_not_draw_is_refused_and_nothing_written(t
         ("prompt\n\n", "there is no prompt"),
     ],
 )
-def test_prompts_of_no_use_are_named(tmp_path, text, message):
+def test_invalid_prompts_are_named(tmp_path, text, message):
     (tmp_path / "prompts.csv").write_text(text)
     with pytest.raises(MetadataError, match=message):
         read_prompts(tmp_path / "prompts.csv")

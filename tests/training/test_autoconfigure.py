@@ -7,8 +7,8 @@ from lit_distill.adapters.inject import trained_parameters
 from lit_distill.cli import main
 from lit_distill.encoding.encode_once import EncodeOnce
 from lit_distill.preflight.checks import PreflightError
+from lit_distill.training import autoconfigure
 from lit_distill.training.autoconfigure import quantization_error, run_preflight
-from lit_distill.training.student import Student
 
 CALL = {"prompt": "a red seven on a blue background", "num_inference_steps": 4}
 CALL |= {"height": 32, "width": 32}
@@ -32,15 +32,15 @@ def test_a_last_step_with_nothing_to_do_is_warned_of_once_the_prompt_is_encoded(
 ):
     """A text encoder must not run on the host before preflight has placed it."""
     placed = []
-    place = Student.place
-    monkeypatch.setattr(Student, "place", lambda *args: (placed.append(True), place(*args)))
-    compute = EncodeOnce.compute
+    place = autoconfigure.place
+    monkeypatch.setattr(autoconfigure, "place", lambda *args: (placed.append(True), place(*args)))
+    original = EncodeOnce.encode
 
     def encode(*args):
         assert placed
-        return compute(*args)
+        return original(*args)
 
-    monkeypatch.setattr(EncodeOnce, "compute", encode)
+    monkeypatch.setattr(EncodeOnce, "encode", encode)
     model = DirectDistill("tiny-digits", torch_dtype="float32", lora={"r": 4}, scheduler=scheduler)
     data = DistillDataModule(str(pairs / "train/metadata.csv"), batch_size=8)
     trainer(max_steps=1, default_root_dir=tmp_path).fit(model, datamodule=data)
@@ -62,7 +62,7 @@ def test_last_steps_that_make_nothing_of_the_image_are_refused(scheduler, grad_s
     finding = run_preflight(model.student, trainer(), **CALL).findings[-1]
     assert finding.check == "the steps with a gradient make enough of the image"
     assert finding.verdict == verdict
-    assert finding.seen.startswith(f"the last {grad_steps} of 4 make ")
+    assert finding.observed.startswith(f"the last {grad_steps} of 4 make ")
     assert ("model.grad_steps: 2" in finding.remedy) == (verdict == "failed")
 
 
@@ -76,7 +76,7 @@ def test_fit_refuses_a_last_step_that_makes_nothing_of_the_image(pairs, tmp_path
 def test_what_quantised_weights_do_to_the_gradient_is_measured():
     model = loaded()
     finding = quantization_error(model.student, trainer(), **CALL)
-    assert finding.seen == "it differs by 0.0% of its norm"
+    assert finding.observed == "it differs by 0.0% of its norm"
 
     def gradient():
         weights = trained_parameters(model.pipe).values()
@@ -90,6 +90,7 @@ def test_what_quantised_weights_do_to_the_gradient_is_measured():
                     "call": {},
                     "row": [0],
                     "num_inference_steps": 4,
+                    "cfg_scale": 1.0,
                 }
             )
             known = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
@@ -104,7 +105,7 @@ def test_what_quantised_weights_do_to_the_gradient_is_measured():
     apart = ((gradient() - expected).norm() / expected.norm()).item()
     finding = quantization_error(model.student, trainer(), **CALL)
     assert apart > 0.01
-    assert finding.seen == f"it differs by {apart:.1%} of its norm"
+    assert finding.observed == f"it differs by {apart:.1%} of its norm"
 
 
 def test_preflight_prints_what_int8_does_to_the_gradient(capsys):

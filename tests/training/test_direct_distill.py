@@ -43,7 +43,7 @@ def test_a_checkpoint_holds_what_trains_and_no_code(trained):
     assert not any("text_encoder" in name or "vae" in name for name in trainable)
 
 
-def test_reloaded_students_draw_the_same(trained, pairs):
+def test_reloaded_students_generate_the_same(trained, pairs):
     model, _, path = trained
     batch = heldout(pairs)
     expected, images = model.sample(batch)
@@ -68,7 +68,7 @@ def test_the_undistilled_pipeline_is_the_base_bit_for_bit(trained, pairs):
     assert not torch.equal(trained[0].sample(batch)[0], base.sample(batch)[0])
 
 
-def test_an_export_draws_the_same_in_plain_diffusers(trained, pairs, tmp_path):
+def test_an_export_generates_the_same_in_plain_diffusers(trained, pairs, tmp_path):
     """In a fresh Python that imports diffusers only."""
     model, _, path = trained
     batch = heldout(pairs)
@@ -128,7 +128,7 @@ def test_targets_come_from_latents_else_image_else_the_online_teacher(pairs):
     batch = heldout(pairs)
     with torch.no_grad():
         for name, parameter in model.denoisers.named_parameters():
-            if "lora_B" in name:  # a student that has moved away from its teacher
+            if "lora_B" in name:  # a student that differs from its teacher
                 parameter.normal_(std=0.1)
     exact = model.teacher_target(batch)
     assert torch.equal(exact, batch["latents"])
@@ -239,7 +239,7 @@ def test_preflight_finds_that_nothing_is_trained():
         report.raise_failures()
 
 
-def test_fit_takes_up_what_preflight_found_and_a_checkpoint_knows_it(pairs, tmp_path):
+def test_fit_applies_what_preflight_found_and_a_checkpoint_holds_it(pairs, tmp_path):
     model = module(lora=None)
     trainer = pl.Trainer(max_steps=1, default_root_dir=tmp_path, **QUIET)
     with pytest.warns(UserWarning, match=r"gets a gradient: 135 of 141 do\. Set model\.freeze"):
@@ -253,7 +253,7 @@ def test_fit_takes_up_what_preflight_found_and_a_checkpoint_knows_it(pairs, tmp_
     load_student(tmp_path / "student.ckpt")
 
 
-def test_rows_are_drawn_one_by_one_where_batches_are_not_masked(monkeypatch):
+def test_rows_are_generated_one_by_one_where_batches_are_not_masked(monkeypatch):
     monkeypatch.setattr(
         lit_distill.adapters.weights, "load_pipeline", lambda *_, **__: build("CogView4")
     )
@@ -284,12 +284,12 @@ def test_rows_are_drawn_one_by_one_where_batches_are_not_masked(monkeypatch):
         ({"train_mode": ["transformer.nothing"]}, "model.train_mode: no module is called"),
     ],
 )
-def test_patterns_that_fit_nothing_are_refused(options, message):
+def test_patterns_that_match_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         module(**options).configure_model()
 
 
-def test_a_size_that_the_pipeline_does_not_draw_is_refused_before_training(tmp_path):
+def test_a_size_that_the_pipeline_can_not_generate_is_refused_before_training(tmp_path):
     header = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
     rows = []
     for index, side in enumerate((32, 40, 36)):

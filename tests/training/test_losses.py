@@ -1,4 +1,4 @@
-"""Losses between latents, and those that look at images."""
+"""Losses between latents, and losses on images."""
 
 import lightning.pytorch as pl
 import pytest

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from lightning.pytorch.loggers import CSVLogger
-from runs import adamw, data, fit, module
+from short_training import adamw, data, fit, module
 from tiny_pipelines import CALL_KWARGS, build
 from two_processes import QUIET, difference, train, weights_of
 
@@ -70,7 +70,7 @@ def test_training_in_bfloat16_computes_what_the_exported_student_does(lora, pair
 
 @pytest.mark.parametrize("family", ["ZImage", "Flux2Klein", "Wan", "StableDiffusionXL"])
 def test_families_compute_in_bfloat16_as_in_inference(family):
-    """Z-Image looks at the data type of its own weights, Flux.2 and Wan at the denoiser's."""
+    """Z-Image reads the data type of its own weights, Flux.2 and Wan that of the denoiser."""
 
     def sample(pipe):
         generator = [torch.Generator().manual_seed(0)]
@@ -149,7 +149,7 @@ def test_model_flops_are_those_of_the_matrices(pairs, tmp_path):
     monitor = TrainingMonitor()
     model = module(lora=None, grad_steps=1, scheduler={"shift_terminal": None})
     fit(model, pairs, tmp_path, callbacks=[monitor])
-    ((tokens, flops),) = monitor._known.values()
+    ((tokens, flops),) = monitor._counts.values()
     assert tokens == 4 * 16
     # 2 operations a weight and token at least, 13 prompt tokens beside 16 of the image; forward in
     # 4 steps, backward twice that through one of them.
@@ -166,12 +166,12 @@ def test_flops_of_compiled_blocks_are_counted_with_their_attention(pairs, monkey
     rows.setup("fit")
     batch = next(iter(rows.train_dataloader()))
     monitor = TrainingMonitor()
-    monitor._begun = 0.0
+    monitor._started = 0.0
     monitor._count(model, batch)  # encodes the prompts
-    monitor._known.clear()
+    monitor._counts.clear()
     compiled = monitor._count(model, batch)[1]
     monkeypatch.setattr("lit_distill.training.throughput.CPU_ATTENTION", {})
-    monitor._known.clear()
+    monitor._counts.clear()
     attention = compiled - monitor._count(model, batch)[1]
     # Scores and their sum over 29 tokens of 64 channels; 4 layers, 4 steps, backward as much.
     assert attention == 2 * 2 * 29**2 * 64 * 4 * 4 * 2
@@ -255,7 +255,7 @@ def test_two_processes_resume_exactly_and_from_one(two, strategy, pairs, tmp_pat
     found, out = two
     assert found[f"{strategy} lora resumed"] == found[f"{strategy} full resumed"] == [0.0]
     assert found[f"{strategy} full of one process resumed"][0] < 1e-6
-    # And one process goes on from theirs, and reads their student.
+    # One process resumes from their checkpoint, and reads their student.
     checkpoint = out / f"{strategy}_full.ckpt"
     resumed = train(pairs, tmp_path / "end.ckpt", "auto", 1, None, 5, checkpoint)
     content = torch.load(out / f"{strategy}_full_end.ckpt", weights_only=True)
@@ -272,12 +272,12 @@ def test_two_processes_share_buckets_and_a_cache(two):
     assert shared
     assert counts == [[18, 17]] * 3
     assert rest_is_the_same
-    assert list((two[1] / "cache").glob("*.safetensors"))
+    assert list((two[1] / "cache/encodings-v1").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_signal_to_one_process_stops_and_saves_both(two, strategy):
     found, out = two
-    assert found[f"{strategy} stopped"] == ["stopped by a signal to another process after step 3"]
+    assert found[f"{strategy} stopped"] == ["stopped by SIGTERM after step 3"]
     content = torch.load(out / f"{strategy}_stopped/stopped.ckpt", weights_only=True)
     assert content["global_step"] == 3

@@ -109,7 +109,7 @@ def fitted(pairs, rows, tmp_path_factory):
     return model, trainer, watch, path
 
 
-def test_validation_logs_what_the_draws_say(fitted, rows):
+def test_validation_logs_the_metrics_of_the_samples(fitted, rows):
     model, trainer, _, _ = fitted
     data = DistillDataModule(val_metadata_path=str(rows / "metadata.csv"), batch_size=5)
     data.setup("validate")
@@ -140,7 +140,7 @@ def test_validation_logs_what_the_draws_say(fitted, rows):
     assert {"val_sharpness", "val_diversity", "val_gap_closed_4_steps"} <= set(logged)
 
 
-def test_the_log_starts_from_nothing_learnt(fitted):
+def test_the_log_starts_before_the_first_step(fitted):
     log = pd.read_csv(next(fitted[3].rglob("metrics.csv"))).dropna(subset=["val_gap_closed"])
     assert log["step"].tolist() == [0, 2, 5]
     assert log["val_gap_closed"].iloc[0] == pytest.approx(0, abs=1e-6)
@@ -148,7 +148,7 @@ def test_the_log_starts_from_nothing_learnt(fitted):
     assert (log["val_seconds"] > 0).all()
 
 
-def test_validation_draws_the_undistilled_once_and_encodes_nothing_anew(fitted):
+def test_validation_samples_the_undistilled_once_and_encodes_nothing_again(fitted):
     watch = fitted[2]
     assert watch.batches == [3, 3, 3]
     # Each batch for its error; the first two batches once more for the pictures of three rows.
@@ -156,20 +156,20 @@ def test_validation_draws_the_undistilled_once_and_encodes_nothing_anew(fitted):
     assert watch.encoded[0] > 0 and watch.encoded[1:] == [0, 0]
 
 
-def test_the_online_teacher_draws_a_held_out_row_once(pairs, rows, tmp_path):
+def test_the_online_teacher_generates_a_held_out_row_once(pairs, rows, tmp_path):
     table = pd.read_csv(rows / "metadata.csv", dtype=str)
     table[["image", "latents", "height", "width"]] = ["", "", "32", "32"]
     table.to_csv(tmp_path / "metadata.csv", index=False)
     model = module(teacher_num_inference_steps=10, teacher_cfg_scale=4.0)
-    drawn, teacher = [], model.teacher_target
+    generated, teacher = [], model.teacher_target
 
     def counted(batch):
-        drawn.extend(batch["row"] if batch["latents"] is None else [])
+        generated.extend(batch["row"] if batch["latents"] is None else [])
         return teacher(batch)
 
     model.teacher_target = counted
     _, trainer = fit(pairs, tmp_path, tmp_path, model=model)
-    assert sorted(drawn) == [2, 3, 4, 5, 6]
+    assert sorted(generated) == [2, 3, 4, 5, 6]
     stored = fit(pairs, rows, tmp_path, max_steps=3)[1].callback_metrics
     name = "val_undistilled_latent_mse"
     assert trainer.callback_metrics[name] == pytest.approx(stored[name].item(), rel=1e-3)
@@ -196,7 +196,7 @@ def test_limit_val_batches_bounds_the_cost(pairs, rows, tmp_path):
     assert watch.batches == [1, 1]
 
 
-def test_no_image_is_decoded_where_no_metric_looks_at_it(pairs, rows, tmp_path, monkeypatch):
+def test_no_image_is_decoded_if_no_metric_needs_it(pairs, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(DirectDistill, "decode", None)
     _, trainer = fit(pairs, rows, tmp_path, model=module(metrics={}), max_steps=3)
     assert "val_latent_mse" in trainer.callback_metrics
@@ -210,7 +210,7 @@ class TakesImages(CSVLogger):
         self.taken = [*getattr(self, "taken", []), (key, images[0].size, step)]
 
 
-def test_grids_go_to_whatever_logger_is_there(fitted, pairs, rows, tmp_path):
+def test_grids_go_to_every_logger_that_takes_images(fitted, pairs, rows, tmp_path):
     files = sorted(path.name for path in fitted[3].rglob("images/*.png"))
     assert files == ["step_000000.png", "step_000003.png", "step_000006.png"]
     first, last = (Image.open(next(fitted[3].rglob(files[i]))) for i in (0, -1))
@@ -252,8 +252,8 @@ def test_metrics_of_the_command_line_travel_with_the_checkpoint(pairs, rows, tmp
     assert "frechet" in model.validator.evaluation.describe()
     objects = module(metrics={"psnr": PeakSignalNoiseRatio(data_range=1.0)})
     assert objects.hparams["metrics"] is None
-    assert "psnr" in objects.held_out.evaluation.describe()
-    assert "ssim" not in objects.held_out.evaluation.describe()
+    assert "psnr" in objects.validator.evaluation.describe()
+    assert "ssim" not in objects.validator.evaluation.describe()
 
 
 def test_two_processes_report_what_one_reports(fitted, rows, tmp_path):

@@ -1,0 +1,61 @@
+"""Samples the examples of a checkpoint, for verifying an export and for its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lit_distill.data.batch import collate_calls, open_pictures
+from lit_distill.data.images import Picture
+from lit_distill.data.whole_files import write_image
+from lit_distill.pipelines.rollout import sample
+from lit_distill.training.facts import Example
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def sample_example(
+    pipe: DiffusionPipeline,
+    example: Example,
+    **options: Any,  # noqa: ANN401
+) -> tuple[Tensor, Image.Image]:
+    """Return the final latents, float32 on the CPU, and the image; of a video, its first frame.
+
+    Args:
+        pipe: The pipeline.
+        example: What to sample.
+        **options: Further arguments of the pipeline's call.
+    """
+    sides: dict[str, Any] = {"height": example.height, "width": example.width}
+    available = torch.cuda.is_available() or example.rand_device == "cpu"
+    generator = torch.Generator(example.rand_device if available else "cpu")
+    pictures = {name: Picture(path) for name, path in example.pictures.items()}
+    latents, images = sample(
+        pipe,
+        prompt=[example.prompt],
+        generator=[generator.manual_seed(example.seed)],
+        num_inference_steps=example.num_inference_steps,
+        cfg_scale=example.cfg_scale,
+        **{name: side for name, side in sides.items() if side},
+        **collate_calls([open_pictures(example.call | pictures)]),
+        **options,
+    )
+    image: Any = images[0]
+    while isinstance(image, list):
+        image = image[0]
+    return latents.float().cpu(), image
+
+
+def save_grid(columns: list[list[Image.Image]], path: Path) -> None:
+    """Save images side by side, one row for each example; small ones are enlarged."""
+    from diffusers.utils import make_image_grid
+
+    images = [image for row in zip(*columns, strict=True) for image in row]
+    factor = max(1, 128 // max(images[0].size))
+    enlarged = [image.resize([side * factor for side in image.size], 0) for image in images]
+    write_image(path, make_image_grid(enlarged, rows=len(columns[0]), cols=len(columns)))
