@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.errors import InputError
 from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.step_planner import training_settings
 
 if TYPE_CHECKING:
     from lit_distill.planning.plan import Run
@@ -108,15 +109,12 @@ def _settings(
     model: DirectDistill, data: DistillDataModule, trainer: Mapping[str, Any], devices: int
 ) -> dict[str, Any]:
     """Return the fields of `TrainingSettings` that the configuration tells."""
-    names = ["torch_dtype", "lora", "lora_per_step", "freeze", "quantization", "scheduler"]
-    names += ["rollout_batch_size", "grad_steps", "trajectory", "offload_activations"]
     sharded = "fsdp" in str(trainer.get("strategy", "")).lower()
     return {
-        **{name: getattr(model.settings, name) for name in names},
+        **training_settings(model.settings),
         "height": data.height,
         "width": data.width,
         "batch_size": data.batch_size,
-        "call_kwargs": model.settings.call_kwargs or {},
         "accumulate": trainer.get("accumulate_grad_batches") or 1,
         "ema": any("EMA" in str(_class_path(each)) for each in _callbacks(trainer)),
         "shards": devices if sharded else 1,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LAYER_FIELDS = ("num_layers", "num_single_layers", "n_layers")
 """Fields of a denoiser's configuration that count layers which are all alike."""
 
+_LIBRARIES = ("diffusers", "transformers")
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -80,18 +82,15 @@ class Blueprint:
     @classmethod
     def of(cls, pipe: DiffusionPipeline) -> Blueprint:
         """Return that of a pipeline, as it was before anything was added to its denoisers."""
-        import diffusers
-
-        models = {}
-        for key, component in pipe.components.items():
-            if isinstance(component, nn.Module):
-                # Precision and adapters derive classes of the same name.
-                kind = getattr(diffusers, type(component).__name__, type(component))
-                models[key] = kind, component.config
+        models = {
+            key: (_published_class(component), _plain_configuration(component))
+            for key, component in pipe.components.items()
+            if isinstance(component, nn.Module)
+        }
         expected = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
         options = {k: v for k, v in expected.items() if not isinstance(v, list | tuple)}
         options = {k: v for k, v in options.items() if k not in pipe.components}
-        kind = getattr(diffusers, type(pipe).__name__, type(pipe))
+        kind = _published_class(pipe)
         size = getattr(pipe, "default_sample_size", None)
         return cls(kind, models, pipe.scheduler, options, size)
 
@@ -157,6 +156,20 @@ def _class_of(library: str, name: str) -> Any:  # noqa: ANN401
     if issubclass(found, nn.Module) or hasattr(found, "set_timesteps"):
         return found
     return None
+
+
+def _published_class(component: Any) -> Any:  # noqa: ANN401
+    """Return the class that precision, adapters and sharding have derived this object's from."""
+    derived = type(component).__mro__
+    return next((c for c in derived if c.__module__.partition(".")[0] in _LIBRARIES), derived[0])
+
+
+def _plain_configuration(component: Any) -> Any:  # noqa: ANN401
+    """Return the configuration without the quantisation of its weights."""
+    config = component.config
+    if isinstance(config, Mapping):
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+    return config
 
 
 def _configuration(kind: Any, source: str, where: dict[str, Any]) -> Any:  # noqa: ANN401

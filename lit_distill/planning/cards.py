@@ -15,7 +15,7 @@ class Card:
 
     Attributes:
         name: Its name.
-        memory: Its memory in bytes.
+        memory: The bytes that CUDA reports as its total memory, less than the nominal size.
         flops: Floating point operations a second in dense bfloat16, as the vendor states them.
     """
 
@@ -24,18 +24,26 @@ class Card:
     flops: float
 
 
-# Memory in GiB and dense bfloat16 TFLOPS with float32 accumulation, from NVIDIA's documents:
-# h100: H100 Tensor Core GPU data sheet, SXM: 1,979 with sparsity. a100-80gb: A100 data sheet.
-# l40s: L40S data sheet: 733 with sparsity, 362 without. rtx4090: Ada GPU architecture white paper
-# V2.1, appendix A. rtx5090: RTX Blackwell GPU architecture white paper V1.1, appendix A.
+# Memory in GiB is what `torch.cuda.mem_get_info` reports as the total, which the error of a full
+# card quotes ("GPU 0 has a total capacity of ..."): 79.15 to 79.25 on cards of 80 GB; L40S 44.39 to
+# 44.53 of 48 GB, since error correction takes a part (Wan-Video/Wan2.1 issue 205,
+# stepfun-ai/Step-Video-T2V issue 8); RTX 4090 23.61 to 23.68 (ali-vilab/VGen issue 104,
+# pinokiofactory/flux-webui issue 11); RTX 5090 31.36 (Wan-Video/Wan2.1 issue 465,
+# TrajectoryCrafter/TrajectoryCrafter issue 20). The smallest value that was found is used.
+#
+# Dense bfloat16 TFLOPS with float32 accumulation are NVIDIA's. H100 SXM data sheet: 1,979 with
+# sparsity, half of it without. A100 data sheet: 312. L40S data sheet: 362.05, 733 with sparsity.
+# RTX 4090: Ada GPU architecture white paper, appendix A: 165.2. RTX 5090: RTX Blackwell GPU
+# architecture white paper, appendix A: 209.5, a quarter of the 838 that it has with sparsity and
+# float16 accumulation.
 CARDS = {
     name: Card(name, memory * GIB, tflops * 1e12)
     for name, memory, tflops in (
-        ("h100", 80, 989.4),
-        ("a100-80gb", 80, 312.0),
-        ("l40s", 48, 362.1),
-        ("rtx4090", 24, 165.2),
-        ("rtx5090", 32, 209.5),
+        ("h100", 79.1, 989.4),
+        ("a100-80gb", 79.1, 312.0),
+        ("l40s", 44.3, 362.1),
+        ("rtx4090", 23.6, 165.2),
+        ("rtx5090", 31.3, 209.5),
     )
 }
 """The named cards."""

@@ -16,35 +16,39 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-GRANULE = 512
-"""Bytes that CUDA's caching allocator rounds sizes up to."""
-
 _DEVICE = torch.ops.prim.device.default
 _CPU = torch.device("cpu")
 
 
-def _attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any, **kwargs: Any) -> int:  # noqa: ANN401
-    shapes = (query.shape, key.shape, value.shape)
-    return int(sdpa_flop_count(*shapes))  # type: ignore[no-untyped-call]
+def _attention(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
+    query, key, value = shapes[:3]
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
-def _attention_backward(
-    grad: Any,  # noqa: ANN401
-    query: Any,  # noqa: ANN401
-    key: Any,  # noqa: ANN401
-    value: Any,  # noqa: ANN401
-    *args: Any,  # noqa: ANN401
-    out_val: Any,  # noqa: ANN401
-    **kwargs: Any,  # noqa: ANN401
-) -> int:
-    shapes = (grad.shape, query.shape, key.shape, value.shape)
-    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
+def _attention_backward(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
+    gradient, query, key, value = shapes[:4]
+    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""Rules for `FlopCounterMode`, which only counts attention on GPUs."""
+
+
+def _on_shapes(rule: Any) -> Any:  # noqa: ANN401
+    """Return a rule that takes tensors, as those of `flop_registry` do."""
+
+    def count(*args: Any, **kwargs: Any) -> int:  # noqa: ANN401
+        return int(rule(*(a.shape if isinstance(a, Tensor) else a for a in args)))
+
+    return count
 
 
 _RULES: dict[Any, Any] = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **{operation: _on_shapes(rule) for operation, rule in CPU_ATTENTION.items()},
 }
 
 
@@ -54,24 +58,28 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     `torch.utils.flop_counter.FlopCounterMode` is not used, because its module hooks keep alive what
     activation checkpointing has recomputed.
 
+    `torch.autograd.graph.saved_tensors_hooks` misses what checkpointing stores itself: the keyword
+    arguments of a call to be recomputed, and the results that selective checkpointing keeps.
+
+    Args:
+        granule: Bytes that the size of a storage is rounded up to a multiple of.
+
     Attributes:
         now: Bytes of the storages that were made since and still live.
+        peak: The most that lived at any moment.
         flops: Floating point operations.
         peaks: The most that lived at any moment while a segment was current, by segment.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, granule: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.granule = granule
         self.now = 0
+        self.peak = 0
         self.flops = 0
         self.peaks: dict[Any, int] = {}
         self._segments: tuple[Any, ...] = ()
         self._known: set[int] = set()
-
-    @property
-    def peak(self) -> int:
-        """The most that lived at any moment."""
-        return max(self.peaks.values(), default=0)
 
     def enter(self, segments: Iterable[Any]) -> None:
         """Count what follows as part of these segments, until others are entered."""
@@ -79,6 +87,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note()
 
     def _note(self) -> None:
+        self.peak = max(self.peak, self.now)
         for segment in self._segments:
             if self.now > self.peaks.get(segment, -1):
                 self.peaks[segment] = self.now
@@ -99,7 +108,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             key = storage._cdata
             if key in self._known or key in given:
                 continue  # a view, or changed in place
-            size = -(-storage.nbytes() // GRANULE) * GRANULE
+            size = -(-storage.nbytes() // self.granule) * self.granule
             self._known.add(key)
             self.now += size
             weakref.finalize(storage, self._forget, key, size)

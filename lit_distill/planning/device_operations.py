@@ -19,6 +19,9 @@ from torch.nn import functional
 
 Device = Literal["cuda", "cpu"]
 
+GRANULES: dict[Device, int] = {"cuda": 512, "cpu": 1}
+"""Bytes that a device's allocator rounds sizes up to; PyTorch's caching allocator on CUDA."""
+
 _ATTENTION = functional.scaled_dot_product_attention
 _RMS_NORM = functional.rms_norm
 _FLASH_WIDTH = 256

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lit_distill.encoding.collate import to_device
 from lit_distill.errors import InputError
-from lit_distill.pipelines.components import call_parameters, denoisers, silent_diffusers
+from lit_distill.pipelines.components import (
+    call_parameters,
+    denoisers,
+    silent_diffusers,
+    weightless_copy,
+)
 from lit_distill.planning.blueprint import Blueprint
 
 if TYPE_CHECKING:
@@ -31,6 +37,8 @@ TEXT_WIDTHS = (
 )
 """Fields of a denoiser's configuration that tell the width of the encoded prompt."""
 
+_CPU = torch.device("cpu")
+
 CLIP_TOKENS = 77
 """Length of a prompt that CLIP has encoded."""
 
@@ -41,23 +49,29 @@ class FakePipeline:
     Args:
         blueprint: Its classes and configurations.
         dtype: Data type of the weights.
+        encoder: The loaded pipeline, which encodes prompts and pictures; None: only calls with
+            `prompt_arguments` are possible.
 
     Attributes:
-        pipe: The pipeline, without text encoders.
+        pipe: The pipeline, on the CPU; its text encoders have no weights.
         dtypes: Data type of each denoiser's parameters before anything is made trainable.
     """
 
-    def __init__(self, blueprint: Blueprint, dtype: torch.dtype) -> None:
+    def __init__(
+        self, blueprint: Blueprint, dtype: torch.dtype, encoder: DiffusionPipeline | None = None
+    ) -> None:
         self.blueprint = blueprint
         self.dtype = dtype
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.pipe = self._assemble()
+        self.pipe = self._assemble({} if encoder is None else _other_components(encoder))
+        if encoder is not None:
+            _encode_with(self.pipe, encoder)
         self.dtypes = {
             key: {name: p.dtype for name, p in denoiser.named_parameters()}
             for key, denoiser in denoisers(self.pipe).items()
         }
 
-    def _assemble(self) -> DiffusionPipeline:
+    def _assemble(self, others: dict[str, Any]) -> DiffusionPipeline:
         kept = {*self.blueprint.denoisers, "vae"}
         models = {k: self.blueprint.empty(k) for k in self.blueprint.models if k in kept}
         for model in models.values():
@@ -71,7 +85,7 @@ class FakePipeline:
             for name, parameter in accepted.items()
             if parameter.default is not inspect.Parameter.empty
         }
-        parts |= defaults | options | models | {"scheduler": self.blueprint.scheduler}
+        parts |= defaults | options | others | models | {"scheduler": self.blueprint.scheduler}
         # Stable Diffusion warns that it has no safety checker.
         parts |= {"requires_safety_checker": False} if "requires_safety_checker" in parts else {}
         with silent_diffusers():
@@ -175,6 +189,41 @@ class FakePipeline:
         # SDXL: pooled text beside six numbers, each embedded.
         embedded = 6 * int(config["addition_time_embed_dim"])
         return int(config["projection_class_embeddings_input_dim"]) - embedded
+
+
+def _other_components(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return what a pipeline has besides denoisers, VAE and scheduler, without the weights."""
+    own = {*denoisers(pipe), "vae", "scheduler"}
+    return {
+        name: weightless_copy(each, _CPU) if isinstance(each, nn.Module) else each
+        for name, each in pipe.components.items()
+        if name not in own
+    }
+
+
+def _encode_with(pipe: DiffusionPipeline, encoder: DiffusionPipeline) -> None:
+    """Let a pipeline on the CPU encode prompts and pictures with another, wherever that is."""
+    for name in ("encode_prompt", "encode_image"):
+        if callable(getattr(encoder, name, None)):
+            setattr(pipe, name, _on_device_of(encoder, getattr(encoder, name)))
+    if hasattr(getattr(encoder, "vae", None), "encode"):
+        pipe.vae.encode = _on_device_of(encoder, encoder.vae.encode)
+
+
+def _on_device_of(encoder: DiffusionPipeline, encode: Any) -> Any:  # noqa: ANN401
+    """Return an encoding function that takes and returns tensors on the CPU."""
+    signature = inspect.signature(encode)
+    device = torch.device(encoder._execution_device)
+
+    def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        bound = signature.bind(*to_device(args, device), **to_device(kwargs, device))
+        if "device" in signature.parameters:
+            bound.arguments["device"] = device
+        with torch.no_grad():
+            return to_device(encode(*bound.args, **bound.kwargs), _CPU)
+
+    call.__signature__ = signature  # type: ignore[attr-defined]  # pipelines inspect it
+    return call
 
 
 def set_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from lit_distill.adapters.inject import make_trainable, trained_parameters
 from lit_distill.compute.activation_checkpointing import Checkpointing
 from lit_distill.compute.precision import compute_in
-from lit_distill.compute.repeated_blocks import repeated_blocks
 from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers, override_scheduler_config
 from lit_distill.pipelines.rollout import rollout, run_pipeline
 from lit_distill.pipelines.trajectory import trajectory
 from lit_distill.planning.blueprint import Blueprint
 from lit_distill.planning.counter import Counter
-from lit_distill.planning.device_operations import Device, operations_of
+from lit_distill.planning.device_operations import GRANULES, Device, operations_of
 from lit_distill.planning.fake_pipeline import FakePipeline
+from lit_distill.planning.segments import segments
 from lit_distill.planning.settings import TrainingSettings
 from lit_distill.planning.storage import gathered_bytes, largest_linear, weight_bytes
+from lit_distill.preflight.probe import trial_arguments
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Figures = dict[Any, float]
 """What was counted, by name; ``("forward" | "backward", ...)`` is the peak of a segment."""
+
+
+class UnplannableError(InputError):
+    """The pipeline computes shapes from values, which a plan does not have."""
+
+
+@contextmanager
+def _values_not_needed(pipe: Any) -> Iterator[None]:  # noqa: ANN401
+    """Raise an error that a user understands where an operation needs values that are fake."""
+    try:
+        yield
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise UnplannableError(
+            f"{type(pipe).__name__} can't be planned without weights: the size of what it computes "
+            f"depends on values ({error}); try model.checkpointing none, block and nested on the "
+            "GPU instead"
+        ) from error
+
+
+class Example(NamedTuple):
+    """A loaded pipeline and one row, whose prompt and pictures it encodes.
+
+    Attributes:
+        pipe: The pipeline, its encoders on any device or their encodings stored.
+        prompt: The row's prompt.
+        call: Further arguments of the pipeline's call for the row: pictures, size, fixed ones.
+    """
+
+    pipe: DiffusionPipeline
+    prompt: str
+    call: Mapping[str, Any]
 
 
 class FakeStudent:
@@ -38,13 +71,22 @@ class FakeStudent:
         blueprint: The pipeline's configurations.
         settings: What trains, and how.
         freeze: Patterns of parameters that are frozen, as they read in this pipeline.
+        example: The pipeline, loaded, and a row; None: prompts are planned for, not encoded.
     """
 
-    def __init__(self, blueprint: Blueprint, settings: TrainingSettings, freeze: list[str]) -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        settings: TrainingSettings,
+        freeze: list[str],
+        example: Example | None = None,
+    ) -> None:
         from lit_distill.compute.fused_lora import use_fused_lora  # peft is slow to import
 
         self.settings = settings
-        self.fake = FakePipeline(blueprint, getattr(torch, settings.torch_dtype))
+        self.example = example
+        encoder = None if example is None else example.pipe
+        self.fake = FakePipeline(blueprint, getattr(torch, settings.torch_dtype), encoder)
         self.pipe = pipe = self.fake.pipe
         lora = None if settings.lora is None else dict(settings.lora)
         make_trainable(pipe, lora, freeze, lora_per_step=settings.lora_per_step)
@@ -94,6 +136,9 @@ class FakeStudent:
             **{name: side for name, side in sides.items() if side is not None},
             **changes,
         }
+        if self.example is not None:
+            row = trial_arguments([self.example.prompt] * batch_size, **self.example.call)
+            return {**row, **options}
         prompts = self.fake.prompt_arguments(
             batch_size, settings.prompt_tokens, negative=options["cfg_scale"] > 1
         )
@@ -124,21 +169,20 @@ class FakeStudent:
             self._rollout("block" if self._has_blocks() else "none", 1, grad_steps, device, changes)
         size = batch_size or self.settings.batch_size
         grad_steps = grad_steps or self.settings.grad_steps
-        counter = Counter()
+        counter = Counter(GRANULES[device])
         with ExitStack() as stack:
             stack.enter_context(operations_of(device))
             stack.enter_context(counter)
-            segments = stack.enter_context(_segments(counter, self.pipe))
+            parts = stack.enter_context(segments(counter, self.pipe))
             latents = self._parts(mode, size, grad_steps, changes)
             loss = (latents.float() - torch.zeros(latents.shape)).square().mean()
             figures: Figures = {"saved": counter.now, "forward_flops": counter.flops}
             del latents
-            segments.begin_backward()
+            parts.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
         del loss
         figures["flops"] = counter.flops
         figures["gradients"] = self._take_gradients()
-        gc.collect()
         return figures | counter.peaks
 
     def default_size(self) -> tuple[int, int]:
@@ -170,9 +214,8 @@ class FakeStudent:
         device: Device,
         changes: Mapping[str, Any],
     ) -> None:
-        with operations_of(device):
+        with operations_of(device), _values_not_needed(self.pipe):
             self._parts(mode, batch_size, grad_steps, {**changes, "num_inference_steps": 2})
-        gc.collect()
 
     def _parts(
         self,
@@ -203,21 +246,45 @@ class FakeStudent:
         return total
 
     @torch.no_grad()
-    def sample(self, batch_size: int, output_type: str, **changes: Any) -> Figures:  # noqa: ANN401
-        """Return what two steps without gradients take, with the decoding if that is asked for."""
-        counter = Counter()
-        counter.enter(["sample"])
-        with operations_of("cuda"), counter:
+    def sample(self, batch_size: int, **changes: Any) -> Figures:  # noqa: ANN401
+        """Return what sampling without gradients takes, counted over two steps and the decoding.
+
+        Args:
+            batch_size: Samples.
+            **changes: Arguments of the pipeline's call that differ from the settings.
+
+        Returns:
+            The peaks of denoising (denoise) and of decoding (decode) in bytes, and the FLOPs of a
+            step (step_flops) and of decoding (decode_flops).
+        """
+        counter = Counter(GRANULES["cuda"])
+        denoised = 0
+
+        def before(*_: Any) -> None:  # noqa: ANN401
+            counter.enter(["denoise"])
+
+        def after(*_: Any) -> None:  # noqa: ANN401
+            nonlocal denoised
+            denoised = counter.flops
+            counter.enter(["decode"])
+
+        with ExitStack() as stack:
+            for denoiser in denoisers(self.pipe).values():
+                stack.callback(denoiser.register_forward_pre_hook(before).remove)
+                stack.callback(denoiser.register_forward_hook(after).remove)
+            stack.enter_context(operations_of("cuda"))
+            stack.enter_context(_values_not_needed(self.pipe))
+            stack.enter_context(counter)
             call = self.call(batch_size, **{**changes, "num_inference_steps": 2})
-            run_pipeline(self.pipe, output_type=output_type, **call)
-        gc.collect()
-        return {"sample": counter.peak, "flops": counter.flops}
+            run_pipeline(self.pipe, output_type="pt", **call)
+        flops = {"step_flops": denoised / 2, "decode_flops": counter.flops - denoised}
+        return {**counter.peaks, **flops}
 
     @torch.no_grad()
     def encode(self, batch_size: int) -> Figures:
         """Return what the VAE takes to encode images of the settings' size."""
         settings, vae = self.settings, self.pipe.vae
-        counter = Counter()
+        counter = Counter(GRANULES["cuda"])
         counter.enter(["encode"])
         assert settings.height and settings.width
         shape: tuple[int, ...] = (batch_size, 3, settings.height, settings.width)
@@ -225,82 +292,8 @@ class FakeStudent:
             shape = (batch_size, 3, 1, settings.height, settings.width)
         with operations_of("cuda"), counter:
             vae.encode(self.fake.empty(*shape, dtype=next(vae.parameters()).dtype))
-        gc.collect()
-        return {"encode": counter.peak, "flops": counter.flops}
+        return {**counter.peaks, "flops": counter.flops}
 
 
 def _free_gradient(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-class _Segments:
-    """Tells a counter which part of the step runs: of which denoiser call, around which block."""
-
-    def __init__(self, counter: Counter) -> None:
-        self.counter = counter
-        self.call = 0
-        self.forward = True
-        counter.enter([("forward", 0, "begin")])
-
-    def begin_backward(self) -> None:
-        self.forward = False
-        self.counter.enter([("backward", "loss")])
-
-    def on_call(self, *_: Any) -> None:  # noqa: ANN401
-        if self.forward:
-            self.call += 1
-            self.counter.enter([("forward", self.call, "begin")])
-
-    def on_block(self, places: list[Any], *_: Any) -> None:  # noqa: ANN401
-        if self.forward:
-            self.counter.enter([("forward", self.call, *place) for place in places])
-
-    def after(self, places: list[Any], module: Any, args: Any, output: Any) -> None:  # noqa: ANN401
-        if not self.forward:
-            return
-        # What follows a block or a whole call until the next one begins.
-        self.counter.enter([("forward", self.call, places[0][0], "after")])
-        back = partial(self._on_backward, [("backward", self.call, *place) for place in places])
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(back)
-
-    def _on_backward(self, names: list[Any], *_: Any) -> None:  # noqa: ANN401
-        self.counter.enter(names)
-
-
-@contextmanager
-def _segments(counter: Counter, pipe: Any) -> Iterator[_Segments]:  # noqa: ANN401
-    """Let the counter know where a step is.
-
-    The peak of each segment is linear in the number of layers, while the peak of the whole step is
-    the largest of them and is not: another segment may be the largest in a deeper denoiser.
-    """
-    segments = _Segments(counter)
-    hooks: list[Any] = []
-    try:
-        for denoiser in denoisers(pipe).values():
-            hooks.append(denoiser.register_forward_pre_hook(segments.on_call))
-            whole: list[Any] = [("output",)]
-            hooks.append(denoiser.register_forward_hook(partial(segments.after, whole)))
-            for name, blocks in repeated_blocks(denoiser).items():
-                for index, block in enumerate(blocks):
-                    places = _places(name, index, len(blocks))
-                    hooks.append(
-                        block.register_forward_pre_hook(partial(segments.on_block, places))
-                    )
-                    hooks.append(block.register_forward_hook(partial(segments.after, places)))
-        yield segments
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _places(name: str, index: int, length: int) -> list[Any]:
-    """Return the names of a block's place: those where the peak may be, and between them.
-
-    Memory rises or falls evenly from the second block to the last but one.
-    """
-    places = {"first": 0, "second": 1, "last but one": length - 2, "last": length - 1}
-    named = [(name, place) for place, number in places.items() if number == index]
-    return named or [(name, "between")]

@@ -34,8 +34,6 @@ def optimizer_bytes(make: MakeOptimizer) -> tuple[float, float]:
         for value in each.values()
         if isinstance(value, torch.Tensor) and value.numel() > 1
     )
-    counter = Counter()
-    counter.enter(["step"])
-    with counter:
+    with Counter() as counter:
         optimizer.step()
-    return state / size, max(0, counter.peak) / size
+    return state / size, counter.peak / size

@@ -44,7 +44,7 @@ class StagePlan:
         name: encode, preflight, validation, export or generate.
         memory: Memory at the peak.
         place: device, or host where the stage needs no GPU.
-        flops: Floating point operations for one sample, or of the whole stage.
+        flops: Floating point operations for one sample; 0 where they are not counted.
         note: What it is that is planned.
     """
 
@@ -287,16 +287,12 @@ class Stages:
 
     def generate(self) -> StagePlan:
         """The teacher's sampling and decoding of one sample, every component on the device."""
-        options = {"cfg_scale": self.teacher_cfg_scale}
-        denoise = self.planner.sample(1, "latent", **options)
-        decode = self.planner.sample(1, "pt", **options)
-        weights = sum(self.sizes.values())
-        steps = self.teacher_steps
-        flops = denoise["flops"] / 2 * steps + decode["flops"] - denoise["flops"]
+        figures = self.planner.sample(1, cfg_scale=self.teacher_cfg_scale)
+        weights, steps = sum(self.sizes.values()), self.teacher_steps
+        memory = Memory(weights, temporaries=max(figures["denoise"], figures["decode"]))
+        flops = figures["step_flops"] * steps + figures["decode_flops"]
         note = f"one sample, {steps} steps, cfg {self.teacher_cfg_scale:g}"
-        return StagePlan(
-            "generate", Memory(weights, temporaries=decode["sample"]), flops=flops, note=note
-        )
+        return StagePlan("generate", memory, flops=flops, note=note)
 
     def encode(self) -> StagePlan | None:
         """Text encoders and VAE, before training; the denoiser is not on the device yet."""
@@ -311,23 +307,23 @@ class Stages:
         """Gradients of one sample at preflight's size, in the mode that needs least."""
         height, width = preflight_size(*self.planner.size)
         mode = self.planner.modes[-1]
-        step = self.planner.step(mode, batch_size=1, height=height, width=width)
+        memory, _ = self.planner.memory(mode, batch_size=1, height=height, width=width)
         note = f"gradients of one sample at {height}x{width}, checkpointing {mode}"
-        return StagePlan("preflight", step.memory, flops=step.flops, note=note)
+        return StagePlan("preflight", memory, note=note)
 
     def validation(self, cached: bool) -> StagePlan:
         """The student's sampling and decoding beside all that training keeps on the device."""
         settings = self.planner.settings
-        figures = self.planner.sample(settings.batch_size, "pt")
-        step = self.planner.step(self.planner.modes[-1])
+        figures = self.planner.sample(settings.batch_size)
+        training, _ = self.planner.memory(self.planner.modes[-1])
         own = self.planner.blueprint.denoisers
-        weights = step.memory.weights + (self.sizes.get("vae", 0.0) if cached else self.encoders())
+        weights = training.weights + (self.sizes.get("vae", 0.0) if cached else self.encoders())
         note = "student and undistilled pipeline, decoding included"
         if settings.lora is None:  # no adapters to switch off
             weights += sum(self.sizes[key] for key in own) / settings.shards
             note += ", which is a second denoiser"
-        memory = Memory(weights, step.memory.trained, temporaries=figures["sample"])
-        return StagePlan("validation", memory, flops=figures["flops"], note=note)
+        most = max(figures["denoise"], figures["decode"])
+        return StagePlan("validation", Memory(weights, training.trained, 0.0, most), note=note)
 
     def export(self) -> StagePlan:
         """The pretrained pipeline in the host's memory, and the exported weights."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,9 @@ from lit_distill.errors import InputError
 from lit_distill.pipelines.loading import DTYPES
 from lit_distill.planning.blueprint import Blueprint, list_lengths, pattern_for_layers
 from lit_distill.planning.device_operations import Device
+from lit_distill.planning.extrapolation import extrapolate, layer_counts_to_run
 from lit_distill.planning.fake_pipeline import set_dtype
-from lit_distill.planning.fake_step import FakeStudent, Figures
+from lit_distill.planning.fake_step import Example, FakeStudent, Figures
 from lit_distill.planning.optimizer import MakeOptimizer, optimizer_bytes
 from lit_distill.planning.settings import TrainingSettings
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "block", "step", "nested")
 """Checkpointing modes, mostly the fastest first."""
-
-FEW = 3
-"""Layers of the smaller of the two runs that the whole model is extrapolated from."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,7 @@ class Planner:
         settings: What trains, and how. Without a size it is the pipeline's own.
         optimizer: Makes the optimizer of the trained parameters; default: AdamW.
         device: Whose operations are counted.
+        example: The pipeline, loaded, and a row to plan with, instead of prompts of a given length.
     """
 
     def __init__(
@@ -119,14 +118,16 @@ class Planner:
         *,
         optimizer: MakeOptimizer | None = None,
         device: Device = "cuda",
+        example: Example | None = None,
     ) -> None:
         if settings.torch_dtype not in DTYPES:
             raise InputError(f"torch_dtype must be one of {', '.join(DTYPES)}")
         self.blueprint = blueprint
         self.settings = settings
         self.device = device
+        self.example = example
         self._optimizer = optimizer or torch.optim.AdamW
-        self._steps: dict[Any, Figures] = {}
+        self._counted: dict[Any, Figures] = {}
 
     # The few layers that stand for all
 
@@ -147,12 +148,12 @@ class Planner:
             return {}
         if not counts:
             return {}
-        runs = [self.blueprint.with_layers(each) for each in _runs(counts)]
+        runs = [self.blueprint.with_layers(each) for each in layer_counts_to_run(counts)]
         if self._freeze(runs[0]) is None:
             return {}
         sizes = [{"numel": float(self._numel(run))} for run in runs]
         whole = sum(p.numel() for model in self._whole.values() for p in model.parameters())
-        alike = _extrapolate(sizes, counts)["numel"] == whole
+        alike = extrapolate(sizes, counts)["numel"] == whole
         return counts if alike else {}
 
     @staticmethod
@@ -180,15 +181,17 @@ class Planner:
     def _students(self) -> list[FakeStudent]:
         """A student with few layers, and one with one layer more of each kind; or the whole."""
         if not self._counts:
-            return [FakeStudent(self.blueprint, self.settings, list(self.settings.freeze))]
-        students = []
-        for counts in _runs(self._counts):
-            few = self.blueprint.with_layers(counts)
-            students.append(FakeStudent(few, self.settings, self._freeze(few) or []))
-        return students
+            return [self._student(self.blueprint, list(self.settings.freeze))]
+        blueprints = [
+            self.blueprint.with_layers(counts) for counts in layer_counts_to_run(self._counts)
+        ]
+        return [self._student(few, self._freeze(few) or []) for few in blueprints]
+
+    def _student(self, blueprint: Blueprint, freeze: list[str]) -> FakeStudent:
+        return FakeStudent(blueprint, self.settings, freeze, self.example)
 
     def _figures(self, run: Callable[[FakeStudent], Figures]) -> Figures:
-        return _extrapolate([run(student) for student in self._students], self._counts)
+        return extrapolate([run(student) for student in self._students], self._counts)
 
     # Plans
 
@@ -220,6 +223,11 @@ class Planner:
         """Bytes of the optimizer's state, and of its temporaries, for each byte that trains."""
         return optimizer_bytes(self._optimizer)
 
+    @property
+    def loaded(self) -> float:
+        """Bytes of all weights of the denoisers, before training begins."""
+        return (self.constants["weights"] + self.constants["trained"]) / self.settings.shards
+
     def count(self, mode: Checkpointing, **changes: Any) -> Figures:  # noqa: ANN401
         """Return what a step of the whole model allocates and computes.
 
@@ -228,11 +236,11 @@ class Planner:
             **changes: Arguments of `FakeStudent.step`.
         """
         key = (mode, tuple(sorted(changes.items())))
-        if key not in self._steps:
-            self._steps[key] = self._figures(
+        if key not in self._counted:
+            self._counted[key] = self._figures(
                 lambda student: student.step(mode, self.device, **changes)
             )
-        return self._steps[key]
+        return self._counted[key]
 
     def step(self, mode: Checkpointing, **changes: Any) -> StepPlan:  # noqa: ANN401
         """Return the plan of a training step.
@@ -242,20 +250,28 @@ class Planner:
             **changes: Arguments of `FakeStudent.step`, such as another size.
         """
         figures = self.count(mode, **changes)
-        plain = self.count("none", **changes)["flops"]
-        peaks = {key: value for key, value in figures.items() if isinstance(key, tuple)}
-        where = max(peaks, key=lambda key: peaks[key])
-        weights, trained, peak, at = self._peak(figures, peaks)
-        rest = max(0.0, peak - weights - trained)
-        saved = min(figures["saved"], rest)
+        memory, where = self.memory(mode, **changes)
         return StepPlan(
             mode=mode,
-            memory=Memory(weights, trained, saved, rest - saved),
-            activation_peak=peaks[where],
+            memory=memory,
+            activation_peak=max(_segments(figures).values()),
             flops=figures["flops"],
-            recomputed=1 - plain / figures["flops"],
-            peak_at=at,
+            recomputed=1 - self.count("none", **changes)["flops"] / figures["flops"],
+            peak_at=where,
         )
+
+    def memory(self, mode: Checkpointing, **changes: Any) -> tuple[Memory, str]:  # noqa: ANN401
+        """Return the memory of a training step at its peak, and where in the step that is.
+
+        Args:
+            mode: Checkpointing mode.
+            **changes: Arguments of `FakeStudent.step`, such as another size.
+        """
+        figures = self.count(mode, **changes)
+        weights, trained, peak, where = self._peak(figures, _segments(figures))
+        rest = max(0.0, peak - weights - trained)
+        saved = min(figures["saved"], rest)
+        return Memory(weights, trained, saved, rest - saved), where
 
     def _peak(self, figures: Figures, peaks: Figures) -> tuple[float, float, float, str]:
         """Return bytes of weights and of what trains, all bytes at the peak, and where it is."""
@@ -284,16 +300,16 @@ class Planner:
         at = max(moments, key=lambda key: moments[key])
         return weights, trained, moments[at], at
 
-    def sample(self, batch_size: int, output_type: str, **changes: Any) -> Figures:  # noqa: ANN401
-        """Return the temporaries (sample) and the FLOPs (flops) of two steps without gradients."""
-        peaks: list[float] = []
-
-        def run(student: FakeStudent) -> Figures:
-            figures = student.sample(batch_size, output_type, **changes)
-            peaks.append(figures["sample"])
-            return figures
-
-        return self._figures(run) | {"sample": max(peaks)}
+    def sample(self, batch_size: int, **changes: Any) -> Figures:  # noqa: ANN401
+        """Return what sampling without gradients takes, as `FakeStudent.sample` does."""
+        key = ("sample", batch_size, tuple(sorted(changes.items())))
+        if key not in self._counted:
+            runs = [student.sample(batch_size, **changes) for student in self._students]
+            figures = extrapolate(runs, self._counts)
+            # Without a graph, memory does not grow with the layers.
+            peaks = {name: max(run[name] for run in runs) for name in ("denoise", "decode")}
+            self._counted[key] = figures | peaks
+        return self._counted[key]
 
     def encode(self, batch_size: int = 1) -> Figures:
         """Return the temporaries (encode) and the FLOPs (flops) of encoding images."""
@@ -310,21 +326,6 @@ class Planner:
         return sizes
 
 
-def _runs(counts: Mapping[str, int]) -> list[dict[str, int]]:
-    """Return the numbers of layers to run: few of each kind, then one kind with one more."""
-    few = dict.fromkeys(counts, FEW)
-    return [few, *({**few, name: FEW + 1} for name in counts)]
-
-
-def _extrapolate(runs: Sequence[Figures], counts: Mapping[str, int]) -> Figures:
-    """Return the figures of the whole model, each linear in the number of every kind of layer."""
-    base = runs[0]
-    shared: Iterable[Any] = [key for key in base if all(key in run for run in runs)]
-    return {
-        key: base[key]
-        + sum(
-            (number - FEW) * (run[key] - base[key])
-            for number, run in zip(counts.values(), runs[1:], strict=True)
-        )
-        for key in shared
-    }
+def _segments(figures: Figures) -> Figures:
+    """Return the peaks of a step's segments."""
+    return {key: value for key, value in figures.items() if isinstance(key, tuple)}
