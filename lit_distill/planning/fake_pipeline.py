@@ -203,6 +203,9 @@ def _other_components(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 def _encode_with(pipe: DiffusionPipeline, encoder: DiffusionPipeline) -> None:
     """Let a pipeline on the CPU encode prompts and pictures with another, wherever that is."""
+    for name, value in vars(encoder).items():  # such as the sizes that it accepts
+        if name not in encoder.components and isinstance(value, int | float | str | list | dict):
+            setattr(pipe, name, value)
     for name in ("encode_prompt", "encode_image"):
         if callable(getattr(encoder, name, None)):
             setattr(pipe, name, _on_device_of(encoder, getattr(encoder, name)))

@@ -172,6 +172,7 @@ class FakeStudent:
         counter = Counter(GRANULES[device])
         with ExitStack() as stack:
             stack.enter_context(operations_of(device))
+            stack.enter_context(_values_not_needed(self.pipe))
             stack.enter_context(counter)
             parts = stack.enter_context(segments(counter, self.pipe))
             latents = self._parts(mode, size, grad_steps, changes)
