@@ -9,9 +9,8 @@ import psutil
 import torch
 
 from lit_distill.compute.activation_checkpointing import MODES_BY_MEMORY, Checkpointing
-from lit_distill.planning.cards import GIB
+from lit_distill.planning.cards import GIB, MARGIN
 from lit_distill.planning.fake_step import UnplannableError
-from lit_distill.planning.plan import MARGIN
 from lit_distill.planning.planner import Planner
 
 

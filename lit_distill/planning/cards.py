@@ -8,6 +8,13 @@ from lit_distill.errors import InputError, with_suggestions
 
 GIB = 2**30
 
+MARGIN = 0.08
+"""Share of a card's memory that is left free for what a plan does not count.
+
+That is the CUDA context (about .5 GiB), fragmentation, the workspaces of cuBLAS and cuDNN, and
+NCCL's buffers. Not calibrated on a GPU yet.
+"""
+
 
 @dataclass(frozen=True)
 class Card:

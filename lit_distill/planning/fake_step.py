@@ -115,7 +115,9 @@ class FakeStudent:
         models = denoisers(self.pipe).values()
         trained = sum(4.0 * p.numel() for p in trained_parameters(self.pipe).values())
         figures: Figures = {
-            "weights": sum(weight_bytes(m, self.settings.quantization) for m in models),
+            "weights": sum(
+                weight_bytes(m, self.settings.quantization, frozen_only=True) for m in models
+            ),
             "trained": trained,
             "dequantised": max(map(largest_linear, models)) if self.settings.quantization else 0.0,
             "gathered": 0.0,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_distill.compute.activation_checkpointing import Checkpointing
-from lit_distill.planning.cards import GIB, Card
+from lit_distill.planning.cards import GIB, MARGIN, Card
 from lit_distill.planning.cards import card as named_card
 from lit_distill.planning.optimizer import MakeOptimizer
 from lit_distill.planning.planner import (
@@ -18,41 +18,15 @@ from lit_distill.planning.planner import (
     blueprint_of,
 )
 from lit_distill.planning.settings import TrainingSettings
-from lit_distill.preflight.probe import preflight_size
+from lit_distill.planning.stages import StagePlan, Stages
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-MARGIN = 0.08
-"""Share of a card's memory that is left free for what a plan does not count.
-
-That is the CUDA context (about .5 GiB), fragmentation, the workspaces of cuBLAS and cuDNN, and
-NCCL's buffers. Not calibrated on a GPU yet.
-"""
 
 MFU = 0.45
 """Share of a card's peak speed that is assumed where none is given."""
 
 TEACHER_STEPS = 50
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage of the job.
-
-    Attributes:
-        name: encode, preflight, validation, export or generate.
-        memory: Memory at the peak.
-        place: device, or host where the stage needs no GPU.
-        flops: Floating point operations for one sample; 0 where they are not counted.
-        note: What it is that is planned.
-    """
-
-    name: str
-    memory: Memory
-    place: str = "device"
-    flops: float = 0.0
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -219,7 +193,13 @@ def plan(
     if not settings.height:
         settings = replace(settings, height=height, width=width)
         planner = Planner(blueprint, settings, optimizer=optimizer)
-    stages = Stages(planner, teacher_cfg_scale, teacher_num_inference_steps)
+    stages = Stages(
+        planner,
+        (1 - MARGIN) * card.memory,
+        configured,
+        teacher_cfg_scale=teacher_cfg_scale,
+        teacher_steps=teacher_num_inference_steps,
+    )
     encoders = 0.0 if cached else stages.encoders()
     fit: dict[str, StepPlan] = {}
     for mode in modes or planner.modes:
@@ -257,76 +237,3 @@ def _mean_work(
         else:
             total += rows * planner.count("none", height=height, width=width)["flops"]
     return total / whole / sum(sizes.values())
-
-
-class Stages:
-    """Plans the stages besides fit.
-
-    Args:
-        planner: Plans runs of the pipeline, at the size of training.
-        teacher_cfg_scale: Guidance of the teacher.
-        teacher_steps: Steps of the teacher.
-    """
-
-    def __init__(self, planner: Planner, teacher_cfg_scale: float, teacher_steps: int) -> None:
-        self.planner = planner
-        self.teacher_cfg_scale = teacher_cfg_scale
-        self.teacher_steps = teacher_steps
-        self.sizes = planner.component_bytes()
-
-    def all(self, cached: bool) -> tuple[StagePlan, ...]:
-        """Return all of them, in the order in which a job goes through them."""
-        stages = [self.generate(), self.encode() if cached else None]
-        stages += [self.preflight(), self.validation(cached), self.export()]
-        return tuple(stage for stage in stages if stage is not None)
-
-    def encoders(self) -> float:
-        """Return the bytes of everything but the denoisers."""
-        own = self.planner.blueprint.denoisers
-        return sum(size for name, size in self.sizes.items() if name not in own)
-
-    def generate(self) -> StagePlan:
-        """The teacher's sampling and decoding of one sample, every component on the device."""
-        figures = self.planner.sample(1, cfg_scale=self.teacher_cfg_scale)
-        weights, steps = sum(self.sizes.values()), self.teacher_steps
-        memory = Memory(weights, temporaries=max(figures["denoise"], figures["decode"]))
-        flops = figures["step_flops"] * steps + figures["decode_flops"]
-        note = f"one sample, {steps} steps, cfg {self.teacher_cfg_scale:g}"
-        return StagePlan("generate", memory, flops=flops, note=note)
-
-    def encode(self) -> StagePlan | None:
-        """Text encoders and VAE, before training; the denoiser is not on the device yet."""
-        if "vae" not in self.sizes:
-            return None
-        figures = self.planner.encode()
-        memory = Memory(self.encoders(), temporaries=figures["encode"])
-        note = "text encoders and VAE; activations of the VAE only"
-        return StagePlan("encode", memory, flops=figures["flops"], note=note)
-
-    def preflight(self) -> StagePlan:
-        """Gradients of one sample at preflight's size, in the mode that needs least."""
-        height, width = preflight_size(*self.planner.size)
-        mode = self.planner.modes[-1]
-        memory, _ = self.planner.memory(mode, batch_size=1, height=height, width=width)
-        note = f"gradients of one sample at {height}x{width}, checkpointing {mode}"
-        return StagePlan("preflight", memory, note=note)
-
-    def validation(self, cached: bool) -> StagePlan:
-        """The student's sampling and decoding beside all that training keeps on the device."""
-        settings = self.planner.settings
-        figures = self.planner.sample(settings.batch_size)
-        training, _ = self.planner.memory(self.planner.modes[-1])
-        own = self.planner.blueprint.denoisers
-        weights = training.weights + (self.sizes.get("vae", 0.0) if cached else self.encoders())
-        note = "student and undistilled pipeline, decoding included"
-        if settings.lora is None:  # no adapters to switch off
-            weights += sum(self.sizes[key] for key in own) / settings.shards
-            note += ", which is a second denoiser"
-        most = max(figures["denoise"], figures["decode"])
-        return StagePlan("validation", Memory(weights, training.trained, 0.0, most), note=note)
-
-    def export(self) -> StagePlan:
-        """The pretrained pipeline in the host's memory, and the exported weights."""
-        trained = self.planner.constants["trained"]
-        memory = Memory(sum(self.sizes.values()), trained)
-        return StagePlan("export", memory, place="host", note="the pipeline once, on the host")

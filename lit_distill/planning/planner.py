@@ -21,6 +21,7 @@ from lit_distill.planning.fake_pipeline import set_dtype
 from lit_distill.planning.fake_step import Example, FakeStudent, Figures
 from lit_distill.planning.optimizer import MakeOptimizer, optimizer_bytes
 from lit_distill.planning.settings import TrainingSettings
+from lit_distill.planning.storage import largest_linear, weight_bytes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -227,6 +228,17 @@ class Planner:
     def loaded(self) -> float:
         """Bytes of all weights of the denoisers, before training begins."""
         return (self.constants["weights"] + self.constants["trained"]) / self.settings.shards
+
+    @property
+    def teacher_bytes(self) -> float:
+        """Bytes of the denoisers' weights as pretrained, quantised if the settings say so."""
+        quantization = self.settings.quantization
+        return sum(weight_bytes(model, quantization) for model in self._whole.values())
+
+    @property
+    def largest_layer(self) -> int:
+        """Bytes of the denoisers' largest linear layer."""
+        return max(map(largest_linear, self._whole.values()))
 
     def count(self, mode: Checkpointing, **changes: Any) -> Figures:  # noqa: ANN401
         """Return what a step of the whole model allocates and computes.

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from lit_distill.planning.cards import GIB
-from lit_distill.planning.plan import MARGIN, Plan
+from lit_distill.planning.cards import GIB, MARGIN
+from lit_distill.planning.plan import Plan
 from lit_distill.planning.planner import Memory
 
 _COLUMNS = ("weights", "trained", "activ.", "temp.", "total")
@@ -18,7 +18,7 @@ def render(plan: Plan) -> str:
     lines = [
         f"{plan.model}, {plan.size[0]}x{plan.size[1]}, batch size {plan.settings.batch_size}, "
         f"{plan.settings.num_inference_steps} steps, on {plan.devices} x {plan.card.name} "
-        f"({plan.card.memory / GIB:.0f} GiB, {plan.card.flops / 1e12:.0f} TFLOPS at "
+        f"({plan.card.memory / GIB:.1f} GiB, {plan.card.flops / 1e12:.0f} TFLOPS at "
         f"{plan.mfu:.0%})",
         "",
         f"{'GiB at the peak':24}" + "".join(f"{name:>9}" for name in _COLUMNS),

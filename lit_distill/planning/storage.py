@@ -55,18 +55,21 @@ def bits_per_weight(quantization: Mapping[str, Any]) -> float:
     return bits
 
 
-def weight_bytes(module: nn.Module, quantization: Mapping[str, Any] | None) -> float:
-    """Return the bytes of a denoiser's frozen parameters and of its buffers.
+def weight_bytes(
+    module: nn.Module, quantization: Mapping[str, Any] | None, *, frozen_only: bool = False
+) -> float:
+    """Return the bytes of a denoiser's parameters and of its buffers.
 
     Args:
         module: The denoiser.
         quantization: How the weights of its linear layers are quantised, if they are.
+        frozen_only: Leave out what trains.
     """
     total = float(sum(buffer.nbytes for buffer in module.buffers()))
     bits = bits_per_weight(quantization) if quantization else 0.0
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
-            if parameter is None or parameter.requires_grad:
+            if parameter is None or (frozen_only and parameter.requires_grad):
                 continue
             quantised = quantization and isinstance(owner, nn.Linear) and name == "weight"
             total += parameter.numel() * bits / 8 if quantised else parameter.nbytes

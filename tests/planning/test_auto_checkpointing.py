@@ -16,10 +16,9 @@ from lit_distill.pipelines.components import denoisers
 from lit_distill.planning import auto_checkpointing
 from lit_distill.planning.auto_checkpointing import choose_checkpointing
 from lit_distill.planning.blueprint import Blueprint
-from lit_distill.planning.cards import GIB
+from lit_distill.planning.cards import GIB, MARGIN
 from lit_distill.planning.counter import Counter
 from lit_distill.planning.fake_step import Example, UnplannableError
-from lit_distill.planning.plan import MARGIN
 from lit_distill.planning.planner import MODES, Planner
 from lit_distill.planning.settings import TrainingSettings
 from lit_distill.preflight.probe import trial_arguments

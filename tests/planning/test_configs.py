@@ -8,8 +8,7 @@ from conftest import ROOT
 from test_published import PUBLISHED
 
 from lit_distill.planning.blueprint import Blueprint
-from lit_distill.planning.cards import CARDS, GIB
-from lit_distill.planning.plan import MARGIN
+from lit_distill.planning.cards import CARDS, GIB, MARGIN
 from lit_distill.planning.planner import Planner
 from lit_distill.planning.settings import TrainingSettings
 
