@@ -84,11 +84,11 @@ def head(path, record):
             figures = " ".join(f"{stage[part]:11.1f}" for part in PARTS)
             lines.append(f"#   {name:12}{figures}{'  ' + option[0] if option else ''}")
     if record["devices"] > 1:
-        export = record["stages"]["export"]
+        trained = record["stages"]["export"]["trained"]
         lines += [
-            f"# Host memory: the first process gathers {3 * export['trained']:.0f} GiB when it saves",
-            f"# a checkpoint ({4 * export['trained']:.0f} with an EMA), which is one file of that size "
-            "for any number of processes.",
+            f"# Host memory: the first process gathers {3 * trained:.0f} GiB when it saves",
+            f"# a checkpoint ({4 * trained:.0f} with an EMA), which is one file for any number of "
+            "processes.",
         ]
     return lines
 
