@@ -22,12 +22,15 @@ def test_every_configuration_but_the_embedded_pipelines_is_for_a_card(record):
     named = {path.stem for path in configs()}
     tiny = {path.stem for path in (ROOT / "configs").glob("tiny_*.yaml")}
     assert named | tiny == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    assert named == set(record)
+    assert set(record) <= named
     assert {name.rpartition("_")[2] for name in named} == set(CARDS)
 
 
 @pytest.mark.parametrize("path", configs(), ids=lambda path: path.stem)
 def test_every_stage_fits_the_card_and_the_head_says_what_was_planned(path, record):
+    if path.stem not in record:
+        assert "# Not planned yet" in path.read_text()
+        return
     found = record[path.stem]
     again = "python benchmarks/plan_configs.py " + path.stem
     assert found["digest"] == digest(path), f"changed since it was planned: {again}"

@@ -47,7 +47,7 @@ def test_a_published_model_has_as_many_parameters_as_published(name):
     assert encoders == pytest.approx(ENCODERS[name], abs=0.03)
 
 
-@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize("name", ["qwen-image", "wan2.1-t2v-14b"])
 def test_a_published_model_trains_at_a_small_size_without_weights(name):
     call = {"num_frames": 5} if name.startswith("wan") else {}
     size = {"height": 256, "width": 256, "num_inference_steps": 2}
