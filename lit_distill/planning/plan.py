@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_distill.compute.activation_checkpointing import Checkpointing
+from lit_distill.planning.blueprint import Blueprint
 from lit_distill.planning.cards import GIB, MARGIN, Card
 from lit_distill.planning.cards import card as named_card
 from lit_distill.planning.optimizer import MakeOptimizer
@@ -183,16 +184,8 @@ def plan(
         teacher_num_inference_steps: Steps of the teacher.
     """
     card = named_card(card) if isinstance(card, str) else card
-    blueprint = blueprint_of(source, revision)
     sizes = dict(sizes or {})
-    if sizes:
-        height, width = max(sizes, key=lambda size: size[0] * size[1])
-        settings = replace(settings, height=height, width=width)
-    planner = Planner(blueprint, settings, optimizer=optimizer)
-    height, width = planner.size
-    if not settings.height:
-        settings = replace(settings, height=height, width=width)
-        planner = Planner(blueprint, settings, optimizer=optimizer)
+    planner = _planner(blueprint_of(source, revision), settings, optimizer, sizes)
     stages = Stages(
         planner,
         (1 - MARGIN) * card.memory,
@@ -207,20 +200,38 @@ def plan(
         memory = replace(step.memory, weights=step.memory.weights + encoders)
         fit[mode] = replace(step, memory=memory)
     rate = card.flops * mfu
-    work = _mean_work(planner, sizes, (height, width))
+    work = _mean_work(planner, sizes, planner.size)
     return Plan(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
         card=card,
         devices=devices,
         mfu=mfu,
         settings=planner.settings,
-        size=(height, width),
+        size=planner.size,
         stages=stages.all(cached),
         fit=fit,
         seconds={mode: step.flops * work / rate for mode, step in fit.items()},
         configured=configured,
         run=run or Run(),
     )
+
+
+def _planner(
+    blueprint: Blueprint,
+    settings: TrainingSettings,
+    optimizer: MakeOptimizer | None,
+    sizes: Mapping[tuple[int, int], int],
+) -> Planner:
+    """Return the planner of the largest size: of `sizes`, or that of the settings."""
+    if sizes:
+        height, width = max(sizes, key=lambda size: size[0] * size[1])
+        settings = replace(settings, height=height, width=width)
+    planner = Planner(blueprint, settings, optimizer=optimizer)
+    if settings.height:
+        return planner
+    height, width = planner.size  # the pipeline's own
+    settings = replace(settings, height=height, width=width)
+    return Planner(blueprint, settings, optimizer=optimizer)
 
 
 def _mean_work(
