@@ -17,13 +17,14 @@ from lit_distill.data.batch import Batch
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.pipelines.hooks import read_schedule
 from lit_distill.pipelines.rollout import rollout
-from lit_distill.preflight.memory import choose_checkpointing
+from lit_distill.planning.auto_checkpointing import choose_checkpointing
 from lit_distill.preflight.probe import Probe, relative_difference
 from lit_distill.preflight.report import Finding, Report
-from lit_distill.training.first_row import first_batch, preflight_call, untargeted_batch
+from lit_distill.training.first_row import first_batch, untargeted_batch
 from lit_distill.training.placement import place
 from lit_distill.training.preflight_once import preflight_once
 from lit_distill.training.settings import Settings
+from lit_distill.training.step_planner import step_planner
 from lit_distill.training.student import Student
 from lit_distill.training.student_loader import StudentLoader
 
@@ -133,20 +134,9 @@ def _fastest_checkpointing(
     modes: tuple[Checkpointing, ...],
 ) -> Checkpointing:
     """Return the fastest mode that fits the device's memory, the same on all processes; log it."""
-    assert data.train_set is not None
-    rows = data.train_set.columns
-    call = preflight_call(student, data)
-    pixels = call.get("height", 0) * call.get("width", 0)
-    largest = float((rows["height"] * rows["width"]).max())
-    scale = data.batch_size * (largest / pixels if pixels else 1.0)
-    del call["num_inference_steps"]
-    steps = int(rows["num_inference_steps"].max())
-    device = trainer.strategy.root_device
-    place(student.pipe, device)
-    with trainer.precision_plugin.forward_context(), student.precision():
-        probe = Probe(student.pipe, call.pop("prompt"), steps, 0, call)
-        grad_steps = min(student.settings.grad_steps or steps, steps)
-        choice = choose_checkpointing(probe, device, modes, scale, grad_steps)
+    place(student.pipe, trainer.strategy.root_device)
+    planner = step_planner(student, data, trainer)
+    choice = choose_checkpointing(planner, trainer.strategy.root_device, modes)
     choice = trainer.strategy.broadcast(choice)
     log = rank_zero_info if choice.fits else rank_zero_warn
     log(f"model.checkpointing: auto chooses {choice.mode}; {choice.reason}")

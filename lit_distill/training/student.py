@@ -68,7 +68,7 @@ class Student:
         self.encoders_digest = ""
         self.pretrained_scheduler = pipe.scheduler
         pipe.scheduler = override_scheduler_config(pipe, settings.scheduler)
-        self._sharded = sharded
+        self.sharded = sharded
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
 
     def compile(self) -> None:
@@ -79,7 +79,7 @@ class Student:
 
     def precision(self) -> AbstractContextManager[Any]:
         """Disable a trainer's autocast where the denoiser itself computes in half precision."""
-        compiled = self.settings.compile and not self._sharded
+        compiled = self.settings.compile and not self.sharded
         if self.settings.torch_dtype == "float32" or compiled:
             return nullcontext()
         return torch.autocast(denoiser_device(self.pipe).type, enabled=False)

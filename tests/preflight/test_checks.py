@@ -6,8 +6,8 @@ from lit_distill.adapters.inject import make_trainable, trained_parameters
 from lit_distill.compute.activation_checkpointing import BlockCheckpointing
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.hooks import counted_batches
+from lit_distill.planning.counter import Counter
 from lit_distill.preflight.checks import preflight
-from lit_distill.preflight.memory import LiveBytes
 from lit_distill.preflight.probe import Probe
 
 CALL = {"prompt": "a red seven on a blue background", "height": 32, "width": 32}
@@ -103,7 +103,7 @@ def test_too_little_memory_is_a_finding_and_leaves_nothing_behind(pipe, at):
             raise torch.OutOfMemoryError("too much")
 
     (denoiser,) = denoisers(pipe).values()
-    with LiveBytes() as live, denoiser.register_forward_pre_hook(full, with_kwargs=True):
+    with Counter() as live, denoiser.register_forward_pre_hook(full, with_kwargs=True):
         report = preflight(pipe, checkpointing="block", **CALL)
         assert live.now < 2**16
     finding = report.findings[-1]
@@ -123,7 +123,7 @@ def test_preflight_needs_no_more_memory_than_the_gradient_of_one_row(pipe, mode)
         lambda: probe.rollout_norms(checkpointing=mode),
         lambda: preflight(pipe, prompt=prompt, checkpointing=mode, **call),
     ):
-        with LiveBytes() as live:
+        with Counter() as live:
             run()
         peaks.append(live.peak)
         assert live.now < 2**17  # positions that the denoiser keeps for this size

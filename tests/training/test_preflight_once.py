@@ -7,7 +7,7 @@ from digits import QUIET, data, module
 from PIL import Image
 
 from lit_distill import DistillDataModule
-from lit_distill.preflight.memory import LiveBytes
+from lit_distill.planning.counter import Counter
 from lit_distill.preflight.remembered import FOLDER
 from lit_distill.preflight.report import Finding, Report
 from lit_distill.training import preflight_once
@@ -108,7 +108,7 @@ def peak(tmp_path, side, preflight):
     freeze = [f"transformer.transformer_blocks.3.{n}.*" for n in ("attn.to_add_out", "txt_mlp")]
     model = module(checkpointing="nested", metrics={}, preflight=preflight, freeze=freeze)
     rows = DistillDataModule(str(tmp_path / "metadata.csv"))
-    with LiveBytes() as live:
+    with Counter() as live:
         pl.Trainer(max_steps=1, enable_checkpointing=False, **QUIET).fit(model, rows)
     return live.peak
 
