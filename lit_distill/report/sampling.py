@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_distill.data.batch import Batch
 from lit_distill.errors import InputError
 from lit_distill.evaluation.evaluator import EvaluationBatch
+from lit_distill.pipelines.release import release
 from lit_distill.report.contenders import Contender, ContenderResult
 from lit_distill.training.direct_distill import DirectDistill
 
@@ -98,7 +99,7 @@ def _pipeline(contender: Contender, module: DirectDistill) -> Iterator[Diffusion
     try:
         yield pipe.to(module.device)
     finally:
-        pipe.to("cpu")
+        release(pipe)
         module.pipe.to(module.device)
 
 

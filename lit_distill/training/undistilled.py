@@ -10,6 +10,7 @@ from torch import nn
 
 from lit_distill.adapters.inject import adapters_disabled
 from lit_distill.pipelines.components import denoiser_device, denoisers, replaced_components
+from lit_distill.pipelines.release import break_cycles
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -46,4 +47,6 @@ class UndistilledWeights:
 
     def release(self) -> None:
         """Free the second denoiser; it is loaded again at the next use."""
+        for denoiser in self._denoisers.values():
+            break_cycles(denoiser)
         self._denoisers.clear()
