@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +194,7 @@ def commands(model: Path, work: Path, side: int) -> dict[str, list[str]]:
     out = {name: str(work / name) for name in ("report", "lora", "merged")}
     call: dict[str, Any] = {"prompt": PROMPTS[0], "seed": 0, "num_inference_steps": 2}
     call |= {"height": side, "width": side}
-    off = "true_cfg_scale" if "transformer" in os.listdir(model) else "guidance_scale"
+    off = "true_cfg_scale" if (model / "transformer").is_dir() else "guidance_scale"
     if (model / "text_encoder_2").is_dir() and off == "true_cfg_scale":  # FLUX.1's is no guidance
         call["guidance_scale"] = 3.5
     call[off] = 1.0
@@ -232,7 +231,7 @@ def journey(name: str, published: Path, work: Path, side: int, stages: list[str]
         if stage not in stages:
             continue
         result = work / f"{stage}.json"
-        command = [sys.executable, __file__, name, "--measure", str(model), str(result)]
+        command = [sys.executable, __file__, MEASURE, str(model), str(result)]
         with (work / f"{stage}.log").open("w") as log:
             done = subprocess.run([*command, *arguments], stdout=log, stderr=subprocess.STDOUT)
         if done.returncode:
@@ -246,6 +245,10 @@ def _end(work: Path, stage: str) -> str:
     return "\n".join((work / f"{stage}.log").read_text().splitlines()[-15:])
 
 
+MEASURE = "--measure"
+"""First argument of the process of a stage; its folder, result and command follow."""
+
+
 def main() -> None:
     """Measure, and write the figures beside those of the other models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
@@ -255,12 +258,7 @@ def main() -> None:
     parser.add_argument("--published", type=Path, default=ROOT / "tests/planning/published")
     parser.add_argument("--work", type=Path, help="folder to keep; default: a temporary one")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/journey.json")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    arguments, command = parser.parse_known_args()
-    if arguments.measure:
-        folder, result = map(Path, arguments.measure)
-        result.write_text(json.dumps(measured(folder, command)))
-        return
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -274,4 +272,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [MEASURE]:
+        Path(sys.argv[3]).write_text(json.dumps(measured(Path(sys.argv[2]), sys.argv[4:])))
+    else:
+        main()

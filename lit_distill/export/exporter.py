@@ -107,9 +107,7 @@ def export_student(
         raise InputError(f"format must be one of {', '.join(get_args(ExportFormat))}: {format!r}")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    content = (
-        checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint, mmap=True)
-    )
+    content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint, mmap=True)
     format = _supported_format(format, content["hyper_parameters"])
     out_dir = Path(out_dir)
     check_replaceable(out_dir)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,18 @@ def denoiser_device(pipe: DiffusionPipeline) -> torch.device:
     denoiser = next(iter(denoisers(pipe).values()))
     device: torch.device = next(denoiser.parameters()).device
     return device
+
+
+def move(networks: Iterable[Any], device: torch.device) -> None:
+    """Move those of the networks to a device that are not there yet.
+
+    Quantised weights that are there can't be moved at all with some libraries.
+    """
+    for network in networks:
+        if isinstance(network, nn.Module):
+            tensors = itertools.chain(network.parameters(), network.buffers())
+            if any(tensor.device != device for tensor in tensors):
+                network.to(device)
 
 
 def select_denoisers(models: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Samples of a batch that were needed before the report, so that it does not repeat them.
+
+    Attributes:
+        latents: Final latents, (B, ...), on the CPU.
+        images: B images.
+        seconds: Wall time, decoding included.
+    """
+
+    latents: Tensor
+    images: list[Image.Image]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class HeldOutBatch:
     """A batch of held-out rows with the teacher's results, on the CPU.
 
@@ -34,6 +49,7 @@ class HeldOutBatch:
         target_latents: The teacher's final latents, (B, ...), float32.
         target: The teacher's images, (B, 3, H, W), uint8.
         undistilled_mse: Latent MSE of the undistilled pipeline, (B,).
+        samples: Samples at the rows' own settings, of ``student`` and perhaps ``undistilled``.
     """
 
     batch: Batch
@@ -41,6 +57,7 @@ class HeldOutBatch:
     target_latents: Tensor
     target: Tensor
     undistilled_mse: Tensor
+    samples: dict[str, Samples]
 
 
 def sample_held_out(
@@ -63,29 +80,43 @@ def sample_held_out(
         A batch, its samples beside the teacher's, and its images.
     """
     contender = result.contender
-    with _pipeline(contender, module) as pipe, precision() if pipe is None else nullcontext():
-        settings: dict[str, Any] = {
-            "pipe": pipe,
-            "num_inference_steps": contender.num_inference_steps,
-            "cfg_scale": contender.cfg_scale,
-            "undistilled": contender.kind in ("teacher", "undistilled"),
-        }
-        if len(held_out) == 1:
-            module.sample(held_out[0].batch, **settings)
+    weights = module.undistilled() if contender.kind == "undistilled" else nullcontext()
+    with (
+        _pipeline(contender, module) as pipe,
+        precision() if pipe is None else nullcontext(),
+        weights,
+    ):
         for index, rows in enumerate(held_out):
-            started = time.perf_counter()
-            latents, images = module.sample(rows.batch, **settings)
-            # The images are on the host, so all work on the device is done.
-            if index > 0 or len(held_out) == 1:
-                result.seconds += time.perf_counter() - started
+            samples = _sample(contender, module, rows, pipe)
+            latents, images = samples.latents.to(module.device), samples.images
+            if index > 0 or len(held_out) == 1:  # the first batch is slower than the others
+                result.seconds += samples.seconds
                 result.timed_images += len(images)
-            # The target of a video is its first frame.
-            images = [image[0] if isinstance(image, list) else image for image in images]
             # By name: `load_student` returns a subclass with the same name.
             same_space = pipe is None or type(pipe).__name__ == type(module.pipe).__name__
             comparable = same_space and latents.shape == rows.target_latents.shape
             preds = _pixels(images, rows.target, result.label)
             yield rows, _evaluation_batch(rows, latents, preds, comparable), images
+
+
+def _sample(
+    contender: Contender, module: DirectDistill, rows: HeldOutBatch, pipe: DiffusionPipeline | None
+) -> Samples:
+    """Return a contender's samples of a batch: those that exist, or new ones."""
+    if contender.num_inference_steps is None and contender.kind in rows.samples:
+        return rows.samples[contender.kind]
+    started = time.perf_counter()
+    latents, images = module.sample(
+        rows.batch,
+        pipe=pipe,
+        num_inference_steps=contender.num_inference_steps,
+        cfg_scale=contender.cfg_scale,
+    )
+    # The images are on the host, so all work on the device is done.
+    seconds = time.perf_counter() - started
+    # The target of a video is its first frame.
+    images = [image[0] if isinstance(image, list) else image for image in images]
+    return Samples(latents.cpu(), images, seconds)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lit_distill.pipelines.components import denoisers, replaced_components
+from lit_distill.pipelines.components import denoisers, move, replaced_components
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -16,16 +16,12 @@ if TYPE_CHECKING:
 
 def place(pipe: DiffusionPipeline, device: torch.device) -> None:
     """Move all components to the device, also those that Lightning does not know."""
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.to(device)
+    move(pipe.components.values(), device)
 
 
 def place_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
     """Move everything but the denoisers to the device."""
-    for name, component in pipe.components.items():
-        if isinstance(component, nn.Module) and name not in denoisers(pipe):
-            component.to(device)
+    move((c for name, c in pipe.components.items() if name not in denoisers(pipe)), device)
 
 
 class Placement:
