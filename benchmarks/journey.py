@@ -57,7 +57,10 @@ LAYERS: dict[str, dict[str, dict[str, Any]]] = {
 
 PROMPTS = ("a red seven on a blue background", "a photo of a cat that sleeps on a green sofa")
 
-STAGES = ("preflight", "generate", "check", "fit", "test", "export", "merged", "plain")
+STAGES = (
+    *("preflight", "generate", "generate --offload model", "check", "fit"),
+    *("test", "test --offload model", "export", "export --format merged", "plain diffusers"),
+)
 
 
 # The pipeline
@@ -191,7 +194,13 @@ def commands(model: Path, work: Path, side: int) -> dict[str, list[str]]:
     save = ["--trainer.callbacks", "lightning.pytorch.callbacks.ModelCheckpoint"]
     save += ["--trainer.callbacks.dirpath", str(work), "--trainer.callbacks.filename", "student"]
     save += ["--trainer.callbacks.save_last", "false"]
-    out = {name: str(work / name) for name in ("report", "lora", "merged")}
+    out = {name: str(work / name) for name in ("report", "offloaded", "lora", "merged")}
+    offload = ["--offload", "model"]
+    generate = ["generate", *base, *cpu, *size, "--prompts", str(work / "prompts.txt")]
+    generate += ["--num_inference_steps", "4", "--cfg_scale", "4"]
+    generate += ["--student_num_inference_steps", "2"]
+    test = ["test", "--ckpt_path", checkpoint, *cpu, "--data.val_metadata_path", table]
+    test += [*sides, "--data.num_workers", "0"]
     call: dict[str, Any] = {"prompt": PROMPTS[0], "seed": 0, "num_inference_steps": 2}
     call |= {"height": side, "width": side}
     off = "true_cfg_scale" if (model / "transformer").is_dir() else "guidance_scale"
@@ -201,20 +210,32 @@ def commands(model: Path, work: Path, side: int) -> dict[str, list[str]]:
     return {
         "preflight": ["preflight", *base, *cpu, *size, "--model.lora", "{r: 8}"]
         + ["--num_inference_steps", "2"],
-        "generate": ["generate", *base, *cpu, *size, "--prompts", str(work / "prompts.txt")]
-        + ["--out", str(work / "pairs"), "--num_inference_steps", "4", "--cfg_scale", "4"]
-        + ["--student_num_inference_steps", "2"],
+        "generate": [*generate, "--out", str(work / "pairs")],
+        "generate --offload model": [*generate, "--out", str(work / "staged"), *offload],
         "check": ["check", *base, *cpu, "--data.metadata_path", table, "--pairing", "1"],
         "fit": ["fit", *base, *cpu, "--model.lora", "{r: 8}", "--trainer.max_steps", "1"]
         + ["--data.metadata_path", table, "--data.val_metadata_path", table]
         + ["--data.num_workers", "0", "--trainer.default_root_dir", str(work / "runs"), *sides]
         + save,
-        "test": ["test", "--ckpt_path", checkpoint, *cpu, "--data.val_metadata_path", table]
-        + [*sides, "--data.num_workers", "0", "--out", out["report"]],
+        "test": [*test, "--out", out["report"]],
+        "test --offload model": [*test, "--out", out["offloaded"], *offload],
         "export": ["export", "--ckpt_path", checkpoint, *cpu, "--out", out["lora"]],
-        "merged": ["export", "--ckpt_path", checkpoint, *cpu, "--out", out["merged"]]
+        "export --format merged": [
+            "export",
+            "--ckpt_path",
+            checkpoint,
+            *cpu,
+            "--out",
+            out["merged"],
+        ]
         + ["--format", "merged"],
-        "plain": ["plain", str(model), out["lora"], str(work / "plain.png"), json.dumps(call)],
+        "plain diffusers": [
+            "plain",
+            str(model),
+            out["lora"],
+            str(work / "plain.png"),
+            json.dumps(call),
+        ],
     }
 
 

@@ -38,10 +38,21 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def denoiser_device(pipe: DiffusionPipeline) -> torch.device:
-    """Return the device that the pipeline's denoisers are on."""
-    denoiser = next(iter(denoisers(pipe).values()))
-    device: torch.device = next(denoiser.parameters()).device
-    return device
+    """Return the device on which the pipeline's denoisers compute."""
+    return compute_device(next(iter(denoisers(pipe).values())))
+
+
+def compute_device(network: nn.Module) -> torch.device:
+    """Return the device on which a network computes; offloading may keep its weights elsewhere."""
+    from diffusers.hooks.group_offloading import _get_group_onload_device
+
+    device = getattr(getattr(network, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    try:
+        return torch.device(_get_group_onload_device(network))
+    except ValueError:  # not offloaded
+        return next(network.parameters()).device
 
 
 def move(networks: Iterable[Any], device: torch.device) -> None:

@@ -17,6 +17,7 @@ from lit_distill.data.batch import Batch
 from lit_distill.errors import InputError
 from lit_distill.evaluation.evaluator import EvaluationBatch
 from lit_distill.pipelines.release import release
+from lit_distill.pipelines.stages import enable_offload
 from lit_distill.report.contenders import Contender, ContenderResult
 from lit_distill.training.direct_distill import DirectDistill
 
@@ -126,12 +127,17 @@ def _pipeline(contender: Contender, module: DirectDistill) -> Iterator[Diffusion
         yield None
         return
     pipe = contender.load()
-    module.pipe.to("cpu")
+    offloaded = module.offload != "none"
+    if offloaded:
+        enable_offload(pipe, module.device, module.offload)
+    else:
+        module.pipe.to("cpu")
     try:
-        yield pipe.to(module.device)
+        yield pipe if offloaded else pipe.to(module.device)
     finally:
         release(pipe)
-        module.pipe.to(module.device)
+        if not offloaded:
+            module.pipe.to(module.device)
 
 
 def _pixels(images: list[Image.Image], target: Tensor, label: str) -> Tensor:
