@@ -262,7 +262,7 @@ class DirectDistill(ResumableModule):
 
     def on_validation_start(self) -> None:
         """Place the pipeline, including the VAE, which images need, and start the clock."""
-        self.placement.place(self.device, vae=True)
+        self.placement.place(self.device, vae=True, offload=self.offload)
         self.validator.start()
 
     on_test_start = on_predict_start = on_validation_start
