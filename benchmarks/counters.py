@@ -6,8 +6,7 @@ import argparse
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_distill.preflight.memory import LiveBytes
-from lit_distill.training.throughput import CPU_ATTENTION
+from lit_distill.planning.counter import CPU_ATTENTION, Counter
 
 CHANNELS = 16  # of a latent token: 4, of 2 x 2 positions
 MIB = 2**20
@@ -31,7 +30,7 @@ class Bytes:
 
     def __enter__(self) -> Bytes:
         self.saved = 0
-        self.live = LiveBytes()
+        self.live = Counter()
         self.live.__enter__()
         return self
 

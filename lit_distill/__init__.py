@@ -8,6 +8,8 @@ from lit_distill.export.load_student import load_student
 from lit_distill.pipelines.latent_codec import LatentCodec
 from lit_distill.pipelines.loading import load_pipeline
 from lit_distill.pipelines.rollout import rollout
+from lit_distill.planning.plan import plan
+from lit_distill.planning.settings import TrainingSettings
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.ema import EMA
 from lit_distill.training.fsdp_strategy import FSDP2  # registers `strategy: fsdp2`
@@ -35,10 +37,12 @@ __all__ = [
     "LatentRMSE",
     "Sharpness",
     "TrainingMonitor",
+    "TrainingSettings",
     "WarmupCosine",
     "__version__",
     "export_student",
     "load_pipeline",
     "load_student",
+    "plan",
     "rollout",
 ]

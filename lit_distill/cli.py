@@ -20,6 +20,7 @@ from lit_distill.commands.export import export
 from lit_distill.commands.fit import SaveFitConfig, TrainingSize, fit
 from lit_distill.commands.generate import generate
 from lit_distill.commands.parser import CommandParser
+from lit_distill.commands.plan import plan
 from lit_distill.commands.plot import plot
 from lit_distill.commands.predict import predict
 from lit_distill.commands.preflight import preflight
@@ -29,7 +30,7 @@ from lit_distill.commands.validate import validate
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.errors import InputError
 from lit_distill.export.exporter import ExportError
-from lit_distill.preflight.checks import PreflightError
+from lit_distill.preflight.report import PreflightError
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 from lit_distill.training.progress_bar import StepProgressBar
@@ -54,6 +55,7 @@ class CommandTrainer(pl.Trainer):
     generate = generate
     check = check
     preflight = preflight
+    plan = staticmethod(plan)
     plot = staticmethod(plot)
     export = export
     fit = fit  # type: ignore[assignment]
@@ -68,8 +70,9 @@ class DistillCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, each with its arguments that are not options."""
-        names = ("generate", "check", "preflight", "plot", "export")
-        added = {name: {"model", "datamodule", "configs"} for name in names}
+        names = ("generate", "check", "preflight", "plan", "plot", "export")
+        context = {"model", "datamodule", "trainer_settings", "configs"}
+        added = {name: context for name in names}
         return {**LightningCLI.subcommands(), **added}
 
     def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -85,8 +88,16 @@ class DistillCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["configs"] = [str(path) for path in self.config[subcommand].config or []]
+        kwargs["trainer_settings"] = self.config[subcommand].trainer
         accepted = inspect.signature(getattr(self.trainer, subcommand)).parameters
         return {name: value for name, value in kwargs.items() if name in accepted}
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401
+        """Return the trainer; for ``plan`` one that needs none of the devices it plans for."""
+        if self.subcommand == "plan":
+            kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+            kwargs |= {"precision": "32-true", "logger": False}
+        return super().instantiate_trainer(**kwargs)
 
     def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401
         """Set this project's defaults."""
@@ -108,7 +119,8 @@ class DistillCLI(LightningCLI):
         # On fit, Lightning would silently prefer the checkpoint's settings to the command line's.
         subcommand = self.config.get("subcommand")
         config = self.config.get(str(subcommand), {})
-        if subcommand in (None, "fit", "export", "plot") or not config.get("ckpt_path"):
+        ignored = (None, "fit", "plan", "export", "plot")
+        if subcommand in ignored or not config.get("ckpt_path"):
             return
         settings = {subcommand: {"model": checkpoint_model(config.ckpt_path, config)}}
         self.config = self.parser.parse_object(settings, self.config)

@@ -19,6 +19,7 @@ WINGS = [
     "teacher",
     "evaluation",
     "preflight",
+    "planning",
     "training",
     "export",
     "report",

@@ -27,6 +27,8 @@ def make_trainable(
     freeze: Sequence[str] = (),
     train_mode: Sequence[str] = (),
     lora_per_step: int | None = None,
+    *,
+    cast: bool = True,
 ) -> None:
     """Freeze the pipeline and make the denoisers, or adapters on them, trainable in float32.
 
@@ -40,6 +42,8 @@ def make_trainable(
         train_mode: Patterns of modules to put into training mode, except for their dropout.
         lora_per_step: Number of steps, each with its own adapter; ``pipe()`` and `rollout` switch
             them. None: one adapter for all steps.
+        cast: Convert trained weights to float32. Where a denoiser without adapters is not trained
+            any more, False saves the memory.
 
     Raises:
         InputError: If `lora` has an unknown field or names a module that no denoiser has, a pattern
@@ -58,7 +62,7 @@ def make_trainable(
             denoiser.eval()  # peft adds its layers in training mode, with dropout
         for parameter in denoiser.parameters():
             # At lr 1e-5 most updates of bfloat16 weights would be rounded to nothing.
-            if parameter.requires_grad:
+            if parameter.requires_grad and cast:
                 parameter.data = parameter.data.float()
     freeze_parameters(pipe, freeze)
     set_training_mode(pipe, train_mode)
@@ -191,6 +195,16 @@ def enable_adapter_dropout(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if name.endswith("lora_dropout"):
             layer.train()
+
+
+def remove_adapters(pipe: DiffusionPipeline) -> None:
+    """Remove all adapters from the denoisers; their weights are those of the base model."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+    for denoiser in denoisers(pipe).values():
+        recurse_remove_peft_layers(denoiser)
+        denoiser.__dict__.pop("peft_config", None)
+        denoiser._hf_peft_config_loaded = False
 
 
 @contextmanager

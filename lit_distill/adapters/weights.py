@@ -50,7 +50,7 @@ def fuse_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
         denoiser = denoisers(pipe)[component]
         for name, factors in weights.items():
             weight = denoiser.get_submodule(name).weight
-            weight.copy_(weight.float() + factors.delta().to(weight.device))
+            weight.copy_(weight.float().add_(factors.delta().to(weight.device)))
 
 
 def extract_lora(pipe: DiffusionPipeline, adapter: str | None = None) -> LoRA:

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from lit_distill.commands.next_step import print_fit
 from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.pipelines.stages import Offload
 from lit_distill.teacher.generate import generate_pairs
 from lit_distill.teacher.prompts import plan_pairs, read_prompts
 from lit_distill.teacher.teacher import Teacher
@@ -35,6 +36,7 @@ def generate(
     student_num_inference_steps: int = 4,
     student_cfg_scale: float = 1.0,
     store_trajectory: bool = False,
+    offload: Offload = "none",
 ) -> None:
     """Generate the teacher's images, exact latents and metadata.csv from a file of prompts.
 
@@ -44,8 +46,8 @@ def generate(
     Args:
         trainer: Devices, processes and progress bar.
         model: The pipeline to generate with: teacher_model, or else the pretrained one with
-            teacher_lora. Of the other settings only torch_dtype and call_kwargs are used and, with
-            store_trajectory, scheduler and sigmas.
+            teacher_lora. Of the other settings only torch_dtype, quantization and call_kwargs are
+            used and, with store_trajectory, scheduler and sigmas.
         datamodule: Only its call_columns are used: fields of the prompts that are arguments of the
             pipeline's call.
         configs: Configuration files that were given.
@@ -70,6 +72,9 @@ def generate(
         student_cfg_scale: Guidance of the student, written to the CSV, 1 = off.
         store_trajectory: Also keep the teacher's states at the noise levels of the student's
             steps, for training with model.trajectory.
+        offload: What is on the device together: none: the whole pipeline; model: the encoders,
+            for all prompts, then the denoiser, then the VAE; group: the same, with one layer of the
+            denoiser at a time. The files are the same.
     """
     settings = model.settings
     teacher = Teacher(
@@ -91,10 +96,11 @@ def generate(
         student_scheduler=settings.scheduler,
         student_sigmas=settings.sigmas,
         store_trajectory=store_trajectory,
+        quantization=settings.quantization,
     )
     rows = read_prompts(prompts, teacher.call_columns)
     pairs = plan_pairs(rows, seeds_per_prompt, first_seed, limit)
-    metadata = generate_pairs(trainer, teacher, pairs, out)
+    metadata = generate_pairs(trainer, teacher, pairs, out, offload)
     if trainer.is_global_zero:
         print(f"{len(pairs)} pairs: {metadata}")
         print_fit(metadata, teacher.model, configs)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from lit_distill.commands.next_step import print_next
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.export.facts import recorded_facts
+from lit_distill.pipelines.stages import Offload
 from lit_distill.teacher.prompts import prompt_batches, read_prompts
 from lit_distill.training.checkpoint_io import read_checkpoint
 from lit_distill.training.direct_distill import DirectDistill
@@ -32,6 +33,7 @@ def predict(
     width: int | None = None,
     batch_size: int = 1,
     first_seed: int = 0,
+    offload: Offload = "none",
 ) -> Any:  # noqa: ANN401
     """Generate the student's images of a file of prompts, or of held-out rows.
 
@@ -51,7 +53,11 @@ def predict(
         width: Width in pixels for prompts; default: that of training.
         batch_size: Prompts per batch.
         first_seed: Seed of the first prompt; the others count up from it.
+        offload: What is on the device together: none: the whole pipeline; model: one component at a
+            time; group: one layer at a time.
     """
+    if offload != "none":  # generate calls this function with a module of its own
+        model.offload_from(trainer.strategy.root_device, offload)
     loader: DataLoader[Any] | None = None
     if prompts is not None:
         facts = recorded_facts(read_checkpoint(ckpt_path)) if ckpt_path else {}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 
 from lit_distill.commands.next_step import print_next
-from lit_distill.training.autoconfigure import quantization_error, run_preflight
+from lit_distill.training.autoconfigure import quantization_error
 from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.preflight_once import run_preflight
 
 
 def preflight(

@@ -7,13 +7,16 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lit_distill.commands.next_step import print_next
+from lit_distill.errors import InputError
+from lit_distill.pipelines.stages import Offload
 from lit_distill.report.contenders import ContenderConfig
 from lit_distill.report.report_writer import ReportWriter
+from lit_distill.training.direct_distill import DirectDistill
 
 
 def test(
     trainer: pl.Trainer,
-    model: pl.LightningModule,
+    model: DirectDistill,
     datamodule: pl.LightningDataModule | None = None,
     *,
     ckpt_path: str | None = None,
@@ -24,6 +27,7 @@ def test(
     undistilled: list[tuple[int, float]] | None = None,
     gallery: int = 48,
     logs: str | None = None,
+    offload: Offload = "none",
 ) -> Any:  # noqa: ANN401
     """Sample the held-out rows with teacher, undistilled pipeline and student; write a report.
 
@@ -45,7 +49,15 @@ def test(
             the student's steps and twice as many, with the teacher's guidance.
         gallery: Largest number of rows in the page: half of them the worst, half the best.
         logs: Folder with the logs of the run, for the curves; default: beside the checkpoint.
+        offload: What is on the device together: none: the whole pipeline; model: one component at a
+            time; group: one layer at a time.
     """
+    model.offload_from(trainer.strategy.root_device, offload)
+    if offload != "none" and not model.settings.trains_lora:
+        raise InputError(
+            f"offload {offload}: model.lora is null (full training), where a test uses two "
+            "denoisers in turn, which can't be offloaded; use none"
+        )
     if not any(isinstance(callback, ReportWriter) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         report = ReportWriter(out, compare, undistilled, gallery, logs)
         trainer.callbacks.append(report)  # type: ignore[attr-defined]

@@ -50,6 +50,8 @@ class EncodeOnce:
     Args:
         pipe: A pipeline. Those of the methods that it has are replaced on the instance.
         store: Stores the encodings; default: in memory.
+        whole_batches: Keep the encodings of batches as they are, instead of those of each sample.
+            Bit for bit those of the pipeline's call, for a batch that is encoded once.
 
     Attributes:
         namespace: Digest of the encoders, part of every key, so that several models can share a
@@ -58,8 +60,15 @@ class EncodeOnce:
         not_stored: Why an encoding could not be stored; None: all could.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, store: EncodingStore | None = None) -> None:
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        store: EncodingStore | None = None,
+        *,
+        whole_batches: bool = False,
+    ) -> None:
         self.pipe = pipe
+        self.whole_batches = whole_batches
         self.store = EncodingStore() if store is None else store
         self.released = False
         self.not_stored: str | None = None
@@ -234,7 +243,7 @@ class _CachedEncoder:
         sizes = {len(value) for value in texts}
         has_embeds = any("embeds" in k and v is not None for k, v in arguments.items())
         try:
-            if len(sizes) != 1 or has_embeds:
+            if len(sizes) != 1 or has_embeds or self.cache.whole_batches:
                 encoded = self.cache.get_or_encode(self.original, arguments)
             else:
                 encoded = self._encode_batch(arguments, sizes.pop())
@@ -280,7 +289,7 @@ class _CachedVAEEncoder:
     def __call__(self, x: Tensor, return_dict: bool = True) -> Any:  # noqa: ANN401
         outputs = [
             to_device(self.cache.get_or_encode(self.original, {"x": image}), x.device)
-            for image in torch.split(x, 1)
+            for image in torch.split(x, len(x) if self.cache.whole_batches else 1)
         ]
         output = copy.copy(outputs[0])
         if hasattr(output, "latent_dist"):

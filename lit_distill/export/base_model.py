@@ -14,6 +14,7 @@ from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.loading import DTYPES
 from lit_distill.pipelines.model_digest import component_digests
+from lit_distill.pipelines.release import release
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,7 +51,7 @@ def load_checked_base(
         expected = {}  # quantised weights have other digests
     if not is_dtype(torch_dtype, hparams["torch_dtype"]):
         if expected:
-            load_checked_base(content, given=given)
+            release(load_checked_base(content, given=given)[0])
         return load_base_pipeline(hparams, torch_dtype=torch_dtype), {}
     pipe = load_base_pipeline({**hparams, "teacher_lora": None})
     digests = base_digest(pipe)

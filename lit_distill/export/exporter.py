@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lit_distill.adapters.inject import adapters_disabled
+from lit_distill.adapters.inject import adapters_disabled, remove_adapters
 from lit_distill.adapters.lora import LoRA, add_loras, differences
 from lit_distill.adapters.lora_files import read_lora
 from lit_distill.adapters.weights import extract_lora, fuse_lora, load_base_pipeline
@@ -31,7 +31,9 @@ from lit_distill.export.readers import reader_for
 from lit_distill.export.samples import sample_example, save_grid
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.loading import DTYPES, load_pipeline
+from lit_distill.pipelines.release import release
 from lit_distill.training.checkpoint_io import read_checkpoint
+from lit_distill.training.placement import place
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -105,7 +107,7 @@ def export_student(
         raise InputError(f"format must be one of {', '.join(get_args(ExportFormat))}: {format!r}")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
+    content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint, mmap=True)
     format = _supported_format(format, content["hyper_parameters"])
     out_dir = Path(out_dir)
     check_replaceable(out_dir)
@@ -187,18 +189,17 @@ class _Export:
             InputError: If the format does not support the pipeline.
             ExportError: If the reloaded export differs from the student.
         """
-        self._sample_and_write()
-        if self.format == "merged":
-            self._write_merged(max_shard_size)
+        self._write_and_free(max_shard_size)
         pipe, reader = self._reload()
         has_scheduler = self._save_scheduler(pipe)
         difference = self._verify(pipe)
         self._write_card(pipe, ExportSummary(self.format, reader, difference, has_scheduler))
+        release(pipe)
 
     # Phase 1: write
 
-    def _sample_and_write(self) -> None:
-        """Sample the student and write its LoRA; its pipeline is freed on return."""
+    def _write_and_free(self, max_shard_size: str) -> None:
+        """Sample the student, write it, and free its pipeline."""
         base, digest = load_checked_base(self.content)
         original = dict(base.scheduler.config)
         student = add_student(base, self.content).to(self.device)
@@ -222,6 +223,9 @@ class _Export:
             self.loras = {k: self._with_teachers(lora, student) for k, lora in self.loras.items()}
             writer = LoRAWriter(self.folder, self.format, self.dtype, self.facts)
             self.files = {k: writer.write(student, lora, k) for k, lora in self.loras.items()}
+            release(student)
+        else:
+            self._write_merged(self._pipeline_to_merge(student), max_shard_size)
 
     def _sample(self, pipe: DiffusionPipeline) -> list[tuple[Tensor, Image.Image]]:
         call_kwargs = self.facts.call_kwargs
@@ -233,17 +237,28 @@ class _Export:
             return add_loras(read_lora(self.hparams["teacher_lora"], student), lora)
         return lora
 
-    def _write_merged(self, max_shard_size: str) -> None:
+    def _pipeline_to_merge(self, student: DiffusionPipeline) -> DiffusionPipeline:
+        """Return the pipeline without adapters, on the CPU, in the data type to write.
+
+        In the data type of training that is the student's own.
+        """
+        if self.dtype == DTYPES[self.hparams["torch_dtype"]]:
+            place(student, torch.device("cpu"))
+            remove_adapters(student)
+            return student
+        release(student)
         pipe = load_base_pipeline(self.hparams, torch_dtype=self.dtype)
-        if lora := self.loras[None]:
-            fuse_lora(pipe, lora)
-        else:
-            add_student(pipe, self.content)
+        return pipe if self.loras[None] else add_student(pipe, self.content)
+
+    def _write_merged(self, pipe: DiffusionPipeline, max_shard_size: str) -> None:
+        """Write the pipeline with the LoRA in its weights, and free it."""
+        fuse_lora(pipe, self.loras[None])
         pipe.scheduler = self.scheduler
         try:
             pipe.save_pretrained(self.folder, max_shard_size=max_shard_size)
         except SafetensorError as error:
             raise OSError(errno.EIO, f"{self.folder} can't be written: {error}") from error
+        release(pipe)
         facts = replace(self.facts, torch_dtype=str(self.dtype).removeprefix("torch."))
         text = json.dumps(facts.to_dict(), indent=2, ensure_ascii=False)
         write_file(self.folder / FACTS_FILE, (text + "\n").encode())

@@ -25,6 +25,7 @@ from lit_distill.pipelines.components import denoisers, override_scheduler_confi
 from lit_distill.pipelines.guidance import guidance
 from lit_distill.pipelines.hooks import replace_call
 from lit_distill.pipelines.loading import load_pipeline
+from lit_distill.pipelines.release import release
 from lit_distill.training.checkpoint_io import STATE_PREFIX, check_state, read_checkpoint
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _load_checkpoint(
     base_model: str | Path | None,
 ) -> tuple[DiffusionPipeline, StudentFacts | None]:
     """Return pipeline and facts; no facts if the checkpoint does not record the number of steps."""
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, mmap=True)
     if base_model is not None:
         content["hyper_parameters"]["pretrained_model_name_or_path"] = str(base_model)
     pipe, _ = load_checked_base(content, torch_dtype, given=base_model is not None)
@@ -123,18 +124,19 @@ def add_student(
     """
     hparams = content["hyper_parameters"]
     pipe.scheduler = override_scheduler_config(pipe, hparams.get("scheduler"))
-    dtypes = {p: p.dtype for d in denoisers(pipe).values() for p in d.parameters()}
-    freeze, lora_per_step = hparams.get("freeze") or (), hparams.get("lora_per_step")
-    make_trainable(pipe, hparams["lora"], freeze, lora_per_step=lora_per_step)
+    make_trainable(
+        pipe,
+        hparams["lora"],
+        hparams.get("freeze") or (),
+        lora_per_step=hparams.get("lora_per_step"),
+        cast=hparams["lora"] is not None,
+    )
     state: dict[str, Tensor] = content["state_dict"]
     parameters = {f"{STATE_PREFIX}{name}": p for name, p in trained_parameters(pipe).items()}
     check_state(state, parameters, where)
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.requires_grad_(False).copy_(state[key])
-    # make_trainable casts trainable weights to float32, also those that `freeze` excludes.
-    for parameter, dtype in dtypes.items():
-        parameter.data = parameter.data.to(dtype)
+    for key, parameter in parameters.items():
+        # Not copied, so that a fully trained denoiser is not in memory beside the pretrained one.
+        parameter.requires_grad_(False).data = state[key].to(parameter.device, parameter.dtype)
     return pipe
 
 
@@ -188,7 +190,8 @@ def _load_base(
     name = base_model or facts.base_model
     revision = None if base_model else facts.base_revision
     if facts.base_digest and not is_dtype(torch_dtype, facts.torch_dtype):
-        _load_base(facts, None, base_model)  # digests are those of the data type of training
+        # Digests are those of the data type of training.
+        release(_load_base(facts, None, base_model))
     pipe = load_pipeline(name, revision=revision, torch_dtype=torch_dtype or facts.torch_dtype)
     if facts.base_digest and is_dtype(torch_dtype, facts.torch_dtype):
         given = base_model is not None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +38,33 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def denoiser_device(pipe: DiffusionPipeline) -> torch.device:
-    """Return the device that the pipeline's denoisers are on."""
-    denoiser = next(iter(denoisers(pipe).values()))
-    device: torch.device = next(denoiser.parameters()).device
-    return device
+    """Return the device on which the pipeline's denoisers compute."""
+    return compute_device(next(iter(denoisers(pipe).values())))
+
+
+def compute_device(network: nn.Module) -> torch.device:
+    """Return the device on which a network computes; offloading may keep its weights elsewhere."""
+    from diffusers.hooks.group_offloading import _get_group_onload_device
+
+    device = getattr(getattr(network, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    try:
+        return torch.device(_get_group_onload_device(network))
+    except ValueError:  # not offloaded
+        return next(network.parameters()).device
+
+
+def move(networks: Iterable[Any], device: torch.device) -> None:
+    """Move those of the networks to a device that are not there yet.
+
+    Quantised weights that are there can't be moved at all with some libraries.
+    """
+    for network in networks:
+        if isinstance(network, nn.Module):
+            tensors = itertools.chain(network.parameters(), network.buffers())
+            if any(tensor.device != device for tensor in tensors):
+                network.to(device)
 
 
 def select_denoisers(models: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_distill.errors import InputError
-from lit_distill.pipelines.components import denoisers, replaced_components
+from lit_distill.pipelines.components import compute_device, denoisers, replaced_components
 from lit_distill.pipelines.guidance import guidance
 from lit_distill.pipelines.hooks import (
     LoopState,
@@ -173,8 +173,9 @@ class LatentCodec:
         Returns:
             (B, 3, height, width), float32, range [0, 1].
         """
-        z = self.unpack(latents).to(self.vae.device, self.vae.dtype)
-        with torch.autocast(self.vae.device.type, enabled=False):
+        device = compute_device(self.vae)
+        z = self.unpack(latents).to(device, self.vae.dtype)
+        with torch.autocast(device.type, enabled=False):
             pixels = self.vae.decode(z, return_dict=False)[0]
         if len(self.z_shape) == 4:
             pixels = pixels[:, :, 0]
@@ -204,8 +205,9 @@ def vae_encode(
     Returns:
         (B, C, h, w), or with one frame (B, C, 1, h, w), in the VAE's data type.
     """
-    pixels = images.to(vae.device, vae.dtype) * 2 - 1
-    with torch.autocast(vae.device.type, enabled=False):
+    device = compute_device(vae)
+    pixels = images.to(device, vae.dtype) * 2 - 1
+    with torch.autocast(device.type, enabled=False):
         output = (encode or vae.encode)(pixels.unsqueeze(2) if frames else pixels)
     # AutoencoderDC is deterministic and has no distribution.
     z: Tensor = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latent

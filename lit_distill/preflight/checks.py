@@ -1,7 +1,26 @@
 """Checks, before any long work, that a pipeline can be distilled.
 
-They need only the pipeline and a prompt, and take a few samples of a few steps. A problem that a
-setting of `DirectDistill` avoids is not an error: the report names the setting.
+They need only the pipeline and a prompt. They hold no more memory than the training step that they
+guard: one sample in the training's own checkpointing mode, and otherwise single denoiser calls. A
+problem that a setting of `DirectDistill` avoids is not an error: the report names the setting.
+
+Denoiser calls for a student of K steps, recomputation apart:
+
+====================================================  =====  =======================================
+call                                                  count  question
+====================================================  =====  =======================================
+the plain ``pipe()``                                  K      what the rollout has to generate
+rollout with its gradient, in the training's mode     K      does it generate that; one call a step;
+                                                             is every parameter reached; do the last
+                                                             steps matter
+gradient of the first step, recomputed by our code    1      what checkpointing has to keep
+gradient of the first step, in the training's mode    1      does checkpointing keep it
+first step of the other prompt                        1      what a batch has to generate
+first step of a batch of two, in the training's mode  1      does it generate that, also recomputed
+====================================================  =====  =======================================
+
+That is 12 for 4 steps. A mode that is still to be chosen (auto) adds a call for each of 3 other
+modes, and a problem adds those that find what avoids it.
 """
 
 from __future__ import annotations
@@ -10,9 +29,8 @@ import fnmatch
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +39,13 @@ from lit_distill.adapters.inject import set_training_mode
 from lit_distill.compute.activation_checkpointing import MODES_BY_MEMORY, Checkpointing
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.guidance import describe_guidance
-from lit_distill.pipelines.hooks import LoopState, counted_batches, observed_scheduler
-from lit_distill.preflight.probe import Probe, norms_difference, relative_difference
+from lit_distill.pipelines.hooks import counted_batches
+from lit_distill.preflight.modes import ModeChecks, describe
+from lit_distill.preflight.probe import Norms, Rollout, relative_difference
+from lit_distill.preflight.report import Finding, Report, Verdict
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
 
 MIN_SHARE = 0.1
 """Smallest share of the latents' change after the first step that steps with a gradient must make.
@@ -37,73 +56,13 @@ all four: `benchmarks/grad_steps.py`.
 """
 
 
-Verdict = Literal["ok", "avoidable", "failed"]
-
-
-class PreflightError(RuntimeError):
-    """The pipeline failed a check; the message names check, observation and remedy."""
-
-
-class Finding(NamedTuple):
-    """The result of one check.
-
-    Attributes:
-        check: What should hold.
-        verdict: ``"ok"``, ``"avoidable"`` by the setting in `remedy`, or ``"failed"``.
-        observed: What was observed.
-        remedy: What to do about it.
-    """
-
-    check: str
-    verdict: Verdict
-    observed: str
-    remedy: str = ""
-
-
-@dataclass
-class Report:
-    """The results of all checks.
-
-    Attributes:
-        pipeline: Name of the pipeline's class.
-        findings: One entry for each check.
-        settings: Arguments of `DirectDistill` that avoid the avoidable: ``checkpointing``,
-            ``freeze``, ``train_mode``, ``rollout_batch_size``.
-        keep_gradient: Checkpointing modes that do not change the gradient.
-    """
-
-    pipeline: str
-    findings: list[Finding] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    keep_gradient: tuple[Checkpointing, ...] = MODES_BY_MEMORY
-
-    def raise_failures(self) -> None:
-        """Raise an error if any check failed that no setting avoids.
-
-        Raises:
-            PreflightError: Naming every failed check, what was observed and what to do.
-        """
-        failed = [finding for finding in self.findings if finding.verdict == "failed"]
-        if failed:
-            lines = [f"{self.pipeline} did not pass preflight:"]
-            lines += [f"  {f.check}: {f.observed}. {f.remedy}".rstrip() for f in failed]
-            raise PreflightError("\n".join(lines))
-
-    def __str__(self) -> str:
-        lines = [f"{self.pipeline}:"]
-        for finding in self.findings:
-            lines.append(f"  {finding.verdict:9}  {finding.check}: {finding.observed}")
-            if finding.remedy:
-                lines.append(f"{'':13}{finding.remedy}")
-        return "\n".join(lines)
-
-
 def preflight(
     pipe: DiffusionPipeline,
     *,
     prompt: str,
     num_inference_steps: int = 4,
     checkpointing: Checkpointing | Literal["auto"] = "none",
+    offload: bool = False,
     grad_steps: int | None = None,
     seed: int = 0,
     **call_kwargs: Any,  # noqa: ANN401
@@ -113,7 +72,7 @@ def preflight(
     1. The rollout ends in the latents of the plain `pipe()`.
     2. Without guidance there is one denoiser call a step.
     3. A batch of two prompts of different length equals two samples of one.
-    4. No checkpointing mode changes the gradient.
+    4. The checkpointing mode does not change the gradient.
     5. Every trainable parameter gets a finite gradient.
     6. What `cfg_scale` sets is reported, and whether ``guidance_scale`` is something else.
     7. The last steps, to which `grad_steps` limits the gradient, change the latents enough.
@@ -122,36 +81,42 @@ def preflight(
         pipe: The pipeline, its trainable parameters requiring gradients.
         prompt: A typical prompt.
         num_inference_steps: The student's steps: each denoiser of Wan 2.2 has only some of them.
-        checkpointing: The mode that training uses; auto: any that does not change the gradient.
+        checkpointing: The mode that training uses; auto: all modes are checked.
+        offload: Whether training stores the blocks' inputs in host memory.
         grad_steps: The last steps that the gradient goes through in training; None: all.
         seed: Seed of the noise.
         **call_kwargs: Further arguments of the pipeline's call for one sample; lists hold one
             entry. Small ``height`` and ``width`` make it quick.
 
     Returns:
-        The report; nothing is raised, and the pipeline is not changed.
+        The report; nothing is raised, and the pipeline is not changed. If memory runs out, the
+        report ends with that finding.
     """
     checks = _Checks(pipe, prompt, num_inference_steps, seed, call_kwargs)
+    checks.training = {"grad_steps": grad_steps, "offload": offload}
     report = Report(type(pipe).__name__)
-    report.findings += checks.rollout_equals_pipeline()
-    if report.findings[0].verdict == "failed":
-        return report  # the other checks build on it
-    if not any(parameter.requires_grad for _, parameter in checks.parameters):
+    if not checks.parameters:
         observed = "no parameter of the denoiser requires gradients"
         report.findings.append(Finding("something is trained", "failed", observed))
         return report
-    report.findings.append(checks.batches_equal_singles(report.settings))
-    report.findings.append(checks.checkpointing_keeps_the_gradient(checkpointing, report))
-    usable = report.settings.get("checkpointing", checkpointing)
-    mode = report.keep_gradient[0] if usable == "auto" else usable
-    report.findings.append(checks.every_parameter_is_reached(mode, report.settings))
-    report.findings.append(Finding("the kind of guidance", "ok", describe_guidance(pipe)))
-    if grad_steps is not None and grad_steps < num_inference_steps:
-        report.findings.append(checks.last_steps_matter(grad_steps))
+    try:
+        checks.run(report, checkpointing, grad_steps)
+    except torch.OutOfMemoryError:
+        remedy = (
+            "A training step needs at least as much: set model.checkpointing: nested, train at a "
+            "smaller size, or see docs/performance.md."
+        )
+        report.findings.append(
+            Finding("the training step fits", "failed", "memory ran out", remedy)
+        )
     return report
 
 
-class _Checks(Probe):
+class _Checks(ModeChecks):
+    """The questions, in the order in which their denoiser calls can be shared."""
+
+    training: dict[str, Any]
+
     def __init__(self, pipe: DiffusionPipeline, *arguments: Any) -> None:  # noqa: ANN401
         super().__init__(pipe, *arguments)
         self.modules = {
@@ -160,27 +125,62 @@ class _Checks(Probe):
             for name, module in denoiser.named_modules()
         }
 
-    def rollout_equals_pipeline(self) -> list[Finding]:
+    def run(
+        self, report: Report, chosen: Checkpointing | Literal["auto"], grad_steps: int | None
+    ) -> None:
+        """Ask all questions; the report gets findings and settings."""
         check = "the rollout generates what pipe() generates"
         try:
             expected = self.plain()
-            with counted_batches(self.pipe) as batches:
-                steps, latents = self.sample()
-                latents = torch.as_tensor(latents)
+            first, reference = self.reference()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as exception:  # any error of the pipeline is reported to the user
-            return [Finding(check, "failed", _describe(exception))]
-        error = relative_difference(latents, expected)
-        if torch.equal(latents, expected):
-            equality = Finding(check, "ok", "equal bit for bit")
-        elif error <= (1e-5 if self.is_float32 else 2e-2):
-            equality = Finding(check, "ok", f"equal up to rounding, {error:.0e}")
-        else:
-            remedy = "Train with dropout off, and with a pipeline that repeats a seed's image."
-            observed = f"two samples of a seed differ by {error:.0e}"
-            equality = Finding(check, "failed", observed, remedy)
-        return [equality, self._one_call_a_step(steps, max(batches, default=1))]
+            report.findings.append(Finding(check, "failed", describe(exception)))
+            return
+        mode = self.usable_mode(chosen, reference)
+        batch, mode = self.batches_equal_singles(mode, first, chosen, reference)
+        try:
+            with counted_batches(self.pipe) as batches:
+                sampled, norms = self._rollout(mode)
+            output = sampled.output if self.output_type == "latent" else None
+            if output is None:  # it returns no latents, or can't with gradients
+                output = self.sample()[1]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as exception:
+            report.findings.append(Finding(check, "failed", describe(exception)))
+            return
+        equality = self._equality(check, torch.as_tensor(output).detach(), expected)
+        report.findings += [equality, self._one_call_a_step(sampled, max(batches, default=1))]
+        if equality.verdict == "failed":
+            return  # the other checks build on it
+        if batch.verdict == "avoidable":
+            report.settings["rollout_batch_size"] = 1
+        report.findings += [batch, self._checkpointing(chosen, mode, report)]
+        report.findings.append(self.every_parameter_is_reached(mode, sampled, norms, report))
+        report.findings.append(Finding("the kind of guidance", "ok", describe_guidance(self.pipe)))
+        if grad_steps is not None and grad_steps < self.num_inference_steps:
+            report.findings.append(self.last_steps_matter(sampled.states, grad_steps))
 
-    def _one_call_a_step(self, steps: LoopState, batch: int) -> Finding:
+    def _rollout(self, mode: Checkpointing) -> tuple[Rollout, Norms]:
+        """Return a sample and its gradient, as in a training step with one row."""
+        offload = self.training["offload"] and mode in ("block", "selective")
+        options = self.training | {"checkpointing": mode, "offload": offload}
+        with self._record_gradientless() as self.gradientless:
+            return self.rollout_norms(**options)
+
+    def _equality(self, check: str, output: Tensor, expected: Tensor) -> Finding:
+        error = relative_difference(output, expected)
+        if torch.equal(output, expected):
+            return Finding(check, "ok", "equal bit for bit")
+        if error <= (1e-5 if self.is_float32 else 2e-2):
+            return Finding(check, "ok", f"equal up to rounding, {error:.0e}")
+        remedy = "Train with dropout off, and with a pipeline that repeats a seed's image."
+        return Finding(check, "failed", f"two samples of a seed differ by {error:.0e}", remedy)
+
+    def _one_call_a_step(self, sampled: Rollout, batch: int) -> Finding:
+        steps = sampled.steps
         check = "without guidance one denoiser call a step"
         observed = f"{steps.calls} calls in {steps.done} steps"
         observed += f", each for {batch} samples instead of one" if batch > 1 else ""
@@ -192,39 +192,24 @@ class _Checks(Probe):
         )
         return Finding(check, "failed", observed, remedy)
 
-    def checkpointing_keeps_the_gradient(self, chosen: str, report: Report) -> Finding:
+    def _checkpointing(self, chosen: str, mode: Checkpointing, report: Report) -> Finding:
         check = "checkpointing keeps the gradient"
-        # A padded prompt, because Chroma's checkpointing loses the padding's mask. Two steps detect
-        # it, and limit what mode "none" stores.
-        settings = report.settings
-        prompts = [self.short] if "rollout_batch_size" in settings else [self.prompt, self.short]
-        expected = self.gradient_norms("none", 2, prompts)
-        wrong: dict[Checkpointing, str] = {}
-        for mode in MODES_BY_MEMORY[:-1]:
-            try:
-                norms = self.gradient_norms(mode, 2, prompts)
-            except Exception as exception:  # diffusers' checkpointing raises errors of many kinds
-                wrong[mode] = _describe(exception)
-                continue
-            if (error := norms_difference(norms, expected)) > (1e-4 if self.is_float32 else 5e-3):
-                wrong[mode] = f"another gradient, by {error:.0e}"
-        report.keep_gradient = right = tuple(mode for mode in MODES_BY_MEMORY if mode not in wrong)
-        errors = [f"{mode}: {error}" for mode, error in wrong.items()]
+        report.keep_gradient = right = tuple(m for m in MODES_BY_MEMORY if m in self.right)
+        errors = [f"{wrong}: {error}" for wrong, error in self.wrong.items()]
         observed = "; ".join([f"fine: {', '.join(right)}", *errors])
-        if chosen not in wrong:
+        if chosen not in self.wrong:
             return Finding(check, "ok", observed)
-        # The mode with the least memory that recomputes no more than the chosen one.
-        settings["checkpointing"] = next(m for m in right if chosen == "nested" or m != "nested")
-        remedy = f"Set model.checkpointing: {settings['checkpointing']}."
-        return Finding(check, "avoidable", observed, remedy)
+        report.settings["checkpointing"] = mode
+        return Finding(check, "avoidable", observed, f"Set model.checkpointing: {mode}.")
 
-    def every_parameter_is_reached(self, mode: Checkpointing, settings: dict[str, Any]) -> Finding:
+    def every_parameter_is_reached(
+        self, mode: Checkpointing, sampled: Rollout, gradient: Norms, report: Report
+    ) -> Finding:
         check = "every trained parameter gets a gradient"
-        names = [name for name, _ in self.parameters]
-        with self._record_gradientless() as gradientless:
-            gradient = self.gradient_norms(mode)
+        names, settings = [name for name, _ in self.parameters], report.settings
+        gradientless = self.gradientless
         inner = bool(gradientless) and all("." in name for name in gradientless)
-        avoided = self._training_mode(mode, gradientless) if inner else None
+        avoided = self._training_mode(mode, gradientless, sampled) if inner else None
         remedies = []
         if avoided is not None:
             settings["train_mode"], gradient = avoided
@@ -247,17 +232,11 @@ class _Checks(Probe):
         verdict: Verdict = "avoidable" if dead or gradientless else "ok"
         return Finding(check, verdict, observed, " ".join(remedies))
 
-    def last_steps_matter(self, grad_steps: int) -> Finding:
+    def last_steps_matter(self, states: list[Tensor], grad_steps: int) -> Finding:
         check = "the steps with a gradient make enough of the image"
-        states: list[Tensor] = []
-
-        def record(steps: LoopState, latents: Tensor) -> Tensor:
-            states.append(latents.float())
-            return latents
-
-        with observed_scheduler(self.pipe, record):
-            self.plain()
-        changes = [(after - before).norm().item() for before, after in pairwise(states)]
+        changes = [
+            (after.float() - before.float()).norm().item() for before, after in pairwise(states)
+        ]
         # The first step's change is unknown without the noise: the share may be overestimated.
         share = sum(changes[len(changes) - grad_steps :]) / max(sum(changes), 1e-30)
         last = f"the last {grad_steps} of {len(states)}"
@@ -273,40 +252,47 @@ class _Checks(Probe):
 
     @contextmanager
     def _record_gradientless(self) -> Iterator[list[str]]:
-        """Yield the names of the outermost modules with weights that run without gradients."""
+        """Note the outermost modules with weights that only ever run without gradients.
+
+        The names are in the list once the context is left.
+        """
+        ran: dict[str, bool] = {}  # with gradients at least once, by name, in order
         names: list[str] = []
         with ExitStack() as stack:
             for name, module in self.modules.items():
 
                 def record(module: nn.Module, args: Any, name: str = name) -> None:  # noqa: ANN401
-                    inner = any(name.startswith(f"{outer}.") for outer in names)
-                    if not torch.is_grad_enabled() and not inner and name not in names:
-                        names.append(name)
+                    ran[name] = ran.get(name, False) or torch.is_grad_enabled()
 
                 if any(True for _ in module.parameters()):
                     stack.enter_context(module.register_forward_pre_hook(record))
             yield names
+        for name, with_gradients in ran.items():
+            if not with_gradients and not any(name.startswith(f"{outer}.") for outer in names):
+                names.append(name)
 
     def _training_mode(
-        self, mode: Checkpointing, gradientless: list[str]
-    ) -> tuple[list[str], list[Tensor | None]] | None:
+        self, mode: Checkpointing, gradientless: list[str], sampled: Rollout
+    ) -> tuple[list[str], Norms] | None:
         """Return modules that pass the gradient in training mode, and the gradient then.
 
         None, if the gradient still does not pass, or the samples change.
         """
         owners = {self._owner(name): None for name in gradientless}
+        if not all("." in owner for owner in owners):
+            return None  # a whole denoiser
         patterns = _patterns(list(owners), set(self.modules) - set(owners))
-        expected = self.sample()[0].latents
         set_training_mode(self.pipe, patterns)
         try:
-            with self._record_gradientless() as remaining:
-                gradient = self.gradient_norms(mode)
-            error = relative_difference(self.sample()[0].latents, expected)
+            trained, gradient = self._rollout(mode)
+            error = relative_difference(trained.latents, sampled.latents)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # its training mode does something else
             return None
         finally:
             set_training_mode(self.pipe, patterns, training=False)
-        works = not remaining and error <= (1e-5 if self.is_float32 else 2e-2)
+        works = not self.gradientless and error <= (1e-5 if self.is_float32 else 2e-2)
         return (patterns, gradient) if works else None
 
     def _owner(self, name: str) -> str:
@@ -314,26 +300,6 @@ class _Checks(Probe):
         parent = name.rpartition(".")[0]
         lists = (nn.ModuleList, nn.ModuleDict)
         return self._owner(parent) if isinstance(self.modules[parent], lists) else parent
-
-    def batches_equal_singles(self, settings: dict[str, Any]) -> Finding:
-        check = "a batch of two equals two samples of one"
-        prompts = [self.prompt, self.short]
-        try:
-            both = self.sample(prompts)[0].latents
-            singles = [self.sample([p], first=i)[0].latents for i, p in enumerate(prompts)]
-            error = relative_difference(both, torch.cat(singles))
-            if error <= (1e-3 if self.is_float32 else 1e-1):
-                return Finding(check, "ok", f"equal up to rounding, {error:.0e}")
-            observed = f"prompts of different length differ by {error:.0e}"
-        except Exception as exception:  # some pipelines take one prompt only
-            observed = _describe(exception)
-        settings["rollout_batch_size"] = 1
-        return Finding(check, "avoidable", observed, "Set model.rollout_batch_size: 1.")
-
-
-def _describe(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _patterns(names: list[str], others: set[str]) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,29 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+Norms = list[Tensor | None]
+
+
+class Rollout(NamedTuple):
+    """A whole sample.
+
+    Attributes:
+        latents: Final latents.
+        states: The latents after every step, without their graph.
+        steps: The finished loop.
+        output: What the pipeline returned; None if it could not return latents.
+    """
+
+    latents: Tensor
+    states: list[Tensor]
+    steps: LoopState
+    output: Any
+
+
+class _FirstStepDone(Exception):  # noqa: N818
+    """Stops a pipeline after its first step."""
+
+
 def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
     """Return a size of about the same shape with no side above `edge`, in multiples of 64 pixels.
 
@@ -31,6 +54,18 @@ def preflight_size(height: int, width: int, edge: int = 512) -> tuple[int, int]:
     if longest <= edge:
         return height, width
     return tuple(max(64, round(side * edge / longest / 64) * 64) for side in (height, width))  # type: ignore[return-value]
+
+
+def half_size(call_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return height and width of half the size of a call, in multiples of 64 pixels.
+
+    Two samples of it need no more memory than one of the call. Empty if there is none.
+    """
+    height, width = (call_kwargs.get(side) or 0 for side in ("height", "width"))
+    if min(height, width) < 128:
+        return {}
+    size = preflight_size(height, width, edge=max(height, width) // 2)
+    return dict(zip(("height", "width"), size, strict=True))
 
 
 def other_prompt(prompt: str) -> str:
@@ -68,6 +103,7 @@ class Probe:
         short: A prompt of another length.
         is_float32: Whether the arithmetic is float32.
         parameters: The trainable parameters, with their names.
+        small: Height and width of samples that are stopped after a step; empty: as all samples.
         output_type: What the pipeline returns if nothing is trained: ``"latent"`` if it can.
     """
 
@@ -87,6 +123,7 @@ class Probe:
         self.seed = seed
         self.is_float32 = all(d.dtype == torch.float32 for d in denoisers(pipe).values())
         self.call_kwargs = call_kwargs
+        self.small = half_size(call_kwargs)
         self.parameters = list(trained_parameters(pipe).items())
 
     def arguments(self, prompts: Sequence[str] = (), first: int = 0) -> dict[str, Any]:
@@ -116,47 +153,99 @@ class Probe:
         """Sample without gradients; return the finished loop and what the pipeline returned."""
         return run_pipeline(self.pipe, cfg_scale=1.0, **self.arguments(prompts, first))
 
+    def first_step(
+        self,
+        prompts: Sequence[str] = (),
+        first: int = 0,
+        **options: Any,  # noqa: ANN401
+    ) -> Tensor:
+        """Return the latents after one step of a sample of size `small`: one denoiser call."""
+        reached: list[Tensor] = []
+
+        def stop(steps: LoopState, latents: Tensor) -> Tensor:
+            reached.append(latents)
+            raise _FirstStepDone
+
+        arguments = self.arguments(prompts, first) | self.small | {"output_type": "latent"}
+        with suppress(_FirstStepDone):
+            run_pipeline(self.pipe, cfg_scale=1.0, on_step=stop, **arguments, **options)
+        if not reached:
+            raise RuntimeError(f"{type(self.pipe).__name__} never called scheduler.step")
+        return reached[0]
+
+    def all_steps(self, **options: Any) -> Rollout:  # noqa: ANN401
+        """Return a whole sample, its last latents with their graph."""
+        states: list[Tensor] = []
+
+        def record(steps: LoopState, latents: Tensor) -> Tensor:
+            states.append(latents.detach())
+            return latents
+
+        arguments = self.arguments() | {"output_type": "latent"}
+        steps, output = run_pipeline(
+            self.pipe, cfg_scale=1.0, on_step=record, **arguments, **options
+        )
+        return Rollout(steps.latents, states, steps, output)
+
+    def _backward(self, latents: Tensor) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        weights = torch.randn(latents.shape, generator=generator).to(latents.device)
+        with torch.enable_grad():
+            loss = (latents.float() * weights).sum()
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _own_gradients(self) -> Iterator[None]:
+        """Restore the parameters' previous gradients on exit."""
+        previous = [parameter.grad for _, parameter in self.parameters]
+        for _, parameter in self.parameters:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for (_, parameter), gradient in zip(self.parameters, previous, strict=True):
+                parameter.grad = gradient
+
     @contextmanager
     def gradient(
-        self,
-        checkpointing: Checkpointing,
-        grad_steps: int | None = None,
-        prompts: Sequence[str] = (),
+        self, checkpointing: Checkpointing, grad_steps: int | None = None
     ) -> Iterator[list[Tensor | None]]:
         """Yield every parameter's gradient of a sample; None: no gradient reached it.
 
         The parameters' previous gradients are restored on exit.
         """
-        previous = [parameter.grad for _, parameter in self.parameters]
-        for _, parameter in self.parameters:
-            parameter.grad = None
-        try:
+        with self._own_gradients():
             with torch.enable_grad():
-                steps, _ = run_pipeline(
-                    self.pipe,
-                    cfg_scale=1.0,
-                    checkpointing=checkpointing,
-                    grad_steps=grad_steps,
-                    **self.arguments(prompts) | {"output_type": "latent"},
-                )
-                latents = steps.latents.float()
-                generator = torch.Generator().manual_seed(self.seed)
-                weights = torch.randn(latents.shape, generator=generator).to(latents.device)
-                loss = (latents * weights).sum()
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+                sampled = self.all_steps(checkpointing=checkpointing, grad_steps=grad_steps)
+            self._backward(sampled.latents)
+            del sampled  # and what is left of its graph
             yield [parameter.grad for _, parameter in self.parameters]
-        finally:
-            for (_, parameter), gradient in zip(self.parameters, previous, strict=True):
-                parameter.grad = gradient
 
-    def gradient_norms(self, *options: Any) -> list[Tensor | None]:  # noqa: ANN401
-        """Return the norm of every parameter's gradient, for the options of `gradient`.
+    def rollout_norms(self, **options: Any) -> tuple[Rollout, Norms]:  # noqa: ANN401
+        """Return a sample, without its graph, and the norm of every parameter's gradient."""
+        with self._own_gradients():
+            with torch.enable_grad():
+                sampled = self.all_steps(**options)
+            self._backward(sampled.latents)
+            sampled.steps.latents = sampled.latents.detach()
+            return sampled._replace(latents=sampled.steps.latents), self._norms()
+
+    def first_step_norms(self, **options: Any) -> tuple[Tensor, Norms]:  # noqa: ANN401
+        """Return the latents after the first step, and the norm of every gradient through it."""
+        with self._own_gradients():
+            with torch.enable_grad():
+                latents = self.first_step(**options)
+            self._backward(latents)
+            return latents.detach(), self._norms()
+
+    def _norms(self) -> Norms:
+        """Return the norm of every parameter's gradient; None: no gradient reached it.
 
         Norms are compared, and not gradients, so that only one gradient of a large model is held.
         """
-        with self.gradient(*options) as gradient:
-            return [None if each is None else full_tensor(each.float().norm()) for each in gradient]
+        gradients = (parameter.grad for _, parameter in self.parameters)
+        return [None if g is None else full_tensor(g.float().norm()) for g in gradients]
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

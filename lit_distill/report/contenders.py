@@ -83,6 +83,25 @@ class ContenderResult:
         return self.seconds / self.timed_images
 
 
+def estimate_teacher_seconds(results: list[ContenderResult], batches: list[Batch]) -> None:
+    """Set the teacher's time, whose images are stored, by what other samples have taken.
+
+    Teacher and undistilled pipeline are the same weights: a denoiser call takes the same time.
+
+    Args:
+        results: The teacher's first, all others complete.
+        batches: The held-out rows.
+    """
+
+    def calls(result: ContenderResult) -> int:
+        return sum(result.contender.denoiser_calls(batch) for batch in batches)
+
+    teacher, *others = results
+    longest = max((r for r in others if r.contender.kind == "undistilled"), key=calls)
+    teacher.seconds = longest.seconds_per_image * calls(teacher) / calls(longest)
+    teacher.timed_images = 1
+
+
 @dataclass
 class ContenderConfig:
     """A further contender, as users describe it under ``compare``.

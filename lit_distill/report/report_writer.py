@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,15 @@ from lit_distill.errors import InputError
 from lit_distill.evaluation.contact_sheet import to_pil
 from lit_distill.evaluation.evaluator import EvaluationBatch
 from lit_distill.evaluation.metrics import latent_mse
-from lit_distill.report.contenders import Contender, ContenderConfig, ContenderResult
+from lit_distill.report.contenders import (
+    Contender,
+    ContenderConfig,
+    ContenderResult,
+    estimate_teacher_seconds,
+)
 from lit_distill.report.html_report import FILES, image_file, write_report
 from lit_distill.report.run_info import describe_run, teacher_settings, usage_snippet
-from lit_distill.report.sampling import HeldOutBatch, sample_held_out
+from lit_distill.report.sampling import HeldOutBatch, Samples, sample_held_out
 from lit_distill.training.direct_distill import DirectDistill
 
 MANIFEST_FILE = ".lit_distill_report.json"
@@ -95,6 +101,7 @@ class ReportWriter(Callback):
                 target_latents=latents.cpu(),
                 target=(target * 255).round().byte().cpu(),
                 undistilled_mse=undistilled_mse.cpu(),
+                samples=_known_samples(pl_module, outputs, batch),
             )
         )
 
@@ -122,6 +129,7 @@ class ReportWriter(Callback):
             records: list[dict[str, Any]] = []
             for result in results:
                 records += self._sample(result, trainer, pl_module, draft_folder)
+            estimate_teacher_seconds(results, [rows.batch for rows in self.held_out])
             rows = pd.DataFrame(_gathered(records)).sort_values(["row", "way"], ignore_index=True)
             if trainer.is_global_zero:
                 facts = describe_run(trainer, pl_module, len(rows["row"].unique()))
@@ -174,24 +182,38 @@ class ReportWriter(Callback):
         self, result: ContenderResult, trainer: pl.Trainer, module: DirectDistill, out: Path
     ) -> list[dict[str, Any]]:
         """Sample the rows, fill in the result, save the images, and return a record of each row."""
-        evaluation = module.validator.evaluation.fresh()
-        teacher = result.contender.kind == "teacher"
         records: list[dict[str, Any]] = []
-        if teacher:  # its images are stored
+        if result.contender.kind == "teacher":  # its images are stored
             for rows in self.held_out:
                 records += _record(result, rows, None, to_pil(rows.target.float() / 255), out)
-        # The teacher samples two batches again. This gives its time, and its latent MSE shows
-        # whether it is the one that made the pairs.
-        held_out = self.held_out[:2] if teacher else self.held_out
+            return records
+        evaluation = module.validator.evaluation.fresh()
         precision = trainer.precision_plugin.forward_context
-        for rows, samples, images in sample_held_out(result, module, held_out, precision):
+        for rows, samples, images in sample_held_out(result, module, self.held_out, precision):
             evaluation.update(samples.select(rows.new), rows.batch["num_inference_steps"])
-            if not teacher:
-                records += _record(result, rows, samples, images, out)
+            records += _record(result, rows, samples, images, out)
         module.release_undistilled()
-        values = evaluation.compute()
-        result.values = {"latent_mse": values["latent_mse"]} if teacher else values
+        result.values = evaluation.compute()
         return records
+
+
+def _known_samples(
+    module: DirectDistill, outputs: dict[str, Any], batch: Batch
+) -> dict[str, Samples]:
+    """Return what a test step has sampled already, so that the report does not sample it again."""
+    samples: EvaluationBatch = outputs["samples"]
+    known = {}
+    latents = {"student": samples.latents, "undistilled": outputs["undistilled"]}
+    images = {"student": samples.preds}
+    for kind, sampled in latents.items():
+        if sampled is None:
+            continue
+        started = time.perf_counter()
+        decoded = images.get(kind)
+        pictures = to_pil(module.decode(sampled, batch) if decoded is None else decoded)
+        seconds = outputs["seconds"][kind] + time.perf_counter() - started
+        known[kind] = Samples(sampled.cpu(), pictures, seconds)
+    return known
 
 
 def _record(

@@ -16,11 +16,28 @@ from torch import Tensor
 from lit_distill.data.batch import Batch
 from lit_distill.errors import InputError
 from lit_distill.evaluation.evaluator import EvaluationBatch
+from lit_distill.pipelines.release import release
+from lit_distill.pipelines.stages import enable_offload
 from lit_distill.report.contenders import Contender, ContenderResult
 from lit_distill.training.direct_distill import DirectDistill
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of a batch that were needed before the report, so that it does not repeat them.
+
+    Attributes:
+        latents: Final latents, (B, ...), on the CPU.
+        images: B images.
+        seconds: Wall time, decoding included.
+    """
+
+    latents: Tensor
+    images: list[Image.Image]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class HeldOutBatch:
         target_latents: The teacher's final latents, (B, ...), float32.
         target: The teacher's images, (B, 3, H, W), uint8.
         undistilled_mse: Latent MSE of the undistilled pipeline, (B,).
+        samples: Samples at the rows' own settings, of ``student`` and perhaps ``undistilled``.
     """
 
     batch: Batch
@@ -40,6 +58,7 @@ class HeldOutBatch:
     target_latents: Tensor
     target: Tensor
     undistilled_mse: Tensor
+    samples: dict[str, Samples]
 
 
 def sample_held_out(
@@ -62,29 +81,43 @@ def sample_held_out(
         A batch, its samples beside the teacher's, and its images.
     """
     contender = result.contender
-    with _pipeline(contender, module) as pipe, precision() if pipe is None else nullcontext():
-        settings: dict[str, Any] = {
-            "pipe": pipe,
-            "num_inference_steps": contender.num_inference_steps,
-            "cfg_scale": contender.cfg_scale,
-            "undistilled": contender.kind in ("teacher", "undistilled"),
-        }
-        if len(held_out) == 1:
-            module.sample(held_out[0].batch, **settings)
+    weights = module.undistilled() if contender.kind == "undistilled" else nullcontext()
+    with (
+        _pipeline(contender, module) as pipe,
+        precision() if pipe is None else nullcontext(),
+        weights,
+    ):
         for index, rows in enumerate(held_out):
-            started = time.perf_counter()
-            latents, images = module.sample(rows.batch, **settings)
-            # The images are on the host, so all work on the device is done.
-            if index > 0 or len(held_out) == 1:
-                result.seconds += time.perf_counter() - started
+            samples = _sample(contender, module, rows, pipe)
+            latents, images = samples.latents.to(module.device), samples.images
+            if index > 0 or len(held_out) == 1:  # the first batch is slower than the others
+                result.seconds += samples.seconds
                 result.timed_images += len(images)
-            # The target of a video is its first frame.
-            images = [image[0] if isinstance(image, list) else image for image in images]
             # By name: `load_student` returns a subclass with the same name.
             same_space = pipe is None or type(pipe).__name__ == type(module.pipe).__name__
             comparable = same_space and latents.shape == rows.target_latents.shape
             preds = _pixels(images, rows.target, result.label)
             yield rows, _evaluation_batch(rows, latents, preds, comparable), images
+
+
+def _sample(
+    contender: Contender, module: DirectDistill, rows: HeldOutBatch, pipe: DiffusionPipeline | None
+) -> Samples:
+    """Return a contender's samples of a batch: those that exist, or new ones."""
+    if contender.num_inference_steps is None and contender.kind in rows.samples:
+        return rows.samples[contender.kind]
+    started = time.perf_counter()
+    latents, images = module.sample(
+        rows.batch,
+        pipe=pipe,
+        num_inference_steps=contender.num_inference_steps,
+        cfg_scale=contender.cfg_scale,
+    )
+    # The images are on the host, so all work on the device is done.
+    seconds = time.perf_counter() - started
+    # The target of a video is its first frame.
+    images = [image[0] if isinstance(image, list) else image for image in images]
+    return Samples(latents.cpu(), images, seconds)
 
 
 @contextmanager
@@ -94,12 +127,17 @@ def _pipeline(contender: Contender, module: DirectDistill) -> Iterator[Diffusion
         yield None
         return
     pipe = contender.load()
-    module.pipe.to("cpu")
+    offloaded = module.offload != "none"
+    if offloaded:
+        enable_offload(pipe, module.device, module.offload)
+    else:
+        module.pipe.to("cpu")
     try:
-        yield pipe.to(module.device)
+        yield pipe if offloaded else pipe.to(module.device)
     finally:
-        pipe.to("cpu")
-        module.pipe.to(module.device)
+        release(pipe)
+        if not offloaded:
+            module.pipe.to(module.device)
 
 
 def _pixels(images: list[Image.Image], target: Tensor, label: str) -> Tensor:

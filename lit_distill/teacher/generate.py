@@ -22,6 +22,8 @@ from lit_distill.data.latents_file import LATENTS_KEY, SIGMAS_KEY, TRAJECTORY_KE
 from lit_distill.data.schema import call_key
 from lit_distill.data.whole_folders import locked
 from lit_distill.errors import InputError
+from lit_distill.pipelines.components import move
+from lit_distill.pipelines.stages import Denoised, Offload, check_offload
 from lit_distill.pipelines.trajectory import TrajectoryRecorder
 from lit_distill.teacher.finished import check_sample
 from lit_distill.teacher.pair_writer import METADATA_FILE, PairWriter
@@ -34,14 +36,23 @@ from lit_distill.teacher.provenance import (
     record_pipeline,
     record_settings,
 )
+from lit_distill.teacher.staged import StagedTeacher
 from lit_distill.teacher.teacher import Teacher, student_sigmas
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+DECODED_TOGETHER = 16
+"""Batches that are denoised before they are decoded, if the VAE is offloaded meanwhile."""
+
+
 def generate_pairs(
-    trainer: pl.Trainer, teacher: Teacher, pairs: list[Pair], out: str | Path
+    trainer: pl.Trainer,
+    teacher: Teacher,
+    pairs: list[Pair],
+    out: str | Path,
+    offload: Offload = "none",
 ) -> Path:
     """Generate the targets of `pairs` and write a data set for `DistillDataModule`.
 
@@ -53,6 +64,8 @@ def generate_pairs(
         pairs: The pairs to generate.
         out: Local folder to write to: ``images/``, ``latents/``, ``metadata.csv``,
             ``provenance.json``, and ``inputs/``, copies of the pictures that come with prompts.
+        offload: Which components are on the device together: none: all; model: encoders, then
+            denoisers, then the VAE; group: the same, but only a layer of the denoisers at a time.
 
     Returns:
         Path of the CSV.
@@ -65,17 +78,18 @@ def generate_pairs(
     """
     if is_url(str(out)):
         raise InputError(f"out must be a local folder, got {out!r}; copy it there once complete")
+    check_offload(offload, trainer.strategy.root_device)
     writer = PairWriter(teacher, pairs, Path(out))
     writer.check_texts()
     with ExitStack() as stack:
         if trainer.is_global_zero:
             writer.create_folders()
             stack.enter_context(locked(writer.out))
-        _write_pairs(trainer, writer)
+        _write_pairs(trainer, writer, offload)
     return writer.out / METADATA_FILE
 
 
-def _write_pairs(trainer: pl.Trainer, writer: PairWriter) -> None:
+def _write_pairs(trainer: pl.Trainer, writer: PairWriter, offload: Offload) -> None:
     """Generate what is missing, and write the table."""
     # Process 0 creates the folders before any process generates.
     record_settings(writer, write=trainer.is_global_zero)
@@ -89,7 +103,7 @@ def _write_pairs(trainer: pl.Trainer, writer: PairWriter) -> None:
                 f"{', '.join(damaged[:5])}{', ...' if damaged[5:] else ''}"
             )
     if writer.unfinished():
-        trainer.predict(_GenerateModule(writer), return_predictions=False)
+        trainer.predict(_GenerateModule(writer, offload), return_predictions=False)
     if trainer.is_global_zero:
         missing = len(writer.unfinished())
         if missing:
@@ -104,9 +118,12 @@ class _GenerateModule(pl.LightningModule):
 
     pipe: DiffusionPipeline
 
-    def __init__(self, writer: PairWriter) -> None:
+    def __init__(self, writer: PairWriter, offload: Offload) -> None:
         super().__init__()
         self.writer = writer
+        self.offload = offload
+        self.staged: StagedTeacher | None = None
+        self.denoised: list[tuple[list[Pair], Denoised, list[dict[str, Tensor]]]] = []
         self.teacher = writer.teacher
         buckets: dict[Any, list[Pair]] = {}
         for pair in writer.pairs:
@@ -134,7 +151,8 @@ class _GenerateModule(pl.LightningModule):
         self.pipe = self.teacher.load()
 
     def on_predict_start(self) -> None:
-        self.pipe.to(self.device)
+        if self.offload == "none":
+            move(self.pipe.components.values(), self.device)
         if self.teacher.store_trajectory:
             self.sigmas = {
                 self.teacher.size(pair): student_sigmas(self.teacher, self.pipe, pair)
@@ -144,19 +162,51 @@ class _GenerateModule(pl.LightningModule):
             facts = pipeline_facts(self.teacher, self.pipe, self.examples)
             record_pipeline(self.writer.out, facts)
         self.started = time.monotonic()
+        if self.offload != "none":
+            options = (self.device, self.offload, self.share())
+            self.staged = StagedTeacher(self.teacher, self.pipe, *options)
+
+    def share(self) -> list[list[Pair]]:
+        """Return the batches of this process."""
+        return self.remaining[self.trainer.global_rank :: self.trainer.world_size]
 
     def predict_dataloader(self) -> Any:  # noqa: ANN401
-        share = self.remaining[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(share, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(self.share(), batch_size=None, collate_fn=list)  # type: ignore[arg-type]
 
     def predict_step(self, batch: list[Pair], batch_idx: int) -> None:
         recorder = TrajectoryRecorder() if self.teacher.store_trajectory else None
-        latents, images = self.teacher.sample(self.pipe, batch, recorder)
+        if self.staged is None:
+            latents, images = self.teacher.sample(self.pipe, batch, recorder)
+            self._write(batch, images, self._tensors(batch, latents, recorder))
+            return
+        denoised = self.staged.denoise(batch, recorder)
+        tensors = self._tensors(batch, denoised.latents, recorder)
+        self.denoised.append((batch, denoised, tensors))
+        if len(self.denoised) == DECODED_TOGETHER:
+            self._decode()
+
+    def on_predict_epoch_end(self) -> None:
+        """Decode what is left."""
+        self._decode()
+
+    def _decode(self) -> None:
+        for batch, denoised, tensors in self.denoised:
+            assert self.staged is not None
+            self._write(batch, self.staged.decode(batch, denoised), tensors)
+        self.denoised.clear()
+
+    def _tensors(
+        self, batch: list[Pair], latents: Tensor, recorder: TrajectoryRecorder | None
+    ) -> list[dict[str, Tensor]]:
+        """Return the tensors to write for each pair."""
         files = [{LATENTS_KEY: final} for final in latents]
         if recorder is not None:
             path = recorder.trajectory().at(self.sigmas[self.teacher.size(batch[0])])
             for tensors, states in zip(files, path.states.transpose(0, 1), strict=True):
                 tensors |= {TRAJECTORY_KEY: states, SIGMAS_KEY: path.sigmas}
+        return files
+
+    def _write(self, batch: list[Pair], images: list[Any], files: list[dict[str, Tensor]]) -> None:
         pairs = self.writer.with_input_paths(batch)
         samples = list(zip(pairs, images, files, strict=True))
         checked = getattr(self.pipe, "safety_checker", None) is not None

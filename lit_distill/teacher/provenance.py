@@ -187,8 +187,11 @@ def pipeline_facts(
 def _model_digests(teacher: Teacher, pipe: DiffusionPipeline) -> dict[str, str]:
     """Return a digest of each denoiser and, if there is one, of the LoRA fused into them.
 
-    The sums of weights and LoRA don't count, since their last bits depend on the machine.
+    The sums of weights and LoRA don't count, since their last bits depend on the machine. Nor do
+    quantised weights, whose digests would be those of the library's layout.
     """
+    if teacher.quantization:
+        return {}
     lora = read_lora(teacher.lora, pipe) if teacher.lora else {}
     digests = {
         name: model_digest(network, without={f"{module}.weight" for module in lora.get(name, {})})

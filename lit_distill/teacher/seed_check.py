@@ -19,7 +19,9 @@ from lit_distill.data.filesystem import parent
 from lit_distill.data.images import read_image
 from lit_distill.data.latents_file import LATENTS_KEY, read_latents
 from lit_distill.errors import InputError
+from lit_distill.pipelines.components import move
 from lit_distill.pipelines.loading import DTYPES
+from lit_distill.pipelines.release import release
 from lit_distill.teacher.prompts import Pair
 from lit_distill.teacher.provenance import (
     PIPELINE_KEY,
@@ -257,8 +259,11 @@ class PairChecker:
             teacher.scheduler,
         )
         if self._loaded[0] != key:
-            self._loaded = (None, None)  # two pipelines may not fit into memory
-            self._loaded = (key, teacher.load().to(self.device))
+            if self._loaded[1] is not None:
+                release(self._loaded[1])  # two pipelines may not fit into memory
+            self._loaded = (None, None)
+            self._loaded = (key, teacher.load())
+            move(self._loaded[1].components.values(), self.device)
         pipe: DiffusionPipeline = self._loaded[1]
         return pipe
 

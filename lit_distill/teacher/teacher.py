@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_distill.adapters.weights import load_base_pipeline
+from lit_distill.compute.quantization import quantization_config
 from lit_distill.data.batch import collate_calls, open_pictures
 from lit_distill.errors import InputError
 from lit_distill.pipelines.components import (
@@ -21,6 +22,7 @@ from lit_distill.pipelines.components import (
     silent_diffusers,
 )
 from lit_distill.pipelines.hooks import StepCallback, read_schedule
+from lit_distill.pipelines.loading import denoiser_classes
 from lit_distill.pipelines.rollout import sample
 from lit_distill.teacher.prompts import Pair, Size
 
@@ -52,6 +54,7 @@ class Teacher:
         student_scheduler: Fields of the scheduler's configuration that the student changes.
         student_sigmas: The student's `sigmas`, if it sets them.
         store_trajectory: Also store the states at the noise levels of the student's steps.
+        quantization: The denoisers' weights in fewer bits: see `quantization_config`.
     """
 
     model: str
@@ -72,6 +75,7 @@ class Teacher:
     student_scheduler: dict[str, Any] | None = None
     student_sigmas: list[float] | None = None
     store_trajectory: bool = False
+    quantization: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -101,13 +105,18 @@ class Teacher:
         Raises:
             InputError: If diffusers has no such scheduler.
         """
+        options: dict[str, Any] = {}
+        if self.quantization:
+            classes = denoiser_classes(self.model, self.revision)
+            options["quantization_config"] = quantization_config(self.quantization, classes)
         pipe = load_base_pipeline(
             {
                 "pretrained_model_name_or_path": self.model,
                 "revision": self.revision,
                 "torch_dtype": self.torch_dtype,
                 "teacher_lora": self.lora,
-            }
+            },
+            **options,
         )
         if self.scheduler is not None:
             cls = _scheduler_class(self.scheduler)
@@ -133,26 +142,39 @@ class Teacher:
         Raises:
             InputError: If the pipeline generates another size than requested.
         """
-        size = self.size(pairs[0])
         with nullcontext() if self.scheduler is None else silent_diffusers():  # see load
-            latents, images = sample(
-                pipe,
-                num_inference_steps=self.num_inference_steps,
-                cfg_scale=self.cfg_scale,
-                generator=[torch.Generator(self.rand_device).manual_seed(p.seed) for p in pairs],
-                prompt=[pair.prompt for pair in pairs],
-                on_step=on_step,
-                **({} if size is None else {"height": size[0], "width": size[1]}),
-                **self.call_kwargs,
-                **collate_calls([open_pictures(pair.call) for pair in pairs]),
-            )
+            latents, images = sample(pipe, on_step=on_step, **self.call(pairs))
+        self.check_size(pipe, pairs, images)
+        return latents, images
+
+    def call(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """Return the arguments of `sample` for a batch, with new generators."""
+        size = self.size(pairs[0])
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "cfg_scale": self.cfg_scale,
+            "generator": [torch.Generator(self.rand_device).manual_seed(p.seed) for p in pairs],
+            "prompt": [pair.prompt for pair in pairs],
+            **({} if size is None else {"height": size[0], "width": size[1]}),
+            **self.call_kwargs,
+            **collate_calls([open_pictures(pair.call) for pair in pairs]),
+        }
+
+    def check_size(
+        self, pipe: DiffusionPipeline, pairs: Sequence[Pair], images: Sequence[Any]
+    ) -> None:
+        """Check that the images of a batch have the size that was asked for.
+
+        Raises:
+            InputError: If the pipeline has generated another size.
+        """
+        size = self.size(pairs[0])
         width, height = (images[0][0] if isinstance(images[0], list) else images[0]).size
         if size is not None and (height, width) != size:
             raise InputError(
                 f"{type(pipe).__name__} generates {height}x{width} (height x width) when asked for "
                 f"{size[0]}x{size[1]}: both sides must be multiples of what the pipeline needs"
             )
-        return latents, images
 
 
 def _scheduler_class(name: str) -> Any:  # noqa: ANN401

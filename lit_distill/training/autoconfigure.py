@@ -17,12 +17,14 @@ from lit_distill.data.batch import Batch
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.pipelines.hooks import read_schedule
 from lit_distill.pipelines.rollout import rollout
-from lit_distill.preflight.checks import Finding, Report, preflight
-from lit_distill.preflight.memory import choose_checkpointing
+from lit_distill.planning.auto_checkpointing import choose_checkpointing
 from lit_distill.preflight.probe import Probe, relative_difference
-from lit_distill.training.first_row import first_batch, preflight_call, untargeted_batch
+from lit_distill.preflight.report import Finding, Report
+from lit_distill.training.first_row import first_batch, untargeted_batch
 from lit_distill.training.placement import place
+from lit_distill.training.preflight_once import preflight_once
 from lit_distill.training.settings import Settings
+from lit_distill.training.step_planner import step_planner
 from lit_distill.training.student import Student
 from lit_distill.training.student_loader import StudentLoader
 
@@ -45,29 +47,16 @@ def autoconfigure(student: Student, data: DistillDataModule, trainer: pl.Trainer
     settings = student.settings
     modes = MODES_BY_MEMORY
     if settings.preflight:
-        report = _check(student, data, trainer)
+        report = preflight_once(student, data, trainer)
+        # After preflight, which has placed the encoders where training runs.
+        _check_last_step(student, first_batch(data))
+        _check_sizes(student, data)
         settings = _avoid_findings(student, report)
         modes = report.keep_gradient
     if settings.checkpointing == "auto":
         mode = _fastest_checkpointing(student, data, trainer, modes)
         settings = replace(settings, checkpointing=mode)
     return settings
-
-
-def run_preflight(student: Student, trainer: pl.Trainer, **call: Any) -> Report:  # noqa: ANN401
-    """Return the report of preflight, on the trainer's device and in its precision."""
-    place(student.pipe, trainer.strategy.root_device)
-    settings = student.settings
-    with trainer.precision_plugin.forward_context(), student.precision():
-        return preflight(
-            student.pipe,
-            **{
-                "checkpointing": settings.checkpointing,
-                "grad_steps": settings.grad_steps,
-                **(settings.call_kwargs or {}),
-                **call,
-            },
-        )
 
 
 def quantization_error(student: Student, trainer: pl.Trainer, **call: Any) -> Finding:  # noqa: ANN401
@@ -99,21 +88,6 @@ def _gradient(student: Student, trainer: pl.Trainer, call: dict[str, Any]) -> Te
     forward = trainer.precision_plugin.forward_context()
     with forward, student.precision(), probe.gradient("step") as gradient:
         return torch.cat([each.flatten().float().cpu() for each in gradient if each is not None])
-
-
-def _check(student: Student, data: DistillDataModule, trainer: pl.Trainer) -> Report:
-    """Return preflight's report.
-
-    Raises:
-        PreflightError: If a check fails that no setting avoids.
-        ValueError: If the pipeline can't generate the size of an image.
-    """
-    report = run_preflight(student, trainer, **preflight_call(student, data))
-    report.raise_failures()
-    # After preflight, which has placed the encoders and encoded this prompt where training runs.
-    _check_last_step(student, first_batch(data))
-    _check_sizes(student, data)
-    return report
 
 
 def _avoid_findings(student: Student, report: Report) -> Settings:
@@ -150,6 +124,7 @@ def _check_last_step(student: Student, batch: Batch) -> None:
     )
 
 
+@torch.no_grad()
 def _check_sizes(student: Student, data: DistillDataModule) -> None:
     """Learn the codec of every size of image targets: bad sizes are refused before training."""
     for dataset in (data.train_set, data.val_set):
@@ -164,20 +139,9 @@ def _fastest_checkpointing(
     modes: tuple[Checkpointing, ...],
 ) -> Checkpointing:
     """Return the fastest mode that fits the device's memory, the same on all processes; log it."""
-    assert data.train_set is not None
-    rows = data.train_set.columns
-    call = preflight_call(student, data)
-    pixels = call.get("height", 0) * call.get("width", 0)
-    largest = float((rows["height"] * rows["width"]).max())
-    scale = data.batch_size * (largest / pixels if pixels else 1.0)
-    del call["num_inference_steps"]
-    steps = int(rows["num_inference_steps"].max())
-    device = trainer.strategy.root_device
-    place(student.pipe, device)
-    with trainer.precision_plugin.forward_context(), student.precision():
-        probe = Probe(student.pipe, call.pop("prompt"), steps, 0, call)
-        grad_steps = min(student.settings.grad_steps or steps, steps)
-        choice = choose_checkpointing(probe, device, modes, scale, grad_steps)
+    place(student.pipe, trainer.strategy.root_device)
+    planner = step_planner(student, data, trainer)
+    choice = choose_checkpointing(planner, trainer.strategy.root_device, modes)
     choice = trainer.strategy.broadcast(choice)
     log = rank_zero_info if choice.fits else rank_zero_warn
     log(f"model.checkpointing: auto chooses {choice.mode}; {choice.reason}")

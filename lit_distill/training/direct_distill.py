@@ -88,9 +88,10 @@ class DirectDistill(ResumableModule):
             modules that compute without gradients in evaluation mode (HiDream's experts).
         rollout_batch_size: Samples that are generated together; null: the whole batch. 1 is for
             pipelines that pad prompts of different length without masking the padding.
-        preflight: Check before training, with a few small samples, that the pipeline can be
+        preflight: Check before training, with a few denoiser calls, that the pipeline can be
             distilled. Where the settings prevent it, checkpointing, freeze, train_mode and
-            rollout_batch_size are changed, with a warning.
+            rollout_batch_size are changed, with a warning. A result in data.cache_dir of the same
+            model and settings is used again; always: check in any case.
         compile: Compile the denoiser's repeated blocks with torch.compile.
         attention_backend: Attention backend, by its name in diffusers' dispatcher: native,
             _native_cudnn, _native_flash, flash, _flash_3, ...; null: diffusers' default. Applies to
@@ -131,7 +132,7 @@ class DirectDistill(ResumableModule):
         freeze: list[str] | None = None,
         train_mode: list[str] | None = None,
         rollout_batch_size: int | None = None,
-        preflight: bool = True,
+        preflight: bool | Literal["always"] = True,
         compile: bool = False,
         attention_backend: str | None = None,
         quantization: dict[str, Any] | None = None,
@@ -261,7 +262,7 @@ class DirectDistill(ResumableModule):
 
     def on_validation_start(self) -> None:
         """Place the pipeline, including the VAE, which images need, and start the clock."""
-        self.placement.place(self.device, vae=True)
+        self.placement.place(self.device, vae=True, offload=self.offload)
         self.validator.start()
 
     on_test_start = on_predict_start = on_validation_start

@@ -15,7 +15,7 @@ from lit_distill.encoding.encode_ahead import encode_ahead
 from lit_distill.encoding.encode_once import EncodeOnce, encoded_image
 from lit_distill.encoding.store import EncodingStore
 from lit_distill.pipelines.components import denoisers
-from lit_distill.preflight.probe import other_prompt, trial_arguments
+from lit_distill.preflight.probe import half_size, other_prompt, trial_arguments
 from lit_distill.training.first_row import preflight_call
 from lit_distill.training.placement import place_encoders
 
@@ -48,6 +48,7 @@ def encode_dataset(
             denoiser.to("cpu")
     place_encoders(pipe, device)
     once = EncodeOnce(pipe, EncodingStore(data.cache_dir))
+    student.encoders_digest = once.namespace
     datasets = [dataset for dataset in (data.train_set, data.val_set) if dataset is not None]
     encode_ahead(
         once,
@@ -69,7 +70,8 @@ def _encode_preflight(once: EncodeOnce, student: Student, data: DistillDataModul
     """Encode the prompts that preflight is going to sample."""
     call = preflight_call(student, data)
     prompt = call.pop("prompt")
-    for prompts in ([prompt], [prompt, other_prompt(prompt)]):
-        with suppress(EncodingCollateError):  # preflight reports it
-            once.populate(cfg_scale=1.0, **trial_arguments(prompts, **call))
+    for size in ({}, half_size(call)):
+        for prompts in ([prompt], [prompt, other_prompt(prompt)]):
+            with suppress(EncodingCollateError):  # preflight reports it
+                once.populate(cfg_scale=1.0, **trial_arguments(prompts, **call | size))
     once.store.flush()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lit_distill.pipelines.components import denoisers, replaced_components
+from lit_distill.pipelines.components import denoisers, move, replaced_components
+from lit_distill.pipelines.stages import Offload, enable_offload
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -16,16 +17,12 @@ if TYPE_CHECKING:
 
 def place(pipe: DiffusionPipeline, device: torch.device) -> None:
     """Move all components to the device, also those that Lightning does not know."""
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.to(device)
+    move(pipe.components.values(), device)
 
 
 def place_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
     """Move everything but the denoisers to the device."""
-    for name, component in pipe.components.items():
-        if isinstance(component, nn.Module) and name not in denoisers(pipe):
-            component.to(device)
+    move((c for name, c in pipe.components.items() if name not in denoisers(pipe)), device)
 
 
 class Placement:
@@ -41,8 +38,14 @@ class Placement:
         self.vae = vae
         self._restored = ExitStack()
 
-    def place(self, device: torch.device, *, vae: bool) -> None:
-        """Move all components to the device; with `vae` also a released VAE, into the pipeline."""
+    def place(self, device: torch.device, *, vae: bool, offload: Offload = "none") -> None:
+        """Move all components to the device; with `vae` also a released VAE, into the pipeline.
+
+        With `offload` they stay in host memory, and diffusers moves them when they compute.
+        """
+        if offload != "none":
+            enable_offload(self.pipe, device, offload)
+            return
         if vae and self.vae is not None and getattr(self.pipe, "vae", None) is not self.vae:
             self._restored.enter_context(replaced_components(self.pipe, vae=self.vae))
         place(self.pipe, device)

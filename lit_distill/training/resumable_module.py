@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from lit_distill.errors import InputError
 from lit_distill.training.checkpoint_io import AtomicCheckpointIO, check_state, read_checkpoint
+from lit_distill.training.offloaded_module import OffloadedModule
 from lit_distill.training.resume import (
     ResumeState,
     is_fitting,
@@ -31,7 +32,7 @@ SPAWNED = (
 )
 
 
-class ResumableModule(pl.LightningModule):
+class ResumableModule(OffloadedModule):
     """Writes and reads checkpoints; knows nothing about what is trained.
 
     Attributes:

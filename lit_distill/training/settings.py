@@ -50,7 +50,7 @@ class Settings:
     freeze: list[str]
     train_mode: list[str]
     rollout_batch_size: int | None
-    preflight: bool
+    preflight: bool | Literal["always"]
     compile: bool
     attention_backend: str | None
     quantization: dict[str, Any] | None
@@ -135,6 +135,10 @@ def _check_ranges(settings: Settings) -> None:
     if settings.checkpointing != "auto" or settings.offload_activations:
         check_mode(settings.checkpointing, settings.offload_activations)
     batch_size, sigmas = settings.rollout_batch_size, settings.sigmas
+    if settings.preflight not in (True, False, "always"):
+        raise InputError(
+            f"model.preflight must be true, false or always, got {settings.preflight!r}"
+        )
     if batch_size is not None and batch_size < 1:
         raise InputError(f"model.rollout_batch_size must be >= 1, got {batch_size}")
     if sigmas is not None and not (sigmas and _falling([*sigmas, 0.0])):

@@ -42,6 +42,7 @@ class Student:
         base_digest: Digests of the pretrained denoisers, by name; empty if they are quantised.
 
     Attributes:
+        encoders_digest: Digest of the encoders, if what they encode is stored in a folder.
         pretrained_scheduler: The scheduler that the pipeline came with, which its teacher uses.
 
     Raises:
@@ -64,9 +65,10 @@ class Student:
         self.pipe = pipe
         self.settings = settings
         self.base_digest = base_digest or {}
+        self.encoders_digest = ""
         self.pretrained_scheduler = pipe.scheduler
         pipe.scheduler = override_scheduler_config(pipe, settings.scheduler)
-        self._sharded = sharded
+        self.sharded = sharded
         self._codecs: dict[tuple[int, int] | None, LatentCodec] = {}
 
     def compile(self) -> None:
@@ -77,7 +79,7 @@ class Student:
 
     def precision(self) -> AbstractContextManager[Any]:
         """Disable a trainer's autocast where the denoiser itself computes in half precision."""
-        compiled = self.settings.compile and not self._sharded
+        compiled = self.settings.compile and not self.sharded
         if self.settings.torch_dtype == "float32" or compiled:
             return nullcontext()
         return torch.autocast(denoiser_device(self.pipe).type, enabled=False)

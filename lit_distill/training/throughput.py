@@ -11,28 +11,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from lit_distill.data.batch import Batch, split_batch
 from lit_distill.errors import InputError
+from lit_distill.planning.counter import CPU_ATTENTION
 from lit_distill.training.direct_distill import DirectDistill
-
-
-def _attention(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
-    query, key, value = shapes[:3]
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _attention_backward(*shapes: Any, **kwargs: Any) -> int:  # noqa: ANN401
-    gradient, query, key, value = shapes[:4]
-    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
-
-
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-"""For `FlopCounterMode`, which only counts attention on GPUs."""
 
 
 class TrainingMonitor(Callback):

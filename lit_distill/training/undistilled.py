@@ -6,10 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lit_distill.adapters.inject import adapters_disabled
-from lit_distill.pipelines.components import denoiser_device, denoisers, replaced_components
+from lit_distill.pipelines.components import (
+    denoiser_device,
+    denoisers,
+    move,
+    replaced_components,
+)
+from lit_distill.pipelines.release import break_cycles
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,7 +39,11 @@ class UndistilledWeights:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Compute with the pretrained weights until the context is left."""
+        """Compute with the pretrained weights until the context is left.
+
+        A second denoiser takes the place of the student's on the device, which is in host memory
+        meanwhile; with several processes, whose strategies refer to the weights, it is beside it.
+        """
         if self.load is None:
             with adapters_disabled(nn.ModuleDict(denoisers(self.pipe))):
                 yield
@@ -40,10 +51,21 @@ class UndistilledWeights:
         if not self._denoisers:
             self._denoisers = denoisers(self.load())
             for denoiser in self._denoisers.values():
-                denoiser.to(denoiser_device(self.pipe)).requires_grad_(False)
-        with replaced_components(self.pipe, **self._denoisers):
-            yield
+                denoiser.requires_grad_(False)
+        device, host = denoiser_device(self.pipe), torch.device("cpu")
+        own = [] if torch.distributed.is_initialized() else list(denoisers(self.pipe).values())
+        move(own, host)
+        move(self._denoisers.values(), device)
+        try:
+            with replaced_components(self.pipe, **self._denoisers):
+                yield
+        finally:
+            if own:
+                move(self._denoisers.values(), host)
+            move(own, device)
 
     def release(self) -> None:
         """Free the second denoiser; it is loaded again at the next use."""
+        for denoiser in self._denoisers.values():
+            break_cycles(denoiser)
         self._denoisers.clear()

@@ -83,21 +83,32 @@ class Validator:
         """Sample held-out rows and add them to the evaluation, each row once over all processes.
 
         Returns:
-            ``samples``, an `EvaluationBatch`, and ``new``, the positions of rows that count.
+            ``samples``, an `EvaluationBatch`; ``new``, the positions of rows that count;
+            ``undistilled``, latents of the undistilled pipeline, or None where its error is known;
+            and ``seconds``, the time of ``student`` (with decoding, if images are needed) and
+            ``undistilled`` (without).
         """
         own = row_keys(batch, module.student.digest())
         keys = _gather(module, torch.tensor(own, device=module.device))
-        target = self._target(module, batch, own)
-        latents = module.student_rollout(batch).float()
-        loss = module.compare(latents, target, batch)
-        samples = EvaluationBatch(batch["prompt"], latents, target, loss=loss)
-        samples.undistilled_mse = self._undistilled_mse(module, batch, target, keys)
+        samples = EvaluationBatch(batch["prompt"], target_latents=self._target(module, batch, own))
+        target = samples.target_latents
+        assert target is not None
+        if self.evaluation.needs_images:  # learns the codec, whose time is not the student's
+            samples.target = module.decode(target, batch)
+        clock = _Clock(module.device)
+        samples.latents = latents = module.student_rollout(batch).float()
         if self.evaluation.needs_images:
             samples.preds = module.decode(latents, batch)
-            samples.target = module.decode(target, batch)
+        seconds = {"student": clock.seconds()}
+        samples.loss = module.compare(latents, target, batch)
+        clock = _Clock(module.device)
+        undistilled = self._undistilled(module, batch, target, keys)
+        seconds["undistilled"] = clock.seconds()
+        kept = [self.undistilled_mse[key] for key in keys[module.global_rank].tolist()]
+        samples.undistilled_mse = torch.tensor(kept, device=module.device)
         new = self.evaluation.claim(keys.tolist(), module.global_rank)
         self.evaluation.update(samples.select(new), batch["num_inference_steps"])
-        return {"samples": samples, "new": new}
+        return {"samples": samples, "new": new, "undistilled": undistilled, "seconds": seconds}
 
     def log(self, module: pl.LightningModule, stage: str) -> dict[str, float]:
         """Log the values of all rows as ``<stage>_<name>``, and the seconds taken; start anew.
@@ -128,17 +139,39 @@ class Validator:
             known.update(zip(keys, module.teacher_target(batch).cpu(), strict=True))
         return torch.stack([known[key] for key in keys]).to(module.device)
 
-    def _undistilled_mse(
+    def _undistilled(
         self, module: ValidatedModule, batch: Batch, target: Tensor, keys: Tensor
-    ) -> Tensor:
-        """Return the undistilled pipeline's latent MSE of each row, (B,); sampled once a row."""
+    ) -> Tensor | None:
+        """Sample the undistilled pipeline, once a row, and note its latent MSE.
+
+        Returns:
+            Its latents, (B, ...); None if all rows' errors are known.
+        """
         known, rows = self.undistilled_mse, keys.flatten().tolist()
-        if any(key not in known for key in rows):
-            with module.undistilled():
-                error = latent_mse(module.student_rollout(batch), target)
-            known.update(zip(rows, _gather(module, error).flatten().tolist(), strict=True))
-        kept = [known[key] for key in keys[module.global_rank].tolist()]
-        return torch.tensor(kept, device=module.device)
+        if all(key in known for key in rows):
+            return None
+        with module.undistilled():
+            latents = module.student_rollout(batch)
+        errors = _gather(module, latent_mse(latents, target))
+        known.update(zip(rows, errors.flatten().tolist(), strict=True))
+        return latents
+
+
+class _Clock:
+    """Measures wall time, the device's work included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.started = self._now()
+
+    def seconds(self) -> float:
+        """Return the time since it was made."""
+        return self._now() - self.started
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def row_keys(batch: Batch, sampling: str = "") -> list[int]:

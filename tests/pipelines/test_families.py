@@ -111,7 +111,7 @@ def test_preflight_finds_what_is_wrong_and_nothing_else(name):
     report.raise_failures()
     assert report.findings[0].observed == "equal bit for bit"
     if "checkpointing" not in FOUND.get(name, {}):
-        assert report.findings[3].observed == "fine: nested, step, block, selective, none"
+        assert report.findings[3].observed == "fine: block"
     settings = dict(report.settings)
     patterns = settings.pop("freeze", [])
     expected = dict(FOUND.get(name, {}))

@@ -13,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 import lit_distill.adapters.weights
 from lit_distill import DirectDistill, DistillDataModule
-from lit_distill.preflight.checks import PreflightError, preflight
+from lit_distill.preflight.checks import preflight
+from lit_distill.preflight.report import PreflightError
 from lit_distill.teacher.generate import generate_pairs
 from lit_distill.teacher.prompts import Prompt, plan_pairs
 from lit_distill.teacher.teacher import Teacher

@@ -7,9 +7,10 @@ from lit_distill import DirectDistill, DistillDataModule
 from lit_distill.adapters.inject import trained_parameters
 from lit_distill.cli import main
 from lit_distill.encoding.encode_once import EncodeOnce
-from lit_distill.preflight.checks import PreflightError
-from lit_distill.training import autoconfigure
-from lit_distill.training.autoconfigure import quantization_error, run_preflight
+from lit_distill.preflight.report import PreflightError
+from lit_distill.training import preflight_once
+from lit_distill.training.autoconfigure import quantization_error
+from lit_distill.training.preflight_once import run_preflight
 
 CALL = {"prompt": "a red seven on a blue background", "num_inference_steps": 4}
 CALL |= {"height": 32, "width": 32}
@@ -36,8 +37,8 @@ def test_a_last_of_few_steps_with_nothing_to_do_is_warned_of_once_the_prompt_is_
 ):
     """A text encoder must not run on the host before preflight has placed it."""
     placed = []
-    place = autoconfigure.place
-    monkeypatch.setattr(autoconfigure, "place", lambda *args: (placed.append(True), place(*args)))
+    place = preflight_once.place
+    monkeypatch.setattr(preflight_once, "place", lambda *args: (placed.append(True), place(*args)))
     original = EncodeOnce.encode
 
     def encode(*args):

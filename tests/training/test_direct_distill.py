@@ -14,7 +14,8 @@ import lit_distill.adapters.weights
 from lit_distill import DirectDistill, DistillDataModule, export_student, load_student
 from lit_distill.adapters.inject import adapters_disabled, default_target_modules, make_trainable
 from lit_distill.data.batch import NO_TARGET, split_batch
-from lit_distill.preflight.checks import PreflightError, preflight
+from lit_distill.preflight.checks import preflight
+from lit_distill.preflight.report import PreflightError
 from lit_distill.training.lr_scheduler import WarmupCosine
 
 
