@@ -19,6 +19,7 @@ from lit_distill.commands.checkpoint_settings import checkpoint_model
 from lit_distill.commands.export import export
 from lit_distill.commands.fit import SaveFitConfig, TrainingSize, fit
 from lit_distill.commands.generate import generate
+from lit_distill.commands.init import init
 from lit_distill.commands.parser import CommandParser
 from lit_distill.commands.plan import plan
 from lit_distill.commands.plot import plot
@@ -40,13 +41,15 @@ from lit_distill.version import __version__
 EXPECTED_ERRORS = (InputError, PreflightError, ExportError, OSError, FloatingPointError)
 """Errors whose message says what a user can do; anything else is a fault of the program."""
 
-
 PARSER = {
     "prog": "lit-distill",
     "version": __version__,
     "description": "Distil any diffusers pipeline into one that needs a few steps and no guidance.",
 }
 """Arguments of the program's parser; a subcommand's has its own description."""
+
+WITHOUT_TRAINER = {"init": init}
+"""Subcommands that take neither model nor data nor trainer."""
 
 
 class CommandTrainer(pl.Trainer):
@@ -72,15 +75,20 @@ class DistillCLI(LightningCLI):
         """Return the subcommands, each with its arguments that are not options."""
         names = ("generate", "check", "preflight", "plan", "plot", "export")
         context = {"model", "datamodule", "trainer_settings", "configs"}
-        added = {name: context for name in names}
+        added = dict.fromkeys(names, context)
         return {**LightningCLI.subcommands(), **added}
 
     def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super()._add_subcommands(parser, **kwargs)
+        for name, command in WITHOUT_TRAINER.items():
+            plain = CommandParser(description=(command.__doc__ or "").partition("\n")[0])
+            plain.add_function_arguments(command)
+            parser._subcommands_action.add_subcommand(name, plain, help=plain.description)
+            self._subcommand_parsers[name] = plain
         parser.commands = self._subcommand_parsers
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:  # noqa: ANN401
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser: Any = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         arguments = inspect.signature(getattr(klass, subcommand)).parameters.values()
         parser.required = {each.name for each in arguments if each.default is each.empty}
         return parser
@@ -125,9 +133,21 @@ class DistillCLI(LightningCLI):
         settings = {subcommand: {"model": checkpoint_model(config.ckpt_path, config)}}
         self.config = self.parser.parse_object(settings, self.config)
 
-    def before_instantiate_classes(self) -> None:
-        """Hide the bars of a pipeline's parts where the console is to be quiet."""
-        console.hide_loading_bars()
+    def _set_seed(self) -> None:
+        if self.subcommand not in WITHOUT_TRAINER:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Create trainer, model and data, where the subcommand takes them."""
+        if self.subcommand not in WITHOUT_TRAINER:
+            console.hide_loading_bars()
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand in WITHOUT_TRAINER:
+            WITHOUT_TRAINER[subcommand](**self.config[subcommand].as_dict())
+        else:
+            super()._run_subcommand(subcommand)
 
     def _instantiate_trainer(
         self, config: dict[str, Any], callbacks: list[pl.Callback]

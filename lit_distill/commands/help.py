@@ -1,7 +1,7 @@
 """`--help`: the settings that people use, a line each; `--help all` has every one.
 
-The long help is jsonargparse's own, which reads docstrings and types. It fills ten screens, most
-of them with Lightning's Trainer, so the short help names what a first training needs.
+jsonargparse's own help begins with a screen of brackets, and does not list the settings of the
+model and of the data, whose classes can be replaced.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from docstring_parser import parse
 from jsonargparse import DefaultHelpFormatter
 
 from lit_distill.data.datamodule import DistillDataModule
@@ -107,8 +108,15 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 """What the short help of a subcommand lists beside its own options."""
 
-ORDER = "init plan preflight generate check fit validate test play predict export plot".split()
+ORDER = (
+    *("init", "plan", "preflight", "generate", "check", "fit"),
+    *("validate", "test", "play", "predict", "export", "plot"),
+)
 """Subcommands in the order of their use."""
+
+SEED = "seed of the initial weights of a LoRA"
+RARE = {"validate": {"verbose"}, "test": {"verbose"}, "predict": {"return_predictions"}}
+"""Options of subcommands that come with Lightning, and that only the long help lists."""
 
 
 class ShowHelp(argparse._HelpAction):
@@ -128,12 +136,16 @@ class ShowHelp(argparse._HelpAction):
         """Print it and exit."""
         if values not in (None, "all"):
             parser.error(f"--help takes nothing, or all; got {values}")
-        print(short_help(parser) if values is None else parser.format_help().rstrip())
+        print(short_help(parser) if values is None else long_help(parser))
         parser.exit()
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """jsonargparse's formatter; of many known classes it names this package's."""
+    """jsonargparse's formatter, as of ``--model.help``; of many classes it names this package's."""
+
+    def add_usage(self, usage: str | None, *args: Any, **options: Any) -> None:  # noqa: ANN401
+        """Print no list of all options: it comes below."""
+        super().add_usage(usage or "%(prog)s [options]", *args, **options)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = super()._get_help_string(action)
@@ -142,84 +154,122 @@ class HelpFormatter(DefaultHelpFormatter):
 
 def _few(match: re.Match[str]) -> str:
     names = match[1].split(", ")
-    ours = [name for name in names if name.startswith("lit_distill.")]
     if len(names) <= 5:
         return match[0]
-    kept = ours or names[:3]
-    return f", classes: {', '.join(kept)} and {len(names) - len(kept)} others"
+    ours = [name for name in names if re.fullmatch(r"lit_distill\.\w+", name)] or names[:3]
+    return f", classes: {', '.join(ours)} and {len(names) - len(ours)} others"
 
 
 def short_help(parser: CommandParser) -> str:
     """Return the short help of the program or of one of its subcommands."""
-    program = parser.prog.replace(" [options]", "")
     if parser.commands:
-        return _program_help(parser, program)
-    name = program.rpartition(" ")[2]
-    lines = [f"usage: {program} [--config FILE] [options]", "", *_wrapped(parser.description), ""]
-    lines += ["Options:", *_own_options(parser)]
-    lines += _line("--config FILE", "YAML file of settings; options after it take precedence")
-    for title, names in GROUPS.get(name, {}).items():
+        return _program_help(parser)
+    lines = _usage(parser)
+    for title, names in GROUPS.get(_command(parser), {}).items():
         lines += ["", f"{title}:"]
         for setting in names.split():
-            lines += _line(f"--{setting}", _explained(setting))
-    lines += ["", *_wrapped(f"Everything else: {program} --help all")]
+            lines += _line(f"--{setting}", SETTINGS[setting] + _default(parser, setting))
+    if _command(parser) in GROUPS:
+        lines += ["", f"Everything else: {_program(parser)} --help all"]
     return "\n".join(lines)
 
 
-def _program_help(parser: CommandParser, program: str) -> str:
+def long_help(parser: CommandParser) -> str:
+    """Return every option of a subcommand, and every setting with its docstring."""
+    if parser.commands:
+        return _program_help(parser)
+    lines = _usage(parser, every=True)
+    for section, owner in SECTIONS.items() if _command(parser) in GROUPS else ():
+        lines += ["", f"{section.capitalize()} ({owner.__module__}.{owner.__qualname__}):"]
+        texts = _docstring(owner)
+        for name in inspect.signature(owner).parameters:
+            setting, text = f"{section}.{name}", texts.get(name, "")
+            lines += _line(f"--{setting}", text + _default(parser, setting))
+    return "\n".join(lines)
+
+
+def _docstring(owner: type) -> dict[str, str]:
+    """Return what the docstring of a class or of its constructor says of each argument."""
+    sources = (inspect.getdoc(owner), inspect.getdoc(owner.__init__))  # type: ignore[misc]
+    params = [param for source in sources for param in parse(source or "").params]
+    return {param.arg_name: _plain(param.description or "") for param in params}
+
+
+def _plain(text: str) -> str:
+    """Return a text without the marks of reStructuredText and what `_default` says."""
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text)
+    return re.sub(r"\s*Default: \S+$", "", re.sub(r"``|\*\*", "", text))
+
+
+def _program(parser: CommandParser) -> str:
+    return parser.prog.replace(" [options]", "")
+
+
+def _command(parser: CommandParser) -> str:
+    return _program(parser).rpartition(" ")[2]
+
+
+def _program_help(parser: CommandParser) -> str:
     order = {name: index for index, name in enumerate(ORDER)}
-    lines = [f"usage: {program} COMMAND [options]", "", *_wrapped(parser.description), ""]
+    lines = [f"usage: {_program(parser)} COMMAND [options]", "", *_wrapped(parser.description), ""]
     lines += ["Commands, in the order of their use:"]
-    for name in sorted(parser.commands, key=lambda name: order.get(name, len(order))):
-        text = textwrap.wrap(str(parser.commands[name].description), WIDTH - 16)
-        lines += [f"    {name:12}{text[0]}", *(" " * 16 + line for line in text[1:])]
-    lines += [
-        "",
-        "Options:",
-        *_line("COMMAND --help", "what a command takes; --help all: all of it"),
-    ]
-    lines += _line("--verbose", "also print the messages of other libraries")
+    for name in sorted(parser.commands, key=order.__getitem__):
+        text = textwrap.wrap(str(parser.commands[name].description), WIDTH - 14)
+        lines += [f"  {name:11}{text[0]}", *(" " * 13 + line for line in text[1:])]
+    lines += ["", "Options:", *_line("COMMAND --help", "the settings that people use")]
+    lines += _line("COMMAND --help all", "every setting of a command")
+    lines += _line("--verbose", "print the messages of other libraries, too")
     lines += _line("--debug", "print the traceback of an error")
     lines += _line("--version", "print the version")
     return "\n".join(lines)
 
 
-def _own_options(parser: CommandParser) -> list[str]:
-    """Return the lines of a subcommand's options that are no settings of a section."""
-    lines = []
+def _usage(parser: CommandParser, every: bool = False) -> list[str]:
+    """Return usage, description and a subcommand's own options, which belong to no section."""
+    command = _command(parser)
+    lines = [f"usage: {_program(parser)} [options]", "", *_wrapped(parser.description), ""]
+    lines += ["Options:"]
+    hidden = {"help", "config", "print_config", "weights_only"}
+    hidden |= {action.dest.partition(".")[0] for action in parser._actions if "." in action.dest}
+    hidden |= set() if every else RARE.get(command, set())
+    if command in GROUPS:
+        lines += _line("--config FILE", "settings as YAML; options after it take precedence")
     for action in parser._actions:
         name = action.dest
-        known = {*SECTIONS, "help", "config", "print_config", "weights_only"}
-        if "." in name or name in known or not action.option_strings or not action.help:
+        seed = name == "seed_everything"
+        if "." in name or name in hidden or not action.help or (seed and command != "fit"):
             continue
-        sentence = re.split(r"\.(?:\s|$)", str(action.help))[0]
-        sentence = SEED if name == "seed_everything" else sentence[0].lower() + sentence[1:]
+        text = SEED if seed else str(action.help) if every else _first_sentence(str(action.help))
         required = " (required)" if name in parser.required else ""
-        lines += _line(f"--{name}", sentence + required + _default(action.default))
+        lines += _line(f"--{name}", text + required + _default(parser, name))
+    if every and command in GROUPS:
+        lines += _line("--print_config", "print all settings as YAML, and exit")
     return lines
 
 
-SEED = "seed of initial weights"
+def _first_sentence(text: str) -> str:
+    text = re.split(r"\.(?:\s|$)|,? e\.g\.", text)[0]
+    return text[0].lower() + text[1:] if text[1:2].islower() or text[1:2] == " " else text
 
 
-def _explained(setting: str) -> str:
-    section, _, name = setting.partition(".")
-    default = inspect.signature(SECTIONS[section]).parameters[name].default
-    return SETTINGS[setting] + _default(default)
-
-
-def _default(value: Any) -> str:  # noqa: ANN401
+def _default(parser: CommandParser, setting: str) -> str:
     """Return a default in brackets, "" where there is nothing to say of it."""
-    plain = isinstance(value, int | float | str) and not isinstance(value, bool)
-    return f" [{value:g}]" if plain and isinstance(value, float) else f" [{value}]" if plain else ""
+    section, _, name = setting.partition(".")
+    value = {action.dest: action.default for action in parser._actions}.get(setting)
+    if section in SECTIONS and value is None:  # the model's and the data's
+        value = inspect.signature(SECTIONS[section]).parameters[name].default
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return ""
+    return f" [{value:g}]" if isinstance(value, float) else f" [{value}]"
 
 
 def _line(name: str, text: str) -> list[str]:
-    """Return a setting and its explanation, on two lines if the name is long."""
-    wrapped = textwrap.wrap(text, WIDTH - COLUMN - 1)
+    """Return a setting and its explanation, on further lines if they are long."""
+    wrapped = textwrap.wrap(text, WIDTH - COLUMN - 1, break_on_hyphens=False) or [""]
+    further = [" " * COLUMN + line for line in wrapped]
     if len(name) > COLUMN - 4:
-        return [f"  {name}", *(" " * COLUMN + line for line in wrapped)]
-    return [f"  {name:{COLUMN - 2}}{wrapped[0]}", *(" " * COLUMN + line for line in wrapped[1:])]
+        return [f"  {name}", *further]
+    return [f"  {name:{COLUMN - 2}}{wrapped[0]}".rstrip(), *further[1:]]
 
 
 def _wrapped(text: str | None) -> list[str]:

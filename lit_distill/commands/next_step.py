@@ -18,6 +18,17 @@ def print_next(*arguments: str | Path) -> None:
     print(f"\nNext:\n{command_line([str(argument) for argument in arguments])}")
 
 
+def settings_of(model: str | None, configs: Sequence[str]) -> list[str]:
+    """Return the options that name a pipeline again, as its user has named it.
+
+    Args:
+        model: Hub id or folder of the pipeline.
+        configs: Configuration files that were given.
+    """
+    files = [part for path in configs for part in ("--config", path)]
+    return files or ["--model.pretrained_model_name_or_path", str(model)]
+
+
 def print_fit(metadata_path: str | Path, model: str | None, configs: Sequence[str] = ()) -> None:
     """Print the command that trains on a table.
 
@@ -26,15 +37,15 @@ def print_fit(metadata_path: str | Path, model: str | None, configs: Sequence[st
         model: Hub id or folder of the pipeline, if it is known.
         configs: Configuration files that the user works with.
     """
+    settings = settings_of(model, configs)
     if configs:
-        files = [part for path in configs for part in ("--config", path)]
-        print_next("fit", *files, "--data.metadata_path", metadata_path)
+        print_next("fit", *settings, "--data.metadata_path", metadata_path)
     elif model:
-        settings = ["--model.pretrained_model_name_or_path", model, "--model.lora", "{r: 32}"]
+        settings += ["--model.lora", "{r: 32}"]
         data = ["--data.metadata_path", metadata_path, "--data.val_fraction", "0.1"]
         print_next("fit", *settings, *data, "--trainer.max_steps", "1000")
     else:
-        print_next("init", "--data", f"{{metadata_path: {metadata_path}}}")
+        print_next("init", "--metadata_path", metadata_path)
 
 
 def command_line(arguments: Sequence[str]) -> str:

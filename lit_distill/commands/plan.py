@@ -5,10 +5,11 @@ from __future__ import annotations
 import json as json_files
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_distill.commands.next_step import print_next, settings_of
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.errors import InputError
 from lit_distill.training.direct_distill import DirectDistill
@@ -22,6 +23,7 @@ def plan(
     model: DirectDistill,
     datamodule: DistillDataModule,
     trainer_settings: Mapping[str, Any] | None = None,
+    configs: Sequence[str] = (),
     *,
     gpu: str | None = None,
     memory_gb: float | None = None,
@@ -46,6 +48,7 @@ def plan(
         model: The pipeline and what trains.
         datamodule: The table, if it exists already: sizes, steps and number of rows; batch_size.
         trainer_settings: Devices, strategy, callbacks, epochs.
+        configs: Configuration files that were given.
         gpu: The card: h100, a100-80gb, l40s, rtx4090 or rtx5090; default: h100.
         memory_gb: Memory of the card in GiB, if it is none of these.
         tflops: Its speed in dense bfloat16 TFLOPS.
@@ -91,6 +94,7 @@ def plan(
     print(render(found))
     if json is not None:
         _write(found.as_dict(), Path(json))
+    print_next("preflight", *settings_of(model.settings.model_name(), configs))
 
 
 def _write(values: dict[str, Any], path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 
-from lit_distill.commands.next_step import print_next
+from lit_distill.commands.next_step import print_next, settings_of
 from lit_distill.training.autoconfigure import quantization_error
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.preflight_once import run_preflight
@@ -45,6 +45,5 @@ def preflight(
         report.findings.append(quantization_error(model.student, trainer, **call))
     print(report)
     report.raise_failures()
-    files = [part for path in configs for part in ("--config", path)]
-    files = files or ["--model.pretrained_model_name_or_path", model.settings.model_name()]
-    print_next("generate", *files, "--prompts", "prompts.txt", "--out", "data/train")
+    settings = settings_of(model.settings.model_name(), configs)
+    print_next("generate", *settings, "--prompts", "prompts.txt", "--out", "data/train")
