@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 from lit_distill.commands.next_step import print_next
@@ -47,7 +48,8 @@ def init(
         line = r"(?m)^(  metadata_path: )\S+.*$"
         text = re.sub(line, lambda match: match[1] + _quoted(metadata_path), text)
     write_file(str(path), text.encode())
-    print(f"configuration: {path}\n{text.splitlines()[0].removeprefix('# ')}")
+    about = text.removeprefix("# ").replace("\n# ", " ").partition(". ")[0]
+    print(f"configuration: {path}\n{textwrap.fill(about, 79)}")
     print_next("plan", "--config", path)
 
 
