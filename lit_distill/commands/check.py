@@ -57,7 +57,7 @@ def check(
             device = trainer.strategy.root_device
             pairs, steps = check_pairing(path, table, model, device, pairing)
             print(pairs.drop(columns="alike").to_string(index=False))
-            print(f"seeds: {pairs['alike'].sum()} of {len(pairs)} rows are those of their seeds")
+            print(f"seeds: {pairs['alike'].sum()} of {len(pairs)} rows are as their seeds generate")
             if steps:
                 print(f"teacher's steps: {steps}")
             passed &= bool(pairs["alike"].all())

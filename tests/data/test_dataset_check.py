@@ -125,7 +125,7 @@ def test_pairs_are_generated_again_with_the_recorded_teacher(pairs, capsys):
     assert lines[0].split() == ["row", "target", "error", "finding"]
     assert [line.split()[0] for line in lines[1:4]] == ["2", "6", "9"]
     assert all(line.endswith("its seed generates it") for line in lines[1:4])
-    assert lines[4] == "seeds: 3 of 3 rows are those of their seeds"
+    assert lines[4] == "seeds: 3 of 3 rows are as their seeds generate"
     assert lines[5].startswith("teacher's steps: 10: error ")
 
 
@@ -169,7 +169,7 @@ def test_a_wrong_seed_is_found(copy, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "wrong seed: seed 1000000 generates it" in lines[-3]
     assert "wrong seed: seed 1000007 generates it" in lines[-2]
-    assert lines[-1] == "seeds: 0 of 2 rows are those of their seeds"
+    assert lines[-1] == "seeds: 0 of 2 rows are as their seeds generate"
 
 
 def test_wrong_settings_are_found(pairs, copy):
