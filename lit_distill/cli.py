@@ -17,6 +17,7 @@ from lit_distill.commands.checkpoint_settings import checkpoint_model
 from lit_distill.commands.export import export
 from lit_distill.commands.generate import generate
 from lit_distill.commands.parser import CommandParser
+from lit_distill.commands.play import play
 from lit_distill.commands.plot import plot
 from lit_distill.commands.predict import predict
 from lit_distill.commands.preflight import preflight
@@ -42,6 +43,7 @@ class CommandTrainer(pl.Trainer):
     preflight = preflight
     plot = staticmethod(plot)
     export = export
+    play = play
     test = test  # type: ignore[assignment]
     predict = predict  # type: ignore[assignment]
 
@@ -52,7 +54,7 @@ class DistillCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, each with its arguments that are not options."""
-        names = ("generate", "check", "preflight", "plot", "export")
+        names = ("generate", "check", "preflight", "plot", "export", "play")
         added = {name: {"model", "datamodule"} for name in names}
         return {**LightningCLI.subcommands(), **added}
 
@@ -81,7 +83,7 @@ class DistillCLI(LightningCLI):
         # On fit, Lightning would silently prefer the checkpoint's settings to the command line's.
         subcommand = self.config.get("subcommand")
         config = self.config.get(str(subcommand), {})
-        if subcommand in (None, "fit", "export", "plot") or not config.get("ckpt_path"):
+        if subcommand in (None, "fit", "export", "play", "plot") or not config.get("ckpt_path"):
             return
         settings = {subcommand: {"model": checkpoint_model(config.ckpt_path, config)}}
         self.config = self.parser.parse_object(settings, self.config)
