@@ -28,7 +28,8 @@ class Browser:
         self._from, its_out = os.pipe()
         options = f"--headless --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage \
             --remote-debugging-pipe --user-data-dir={self._profile.name} \
-            --window-size={width},{height} --host-resolver-rules='MAP * ~NOTFOUND, EXCLUDE 127.0.0.1'"
+            --window-size={width},{height} \
+            --host-resolver-rules='MAP * ~NOTFOUND, EXCLUDE 127.0.0.1'"
         self._process = subprocess.Popen(
             ["bash", "-c", f"exec {CHROMIUM} {options} about:blank 3<&{its_in} 4>&{its_out}"],
             pass_fds=(its_in, its_out),
