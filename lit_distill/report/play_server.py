@@ -107,8 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = json.loads(self.rfile.read(length))
             if not isinstance(wanted, dict):
                 raise InputError("the request must be a mapping, as the page sends it")
-            names = ("contender", "prompt", "seed", "steps")
-            return 200, self.server.playground.sample(*(wanted.get(name) for name in names))
+            values: list[Any] = [wanted.get(k) for k in ("contender", "prompt", "seed", "steps")]
+            return 200, self.server.playground.sample(*values)
         except (InputError, json.JSONDecodeError) as error:
             return 400, {"error": str(error)}
         except Exception as error:  # of the pipeline: the page shows it, the terminal has it all

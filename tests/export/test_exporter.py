@@ -128,7 +128,8 @@ def test_an_edit_pipeline_samples_its_rows_with_their_pictures(folder, tmp_path)
         "call": {},
     }
     export_student(content, tmp_path / "out")
-    assert "image=YOUR_IMAGE" in (tmp_path / "out/README.md").read_text()
+    given = str(tmp_path / "given.png")
+    assert f"image=load_image({given!r})" in (tmp_path / "out/README.md").read_text()
     pipe = plain(folder("FluxKontext"))
     pipe.load_lora_weights(tmp_path / "out")
     expected = picture(model.pipe, "FluxKontext")
