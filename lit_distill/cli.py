@@ -18,6 +18,7 @@ from lit_distill.commands.export import export
 from lit_distill.commands.generate import generate
 from lit_distill.commands.parser import CommandParser
 from lit_distill.commands.plan import plan
+from lit_distill.commands.play import play
 from lit_distill.commands.plot import plot
 from lit_distill.commands.predict import predict
 from lit_distill.commands.preflight import preflight
@@ -44,6 +45,7 @@ class CommandTrainer(pl.Trainer):
     plan = staticmethod(plan)
     plot = staticmethod(plot)
     export = export
+    play = play
     test = test  # type: ignore[assignment]
     predict = predict  # type: ignore[assignment]
 
@@ -54,7 +56,7 @@ class DistillCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, each with its arguments that are not options."""
-        names = ("generate", "check", "preflight", "plan", "plot", "export")
+        names = ("generate", "check", "preflight", "plan", "plot", "export", "play")
         added = {name: {"model", "datamodule", "trainer_settings"} for name in names}
         return {**LightningCLI.subcommands(), **added}
 
@@ -91,7 +93,7 @@ class DistillCLI(LightningCLI):
         # On fit, Lightning would silently prefer the checkpoint's settings to the command line's.
         subcommand = self.config.get("subcommand")
         config = self.config.get(str(subcommand), {})
-        ignored = (None, "fit", "plan", "export", "plot")
+        ignored = (None, "fit", "plan", "export", "play", "plot")
         if subcommand in ignored or not config.get("ckpt_path"):
             return
         settings = {subcommand: {"model": checkpoint_model(config.ckpt_path, config)}}

@@ -19,6 +19,7 @@ from lit_distill.data.filesystem import parent, sha256_of
 from lit_distill.errors import InputError
 from lit_distill.export.facts import student_call_kwargs
 from lit_distill.pipelines.guidance import guidance
+from lit_distill.report.contenders import ContenderResult
 from lit_distill.teacher.provenance import METADATA_KEY, PIPELINE_KEY, read_provenance
 from lit_distill.training.checkpoint_io import read_checkpoint
 from lit_distill.training.direct_distill import DirectDistill
@@ -44,6 +45,14 @@ def teacher_settings(trainer: pl.Trainer, module: DirectDistill) -> tuple[int, f
     if len(recorded) > 1:
         return steps, cfg
     return int(recorded.iloc[0, 0]), float(recorded.iloc[0, 1])
+
+
+def report_title(module: DirectDistill, results: list[ContenderResult]) -> str:
+    """Return the title of a report: the model and its student."""
+    model = str(module.hparams["pretrained_model_name_or_path"])
+    model = Path(model).name if Path(model).exists() else model
+    student = next(result for result in results if result.contender.kind == "student")
+    return f"{model}: {student.label}"
 
 
 def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[str, Any]:
