@@ -73,7 +73,7 @@ def map_columns(
 
 
 def offer_mapping(raw: pd.DataFrame, missing: list[str], problems: Problems) -> None:
-    """Add what to set if columns are missing, but the table has likely ones.
+    """Add to the message what to set if columns are missing, but the table has likely ones.
 
     Args:
         raw: The table as it was read.
@@ -87,14 +87,14 @@ def offer_mapping(raw: pd.DataFrame, missing: list[str], problems: Problems) -> 
         if any(name in found for name in LIKELY.get(ours, ()))
     }
     if likely:
-        problems.add(
-            f"likely columns are there; if they are right, set data.columns: "
+        problems.hints.append(
+            f"Likely columns are there; if they are right, set data.columns: "
             f"{_as_yaml({**problems.columns, **likely})}"
         )
     constants = {name: v for name, v in CONSTANTS.items() if name in missing and name not in likely}
     if constants:
-        problems.add(
-            f"if all rows have the same value, set data.constants, for example "
+        problems.hints.append(
+            f"If all rows have the same value, set data.constants, for example "
             f"{_as_yaml(constants)}"
         )
 

@@ -108,6 +108,7 @@ class DistillDataModule(pl.LightningDataModule):
         self.seed = seed
         self.train_set: PairDataset | None = None
         self.val_set: PairDataset | None = None
+        self.sample_set: PairDataset | None = None  # rows that a callback samples while training
 
     def setup(self, stage: str) -> None:
         """Read and check the tables needed in `stage` (fit, validate, test or predict)."""

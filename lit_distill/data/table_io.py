@@ -38,12 +38,14 @@ class Problems:
 
     Attributes:
         rows: Numbers of the rows with a problem.
+        hints: Sentences to end the message with.
     """
 
     def __init__(self, path: str | Path, columns: Mapping[str, str] | None = None) -> None:
         self.path = str(path)
         self.columns = dict(columns or {})
         self.rows: set[int] = set()
+        self.hints: list[str] = []
         self._lines: list[tuple[int, str]] = []
         self._more = 0
 
@@ -76,7 +78,7 @@ class Problems:
         more = count - min(len(lines), MAX_PROBLEMS)
         listed = lines[:MAX_PROBLEMS] + ([f"... and {more} more"] if more else [])
         title = "1 problem" if count == 1 else f"{count} problems"
-        return "\n".join([f"{title} in {self.path}:", *listed])
+        return "\n".join([f"{title} in {self.path}:", *listed, *self.hints])
 
     def check(self) -> None:
         """Raise an error if there are problems.

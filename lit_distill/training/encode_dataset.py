@@ -48,7 +48,8 @@ def encode_dataset(
             denoiser.to("cpu")
     place_encoders(pipe, device)
     once = EncodeOnce(pipe, EncodingStore(data.cache_dir))
-    datasets = [dataset for dataset in (data.train_set, data.val_set) if dataset is not None]
+    given = (data.train_set, data.val_set, data.sample_set)
+    datasets = [dataset for dataset in given if dataset is not None]
     encode_ahead(
         once,
         datasets,

@@ -155,7 +155,7 @@ def test_what_is_missing_is_offered(tables, name):
     for text in expected:
         assert text in str(error.value)
     if name == "a constant":
-        assert "likely" not in str(error.value)
+        assert "Likely" not in str(error.value)
 
 
 REFUSED = {
