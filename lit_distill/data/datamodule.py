@@ -92,8 +92,7 @@ class DistillDataModule(pl.LightningDataModule):
         self.val_metadata_path = val_metadata_path
         self.val_fraction = val_fraction
         self.base_path = base_path
-        self.columns = columns or {}
-        self.constants = constants or {}
+        self.columns, self.constants = columns or {}, constants or {}
         check_mapping(self.columns, self.constants)
         self.call_columns = call_columns or {}
         self.height = height
