@@ -16,6 +16,7 @@ from lit_distill.training.fsdp_strategy import FSDP2  # registers `strategy: fsd
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 from lit_distill.training.losses import DistillLoss, LatentL1, LatentMSE, LatentRMSE
 from lit_distill.training.lr_scheduler import WarmupCosine
+from lit_distill.training.sample_images import SampleImages
 from lit_distill.training.throughput import TrainingMonitor
 from lit_distill.version import __version__
 
@@ -35,6 +36,7 @@ __all__ = [
     "LatentL1",
     "LatentMSE",
     "LatentRMSE",
+    "SampleImages",
     "Sharpness",
     "TrainingMonitor",
     "TrainingSettings",

@@ -30,6 +30,7 @@ from lit_distill.export.exporter import ExportError
 from lit_distill.preflight.report import PreflightError
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
+from lit_distill.training.sample_images import SampleImages
 from lit_distill.training.signals import StoppedBySignal
 
 EXPECTED_ERRORS = (InputError, PreflightError, ExportError, OSError, FloatingPointError)
@@ -74,7 +75,8 @@ class DistillCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401
-        """Set this project's defaults."""
+        """Set this project's defaults, and add the images of prompts, under ``sample``."""
+        parser.add_lightning_class_args(SampleImages, "sample")
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_distill.DirectDistill"},

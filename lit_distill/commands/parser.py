@@ -15,8 +15,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.errors import with_suggestions
 from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.sample_images import SampleImages
 
-SECTIONS = {"model": DirectDistill, "data": DistillDataModule, "trainer": pl.Trainer}
+SECTIONS: dict[str, type] = {"model": DirectDistill, "data": DistillDataModule}
+SECTIONS |= {"trainer": pl.Trainer, "sample": SampleImages}
 """Top-level keys of a configuration, and the classes whose arguments they hold."""
 
 TYPES = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false"}

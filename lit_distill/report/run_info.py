@@ -15,7 +15,8 @@ import torch
 
 from lit_distill.data.batch import Batch, split_batch
 from lit_distill.data.datamodule import DistillDataModule
-from lit_distill.data.filesystem import parent, sha256_of
+from lit_distill.data.filesystem import sha256_of
+from lit_distill.data.table_io import table_folder
 from lit_distill.errors import InputError
 from lit_distill.export.facts import student_call_kwargs
 from lit_distill.pipelines.guidance import guidance
@@ -75,7 +76,7 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
     facts["metrics"] = module.validator.evaluation.describe()
     if table is not None:
         facts["held-out rows"] = f"{rows} of {_with_checksum(table)}"
-        facts |= _made_with(parent(table))
+        facts |= _made_with(table_folder(table))
     names = ("lit-distill", "torch", "lightning", "torchmetrics", "diffusers", "transformers")
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in (*names, "peft"))
     device = module.device

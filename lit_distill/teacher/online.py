@@ -16,14 +16,14 @@ from lit_distill.encoding.encode_once import EncodeOnce
 from lit_distill.errors import InputError
 from lit_distill.pipelines.components import denoiser_device, denoisers, replaced_components
 from lit_distill.pipelines.loading import load_pipeline
-from lit_distill.pipelines.rollout import rollout
+from lit_distill.pipelines.rollout import rollout, sample
 from lit_distill.pipelines.trajectory import Trajectory, trajectory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-Result = TypeVar("Result", Tensor, Trajectory)
+Result = TypeVar("Result", Tensor, Trajectory, tuple[Tensor, list[Any]])
 
 
 @dataclass
@@ -64,6 +64,14 @@ class OnlineTeacher:
             InputError: If the whole denoiser is trained, which leaves no teacher in it.
         """
         return torch.cat(self._generate(batch, rollout)).float()
+
+    def images(self, batch: Batch) -> list[Any]:
+        """Return the B images that the teacher generates for the batch.
+
+        Raises:
+            InputError: As `target`.
+        """
+        return [image for _, images in self._generate(batch, sample) for image in images]
 
     def trajectory(self, batch: Batch) -> Trajectory:
         """Return the teacher's states after each of its own steps.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -82,6 +83,18 @@ class EMA(Callback):
             self.average[name].copy_(weight)
         self.swapped = not self.swapped
 
+    @contextmanager
+    def averaged(self, module: DirectDistill) -> Iterator[None]:
+        """Put the average into the model until the context is left."""
+        if not self.average or self.swapped:
+            yield
+            return
+        self._swap(module)
+        try:
+            yield
+        finally:
+            self._swap(module)
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the average."""
         if trainer.state.fn == "fit" and self.average and not self.swapped:
@@ -129,6 +142,17 @@ class EMA(Callback):
         for name, parameter in trained.items():
             self.average[name] = full_tensor(parameter.detach()).clone()
             assign_tensor(parameter, saved["weights"][name])
+
+
+@contextmanager
+def averaged_weights(trainer: pl.Trainer, module: DirectDistill) -> Iterator[None]:
+    """Use the average of the trainer's `EMA`, if it has one, until the context is left."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        for callback in callbacks:
+            if isinstance(callback, EMA):
+                stack.enter_context(callback.averaged(module))
+        yield
 
 
 def _gather(tensors: Mapping[str, Tensor], trainer: pl.Trainer) -> dict[str, Tensor]:

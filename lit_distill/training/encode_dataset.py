@@ -49,7 +49,8 @@ def encode_dataset(
     place_encoders(pipe, device)
     once = EncodeOnce(pipe, EncodingStore(data.cache_dir))
     student.encoders_digest = once.namespace
-    datasets = [dataset for dataset in (data.train_set, data.val_set) if dataset is not None]
+    given = (data.train_set, data.val_set, data.sample_set)
+    datasets = [dataset for dataset in given if dataset is not None]
     encode_ahead(
         once,
         datasets,

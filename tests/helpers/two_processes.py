@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lit_distill import DirectDistill, DistillDataModule
+from lit_distill import DirectDistill, DistillDataModule, SampleImages
 from lit_distill.compute.sharding import full_tensor
 from lit_distill.data.batch import collate
 from lit_distill.training.ema import EMA
@@ -95,6 +95,7 @@ def train(pairs, path, strategy, devices, lora, max_steps, ckpt_path=None, **opt
         checkpointing="none",
         preflight=options.get("preflight", False),
         freeze=[] if options.get("preflight") else UNUSED,
+        teacher_num_inference_steps=4,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler=lambda optimizer: WarmupCosine(optimizer, 2, 20),
     )
@@ -107,6 +108,7 @@ def train(pairs, path, strategy, devices, lora, max_steps, ckpt_path=None, **opt
         max_steps=max_steps,
         callbacks=[EMA(0.9), *callbacks],
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        default_root_dir=Path(path).with_suffix(""),
         **QUIET,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
@@ -133,10 +135,14 @@ def difference(found, expected):
 
 
 def resume(pairs, out, strategy, report):
-    """Compare interrupted runs with the uninterrupted one."""
+    """Compare interrupted runs with the uninterrupted one, which samples prompts meanwhile."""
+    samples = SampleImages(["a red seven"], every_n_steps=3)
     for name, lora in (("lora", {"r": 4, "lora_dropout": 0.1}), ("full", None)):
         stem = f"{out}/{strategy}_{name}"
-        uninterrupted = train(pairs, f"{stem}_end.ckpt", strategy, 2, lora, 5)
+        options = {"callbacks": [samples]}
+        uninterrupted = train(pairs, f"{stem}_end.ckpt", strategy, 2, lora, 5, **options)
+        sheets = sorted(path.name for path in Path(f"{stem}_end/samples").iterdir())
+        report(f"{name} samples", sheets)
         train(pairs, f"{stem}.ckpt", strategy, 2, lora, 2)
         resumed = train(pairs, f"{stem}_end.ckpt", strategy, 2, lora, 5, f"{stem}.ckpt")
         report(f"{name} resumed", difference(resumed, uninterrupted))

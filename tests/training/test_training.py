@@ -255,6 +255,8 @@ def test_two_processes_resume_exactly_and_from_one(two, strategy, pairs, tmp_pat
     found, out = two
     assert found[f"{strategy} lora resumed"] == found[f"{strategy} full resumed"] == [0.0]
     assert found[f"{strategy} full of one process resumed"][0] < 1e-6
+    sheets = [f"step_00000{step}.png" for step in (0, 3, 5)]
+    assert found[f"{strategy} lora samples"] == found[f"{strategy} full samples"] == [sheets]
     # One process resumes from their checkpoint, and reads their student.
     checkpoint = out / f"{strategy}_full.ckpt"
     resumed = train(pairs, tmp_path / "end.ckpt", "auto", 1, None, 5, checkpoint)
