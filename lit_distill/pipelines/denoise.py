@@ -206,7 +206,10 @@ def _first_step_skipped(denoiser: Any, scheduler: _TwoEqualSteps, key: Any) -> I
             return original(*args, **kwargs)
         calls += 1
         if (calls, key) not in outputs:
-            output = original(*args, **kwargs)
+            # An adapter's dropout draws random numbers here, and not when the shape is known.
+            devices = range(torch.cuda.device_count())
+            with torch.random.fork_rng(devices):
+                output = original(*args, **kwargs)
             outputs[calls, key] = tree_map_only(
                 Tensor, lambda t: t.new_zeros(()).expand(t.shape), output
             )

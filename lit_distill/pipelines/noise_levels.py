@@ -7,6 +7,7 @@ schedulers differ in the two factors and in what the denoiser predicts.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +100,17 @@ class NoiseLevels:
         if self._scaled:
             return NoiseLevel(timestep, 1.0, sigma, scale)
         return NoiseLevel(timestep, 1 / scale, sigma / scale)
+
+    def of_schedule(self, schedule: Mapping[str, Tensor]) -> list[NoiseLevel]:
+        """Return the level before every step of a schedule, and `CLEAN`, where it ends.
+
+        Args:
+            schedule: As `lit_distill.pipelines.hooks.read_schedule` returns it.
+        """
+        times = schedule["timesteps"].tolist()
+        if self.flow:
+            times = [sigma * self.num_train_timesteps for sigma in schedule["sigmas"].tolist()[:-1]]
+        return [*map(self.at, times), CLEAN]
 
     def check_schedule(self, scheduler: Any, pipeline: str) -> None:  # noqa: ANN401
         """Check that a pipeline's schedule has the noise levels of its timesteps.
