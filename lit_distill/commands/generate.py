@@ -66,7 +66,7 @@ def generate(
         student_num_inference_steps: Steps of the student, written to the CSV.
         student_cfg_scale: Guidance of the student, written to the CSV, 1 = off.
         store_trajectory: Also keep the teacher's states at the noise levels of the student's
-            steps, for training with model.trajectory.
+            steps, for training with objective Trajectory.
         offload: What is on the device together: none: the whole pipeline; model: the encoders,
             for all prompts, then the denoiser, then the VAE; group: the same, with one layer of the
             denoiser at a time. The files are the same.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.errors import InputError
 from lit_distill.training.direct_distill import DirectDistill
-from lit_distill.training.step_planner import training_settings
+from lit_distill.training.step_planner import training_settings, uncounted
 
 if TYPE_CHECKING:
     from lit_distill.planning.plan import Run
@@ -89,6 +89,8 @@ def plan(
         teacher_num_inference_steps=model.settings.teacher_num_inference_steps,
     )
     print(render(found))
+    if note := uncounted(model.objective):
+        print(f"\nmodel.objective: {note}")
     if json is not None:
         _write(found.as_dict(), Path(json))
 
@@ -111,7 +113,7 @@ def _settings(
     """Return the fields of `TrainingSettings` that the configuration tells."""
     sharded = "fsdp" in str(trainer.get("strategy", "")).lower()
     return {
-        **training_settings(model.settings),
+        **training_settings(model.settings, model.objective),
         "height": data.height,
         "width": data.width,
         "batch_size": data.batch_size,

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_distill.compute.sharding import assign_tensor, full_tensor
+from lit_distill.compute.sharding import assign_tensor, full_tensor, gather, local_tensor
 from lit_distill.errors import InputError
 from lit_distill.training.checkpoint_io import check_state
 from lit_distill.training.direct_distill import DirectDistill
@@ -70,8 +70,8 @@ class EMA(Callback):
         if trainer.fit_loop._should_accumulate():
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [_local(parameter) for parameter in pl_module.trained().values()]
-        averages = [_local(average) for average in self.average.values()]
+        weights = [local_tensor(parameter.detach()) for parameter in pl_module.trained().values()]
+        averages = [local_tensor(average) for average in self.average.values()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         self.updates += 1
 
@@ -122,8 +122,11 @@ class EMA(Callback):
         weights: Mapping[str, Tensor] = pl_module.trained()
         if self.swapped:
             average, weights = weights, average
-        checkpoint["state_dict"] = _gather(average, trainer)
-        checkpoint["ema"] = {"weights": _gather(weights, trainer), "updates": self.updates}
+        checkpoint["state_dict"] = gather(average, trainer.is_global_zero)
+        checkpoint["ema"] = {
+            "weights": gather(weights, trainer.is_global_zero),
+            "updates": self.updates,
+        }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -153,14 +156,3 @@ def averaged_weights(trainer: pl.Trainer, module: DirectDistill) -> Iterator[Non
             if isinstance(callback, EMA):
                 stack.enter_context(callback.averaged(module))
         yield
-
-
-def _gather(tensors: Mapping[str, Tensor], trainer: pl.Trainer) -> dict[str, Tensor]:
-    """Return unsharded tensors on the host, on the process that writes the checkpoint."""
-    full = ((name, full_tensor(tensor.detach())) for name, tensor in tensors.items())
-    return {name: tensor.cpu() for name, tensor in full if trainer.is_global_zero}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    local = getattr(tensor, "to_local", None)
-    return local() if local else tensor.detach()

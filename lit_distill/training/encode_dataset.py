@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 
 def encode_dataset(
-    student: Student, data: DistillDataModule | None, trainer: pl.Trainer | None
+    student: Student,
+    data: DistillDataModule | None,
+    trainer: pl.Trainer | None,
+    *,
+    always_guided: bool = False,
 ) -> nn.Module | None:
     """Encode every prompt and image only once: at first use, or now if the data has a cache_dir.
 
@@ -32,6 +36,7 @@ def encode_dataset(
         student: The student, whose encoders are replaced.
         data: The rows to train on, if training is about to begin.
         trainer: Its trainer.
+        always_guided: Whether the guided teacher is asked about rows with a target, too.
 
     Returns:
         The VAE, in host memory, if the encoders were released; else None.
@@ -56,6 +61,7 @@ def encode_dataset(
         datasets,
         student.call,
         student.settings.teacher_cfg_scale,
+        always_guided=always_guided,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         barrier=trainer.strategy.barrier,

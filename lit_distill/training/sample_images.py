@@ -133,7 +133,7 @@ class SampleImages(Callback):
             return {}
         # Before the first step a denoiser that is trained as a whole still is its own teacher. The
         # copy frees another model of the teacher, if it loads one, when it is gone.
-        teacher = replace(module.online_teacher, has_adapters=True)
+        teacher = replace(module.models.teacher, has_adapters=True)
         return {
             "teacher": self._images(teacher.images),
             "undistilled": self._images(lambda b: module.sample(b, undistilled=True)[1]),

@@ -16,9 +16,10 @@ import lightning.pytorch as pl
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from objective_cases import all_together
 from torch.utils.data import DataLoader
 
-from lit_distill import DirectDistill, DistillDataModule, SampleImages
+from lit_distill import DirectDistill, DistillDataModule, Regression, SampleImages
 from lit_distill.compute.sharding import full_tensor
 from lit_distill.data.batch import collate
 from lit_distill.training.ema import EMA
@@ -34,6 +35,7 @@ CASES = {
     "lora truncated": {"lora": LORA, "checkpointing": "nested", "grad_steps": 2},
     "lora per step": {"lora": LORA, "lora_per_step": 4, "checkpointing": "nested"},
     "lora online teacher": {"lora": LORA, "checkpointing": "block"},
+    "lora objectives": {"lora": LORA, "checkpointing": "block", "objective": all_together},
     "full none": {"lora": None, "checkpointing": "none"},
     "full nested": {"lora": None, "checkpointing": "nested"},
 }
@@ -45,7 +47,7 @@ class Grads(pl.Callback):
     """Keeps the whole gradient of the last optimizer step."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        grads = {name: p.grad for name, p in pl_module.trained().items()}
+        grads = {name: p.grad for name, p in everything(pl_module).items()}
         self.grads = {name: full_tensor(g).clone() for name, g in grads.items() if g is not None}
 
 
@@ -60,21 +62,28 @@ class Fixed(DistillDataModule):
         return DataLoader(items, batch_size=8 // world, collate_fn=collate)
 
 
+def everything(module):
+    return module.trained() | module.companions()
+
+
 def weights_of(module):
-    return {name: full_tensor(p.detach()).clone() for name, p in module.trained().items()}
+    return {name: full_tensor(p.detach()).clone() for name, p in everything(module).items()}
 
 
 def one_step(pairs, case, strategy, devices):
     """Return gradient and weights after an optimizer step on 8 rows."""
     torch.manual_seed(0)
+    options = dict(CASES[case])
+    objective = options.pop("objective", Regression)()
     module = DirectDistill(
         "tiny-digits",
         torch_dtype="float32",
         preflight=False,
         freeze=UNUSED,
+        objective=objective,
         teacher_num_inference_steps=4,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
-        **CASES[case],
+        **options,
     )
     data = Fixed(str(Path(pairs) / "train/metadata.csv"))
     data.online = "online" in case
@@ -86,13 +95,17 @@ def one_step(pairs, case, strategy, devices):
 
 
 def train(pairs, path, strategy, devices, lora, max_steps, ckpt_path=None, **options):
-    """Train with the real loader, dropout, schedule and average; save `path`; return weights."""
+    """Train with the real loader, dropout, schedule and average; save `path`; return weights.
+
+    A LoRA is trained with all objectives together.
+    """
     torch.manual_seed(0)
     module = DirectDistill(
         "tiny-digits",
         torch_dtype="float32",
         lora=lora,
         checkpointing="none",
+        objective=all_together(1) if lora else Regression(),
         preflight=options.get("preflight", False),
         freeze=[] if options.get("preflight") else UNUSED,
         teacher_num_inference_steps=4,
