@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_distill import DirectDistill, DistillLoss, LatentCodec, rollout
+from lit_distill import DirectDistill, DistillLoss, LatentCodec, Losses, rollout
 from lit_distill.data.batch import Batch
 from lit_distill.evaluation.feature_extractors import DigitReader, load_features
 from lit_distill.pipelines.hooks import replaced_forward
@@ -125,8 +125,8 @@ class Consistency(DirectDistill):
         self._copy: dict[str, Tensor] = {}
         self._schedules: dict[int, Tensor] = {}
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Return the mean squared difference of the two jumps, (B,)."""
+    def losses(self, batch: Batch) -> Losses:
+        """Return the mean squared difference of the two jumps."""
         clean = self.teacher_target(batch)
         noise = torch.randn_like(clean)
         prompted, unprompted = self._arguments(batch)
@@ -147,7 +147,7 @@ class Consistency(DirectDistill):
         with torch.no_grad(), self._following():
             target = lower + (end - low) * self._velocity(lower, low, prompted)
         jump = noisy + (end - high) * self._velocity(noisy, high, prompted)
-        return (jump - target).square().flatten(1).mean(1)
+        return Losses((jump - target).square().flatten(1).mean(1))
 
     def _arguments(self, batch: Batch) -> list[dict[str, Any]]:
         """Return the arguments of the denoiser's calls with prompt and without."""
@@ -228,8 +228,8 @@ class Adversarial(DirectDistill):
         self._networks = [features, heads]
         self._optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-3, betas=(0.0, 0.99))
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Train the discriminator for one step and return the student's losses, (B,)."""
+    def losses(self, batch: Batch) -> Losses:
+        """Train the discriminator for one step and return the student's losses."""
         features, heads = self._networks
         target = self.teacher_target(batch)
         latents = self.student_rollout(batch)
@@ -249,7 +249,7 @@ class Adversarial(DirectDistill):
         heads.requires_grad_(False)
         adversarial = -_scores(heads, drawn).mean(1)
         heads.requires_grad_(True)
-        return self.compare(latents, target, batch) + self.weight * adversarial
+        return Losses(self.compare(latents, target, batch) + self.weight * adversarial)
 
 
 def _scores(heads: Any, features: list[Tensor]) -> Tensor:  # noqa: ANN401

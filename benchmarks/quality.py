@@ -37,6 +37,9 @@ from lit_distill.evaluation.metrics import FrechetDistance, default_metrics
 from lit_distill.training.ema import EMA
 from lit_distill.training.losses import LatentL1, LatentMSE, LatentRMSE
 from lit_distill.training.lr_scheduler import WarmupCosine
+from lit_distill.training.objectives.base import Objective
+from lit_distill.training.objectives.regression import Regression
+from lit_distill.training.objectives.trajectory import Trajectory
 
 STEPS = 400
 BATCH_SIZE = 16
@@ -66,6 +69,7 @@ class Run:
         pairs: Number of pairs.
         max_steps: Optimizer steps.
         make: Makes the module.
+        objective: Makes the objective.
         loss: Makes the loss.
         callbacks: Makes callbacks.
         lr: Learning rate. None: 3e-3 for LoRA, 1e-3 for all weights.
@@ -77,6 +81,7 @@ class Run:
     pairs: int = 4096
     max_steps: int = STEPS
     make: Callable[..., DirectDistill] = DirectDistill
+    objective: Callable[[], Objective] = Regression
     loss: Callable[[], Any] = LatentMSE
     callbacks: Callable[[], list[pl.Callback]] = field(default=list)
     lr: float | None = None
@@ -97,17 +102,17 @@ RUNS = {
         FULL
         | {"scheduler": STRAIGHT | {"use_dynamic_shifting": False}, "sigmas": [1, 0.7, 0.4, 0.15]}
     ),
-    "trajectory": Run(FULL | {"trajectory": True}),
+    "trajectory": Run(FULL, objective=Trajectory),
     "constant rate, EMA": Run(FULL, cosine=False, callbacks=lambda: [EMA(0.99)]),
     "grad_steps 2": Run(FULL | {"grad_steps": 2}),
     # Less data, more steps
     "512 pairs": Run(FULL, pairs=512),
-    "best": Run(FULL | {"trajectory": True}, max_steps=1600),
+    "best": Run(FULL, objective=Trajectory, max_steps=1600),
     # LoRA
     "LoRA": Run(LORA),
-    "LoRA, trajectory": Run(LORA | {"trajectory": True}),
+    "LoRA, trajectory": Run(LORA, objective=Trajectory),
     "LoRA per step": Run(LORA | PER_STEP),
-    "LoRA per step, trajectory": Run(LORA | PER_STEP | {"trajectory": True}),
+    "LoRA per step, trajectory": Run(LORA | PER_STEP, objective=Trajectory),
     # Numbers of steps
     **{f"{n} steps": Run(FULL | {"scheduler": STRAIGHT}, (n,)) for n in (1, 2, 8)},
     **{f"LoRA, {n} steps": Run(LORA | {"scheduler": STRAIGHT}, (n,)) for n in (1, 2, 8)},
@@ -174,6 +179,7 @@ def train(run: Run, seed: int, work: Path) -> dict[str, float]:
         checkpointing="none",
         preflight=False,
         freeze=DEAD,
+        objective=run.objective(),
         loss=run.loss(),
         optimizer=lambda p: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
         lr_scheduler=(lambda optimizer: WarmupCosine(optimizer, 20)) if run.cosine else None,

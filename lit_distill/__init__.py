@@ -16,16 +16,27 @@ from lit_distill.training.fsdp_strategy import FSDP2  # registers `strategy: fsd
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 from lit_distill.training.losses import DistillLoss, LatentL1, LatentMSE, LatentRMSE
 from lit_distill.training.lr_scheduler import WarmupCosine
+from lit_distill.training.objectives.adversarial import Adversarial
+from lit_distill.training.objectives.base import Losses, Objective
+from lit_distill.training.objectives.consistency import Consistency
+from lit_distill.training.objectives.distribution_matching import DistributionMatching
+from lit_distill.training.objectives.regression import Regression
+from lit_distill.training.objectives.trajectory import Trajectory
+from lit_distill.training.objectives.weighted_sum import Term, WeightedSum
+from lit_distill.training.sample_images import SampleImages
 from lit_distill.training.throughput import TrainingMonitor
 from lit_distill.version import __version__
 
 __all__ = [
     "EMA",
     "FSDP2",
+    "Adversarial",
     "CLIPScore",
+    "Consistency",
     "DirectDistill",
     "DistillDataModule",
     "DistillLoss",
+    "DistributionMatching",
     "Diversity",
     "ExportOnSave",
     "FrechetDistance",
@@ -35,10 +46,17 @@ __all__ = [
     "LatentL1",
     "LatentMSE",
     "LatentRMSE",
+    "Losses",
+    "Objective",
+    "Regression",
+    "SampleImages",
     "Sharpness",
+    "Term",
     "TrainingMonitor",
     "TrainingSettings",
+    "Trajectory",
     "WarmupCosine",
+    "WeightedSum",
     "__version__",
     "export_student",
     "load_pipeline",

@@ -22,6 +22,7 @@ from lit_distill.commands.generate import generate
 from lit_distill.commands.init import init
 from lit_distill.commands.parser import CommandParser
 from lit_distill.commands.plan import plan
+from lit_distill.commands.play import play
 from lit_distill.commands.plot import plot
 from lit_distill.commands.predict import predict
 from lit_distill.commands.preflight import preflight
@@ -35,6 +36,7 @@ from lit_distill.preflight.report import PreflightError
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.image_callbacks import ImageGrid, ImageWriter
 from lit_distill.training.progress_bar import StepProgressBar
+from lit_distill.training.sample_images import SampleImages
 from lit_distill.training.signals import StoppedBySignal
 from lit_distill.version import __version__
 
@@ -63,6 +65,7 @@ class CommandTrainer(pl.Trainer):
     export = export
     fit = fit  # type: ignore[assignment]
     validate = validate  # type: ignore[assignment]
+    play = play
     test = test  # type: ignore[assignment]
     predict = predict  # type: ignore[assignment]
 
@@ -73,7 +76,7 @@ class DistillCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, each with its arguments that are not options."""
-        names = ("generate", "check", "preflight", "plan", "plot", "export")
+        names = ("generate", "check", "preflight", "plan", "plot", "export", "play")
         context = {"model", "datamodule", "trainer_settings", "configs"}
         added = dict.fromkeys(names, context)
         return {**LightningCLI.subcommands(), **added}
@@ -108,7 +111,8 @@ class DistillCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def add_arguments_to_parser(self, parser: Any) -> None:  # noqa: ANN401
-        """Set this project's defaults."""
+        """Set this project's defaults, and add the images of prompts, under ``sample``."""
+        parser.add_lightning_class_args(SampleImages, "sample")
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_distill.DirectDistill"},
@@ -127,7 +131,7 @@ class DistillCLI(LightningCLI):
         # On fit, Lightning would silently prefer the checkpoint's settings to the command line's.
         subcommand = self.config.get("subcommand")
         config = self.config.get(str(subcommand), {})
-        ignored = (None, "fit", "plan", "export", "plot")
+        ignored = (None, "fit", "plan", "export", "play", "plot")
         if subcommand in ignored or not config.get("ckpt_path"):
             return
         settings = {subcommand: {"model": checkpoint_model(config.ckpt_path, config)}}

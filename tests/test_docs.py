@@ -39,6 +39,7 @@ NEEDS = {
     "gpu": "more memory or speed than a CPU has",
     "hub": "weights, or an account, of a model hub",
     "install": "changes the environment: pip, make, git",
+    "browser": "serves a page until it is interrupted",
     "reader": "an excerpt, or pseudo-code",
 }
 LANGUAGES = {"bash", "python", "yaml"}

@@ -57,7 +57,7 @@ def test_every_folder_is_a_wing_that_says_what_it_is():
 @pytest.mark.parametrize("wing", WINGS)
 def test_a_wing_imports_only_the_wings_before_it(wing):
     allowed = {*WINGS[: WINGS.index(wing) + 1], "errors", "version"}
-    for path in (PACKAGE / wing).glob("*.py"):
+    for path in (PACKAGE / wing).rglob("*.py"):
         upward = {name for name in imports(path) if name.split(".")[0] not in allowed}
         assert not upward, f"{path.relative_to(ROOT)} imports {upward}"
 

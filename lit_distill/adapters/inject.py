@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lit_distill.compute.repeated_blocks import repeated_blocks
-from lit_distill.compute.step_adapters import share_active_adapter, step_names
+from lit_distill.compute.step_adapters import COMPANION, share_active_adapter, step_names
 from lit_distill.errors import InputError, with_suggestions
 from lit_distill.pipelines.components import call_parameters, denoisers
 from lit_distill.pipelines.rollout import switch_adapters_per_step
@@ -28,6 +28,7 @@ def make_trainable(
     train_mode: Sequence[str] = (),
     lora_per_step: int | None = None,
     *,
+    companion: bool = False,
     cast: bool = True,
 ) -> None:
     """Freeze the pipeline and make the denoisers, or adapters on them, trainable in float32.
@@ -44,6 +45,8 @@ def make_trainable(
             them. None: one adapter for all steps.
         cast: Convert trained weights to float32. Where a denoiser without adapters is not trained
             any more, False saves the memory.
+        companion: Also add an adapter with the same fields that an objective trains beside the
+            student's; with `lora` only.
 
     Raises:
         InputError: If `lora` has an unknown field or names a module that no denoiser has, a pattern
@@ -58,7 +61,7 @@ def make_trainable(
         if lora is None:
             denoiser.requires_grad_(True)
         else:
-            _add_lora(denoiser, lora, step_names(lora_per_step or 0))
+            _add_lora(denoiser, lora, step_names(lora_per_step or 0), companion=companion)
             denoiser.eval()  # peft adds its layers in training mode, with dropout
         for parameter in denoiser.parameters():
             # At lr 1e-5 most updates of bfloat16 weights would be rounded to nothing.
@@ -99,7 +102,17 @@ def set_training_mode(
 
 
 def trained_parameters(pipe: DiffusionPipeline) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters of the denoisers, by name: ``transformer.<parameter>``."""
+    """Return the student's trainable parameters, by name: ``transformer.<parameter>``."""
+    trainable = _trainable(pipe).items()
+    return {name: parameter for name, parameter in trainable if not is_companion(name)}
+
+
+def is_companion(name: str) -> bool:
+    """Return whether a parameter is one of the companion adapter, by its name."""
+    return f".{COMPANION}." in name
+
+
+def _trainable(pipe: DiffusionPipeline) -> dict[str, nn.Parameter]:
     return {
         f"{key}.{name}": parameter
         for key, denoiser in denoisers(pipe).items()
@@ -109,12 +122,12 @@ def trained_parameters(pipe: DiffusionPipeline) -> dict[str, nn.Parameter]:
 
 
 def freeze_parameters(pipe: DiffusionPipeline, patterns: Sequence[str]) -> None:
-    """Freeze the trainable parameters whose names match one of the patterns.
+    """Freeze the trainable parameters whose names match one of the patterns, the companion's too.
 
     Raises:
         InputError: If a pattern matches no trainable parameter; suggests the closest names.
     """
-    trained = trained_parameters(pipe)
+    trained = _trainable(pipe)
     for parameter in _matching(trained, patterns, "model.freeze: no trained parameter"):
         parameter.requires_grad_(False)
 
@@ -130,8 +143,14 @@ def _matching(named: dict[str, Any], patterns: Sequence[str], no_match: str) -> 
     return matching
 
 
-def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  # noqa: ANN401
-    """Add a trainable adapter named ``default``, or one for each of the names."""
+def _add_lora(
+    denoiser: Any,  # noqa: ANN401
+    lora: dict[str, Any],
+    names: list[str],
+    *,
+    companion: bool,
+) -> None:
+    """Add a trainable adapter named ``default``, or one for each of the names, and a companion."""
     from peft import LoraConfig, inject_adapter_in_model
 
     accepted = inspect.signature(LoraConfig).parameters
@@ -152,8 +171,9 @@ def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  #
                     f"lora.target_modules: {type(denoiser).__name__} has no linear layer "
                     f"{with_suggestions(target, suffixes)}"
                 )
+    added = [*(names or ["default"]), *([COMPANION] if companion else [])]
     trained = []
-    for name in names or ["default"]:
+    for name in added:
         with warnings.catch_warnings():
             # peft warns when a second adapter is added, which is intended here.
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
@@ -168,7 +188,10 @@ def _add_lora(denoiser: Any, lora: dict[str, Any], names: list[str]) -> None:  #
         trained += [p for p in denoiser.parameters() if p.requires_grad]
     for parameter in trained:  # adding an adapter freezes the previous ones
         parameter.requires_grad_(True)
-    if names:
+    if names or companion:
+        for layer in denoiser.modules():
+            if hasattr(layer, "lora_A"):
+                layer._active_adapter = added[:1]
         share_active_adapter(denoiser, names)
 
 

@@ -46,7 +46,7 @@ def check(
     for path in paths:
         try:
             table = check_data(
-                path, datamodule.base_path, datamodule.call_columns, **datamodule.limits()
+                path, datamodule.base_path, datamodule.call_columns, **datamodule.read_options()
             )
         except (OSError, MetadataError) as error:
             print(error)

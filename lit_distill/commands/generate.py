@@ -48,12 +48,12 @@ def generate(
         model: The pipeline to generate with: teacher_model, or else the pretrained one with
             teacher_lora. Of the other settings only torch_dtype, quantization and call_kwargs are
             used and, with store_trajectory, scheduler and sigmas.
-        datamodule: Only its call_columns are used: fields of the prompts that are arguments of the
-            pipeline's call.
+        datamodule: Only its call_columns are used, fields of the prompts that are arguments of the
+            pipeline's call, and its columns, such as {prompt: text}.
         configs: Configuration files that were given.
-        prompts: Text file with one prompt a line, or .csv, .json or .jsonl with a field prompt,
-            and height and width where sizes differ, and seed where it is given. Other fields must
-            be in call_columns.
+        prompts: Text file with one prompt a line, or a table (.csv, .json, .jsonl, .parquet, or a
+            folder of datasets) with a field prompt, and height and width where sizes differ, and
+            seed where it is given. Other fields must be in call_columns, unless columns is set.
         out: Local folder to write to.
         seeds_per_prompt: Number of images for each prompt, each with a different seed.
         num_inference_steps: Steps of the teacher.
@@ -71,7 +71,7 @@ def generate(
         student_num_inference_steps: Steps of the student, written to the CSV.
         student_cfg_scale: Guidance of the student, written to the CSV, 1 = off.
         store_trajectory: Also keep the teacher's states at the noise levels of the student's
-            steps, for training with model.trajectory.
+            steps, for training with objective Trajectory.
         offload: What is on the device together: none: the whole pipeline; model: the encoders,
             for all prompts, then the denoiser, then the VAE; group: the same, with one layer of the
             denoiser at a time. The files are the same.
@@ -98,7 +98,8 @@ def generate(
         store_trajectory=store_trajectory,
         quantization=settings.quantization,
     )
-    rows = read_prompts(prompts, teacher.call_columns)
+    columns = datamodule.columns if datamodule else {}
+    rows = read_prompts(prompts, teacher.call_columns, columns)
     pairs = plan_pairs(rows, seeds_per_prompt, first_seed, limit)
     metadata = generate_pairs(trainer, teacher, pairs, out, offload)
     if trainer.is_global_zero:

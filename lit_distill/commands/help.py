@@ -19,6 +19,7 @@ from jsonargparse import DefaultHelpFormatter
 
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.sample_images import SampleImages
 
 if TYPE_CHECKING:
     from lit_distill.commands.parser import CommandParser
@@ -27,7 +28,8 @@ WIDTH = 80
 COLUMN = 37
 """Where the explanation of a setting begins."""
 
-SECTIONS = {"model": DirectDistill, "data": DistillDataModule, "trainer": pl.Trainer}
+SECTIONS: dict[str, type] = {"model": DirectDistill, "data": DistillDataModule}
+SECTIONS |= {"sample": SampleImages, "trainer": pl.Trainer}
 """Top-level keys of a configuration, and the classes whose arguments they hold."""
 
 SETTINGS = {
@@ -36,22 +38,27 @@ SETTINGS = {
     "model.lora": "such as {r: 32}; null: train all weights",
     "model.init_lora": "LoRA file to start from",
     "model.teacher_lora": "style LoRA that the teacher has",
-    "model.checkpointing": "none, block, step, nested, auto",
+    "model.checkpointing": "none, selective, block, step, nested, auto",
     "model.quantization": "frozen weights in 8 or 4 bits",
     "model.optimizer": "class_path and init_args",
     "model.lr_scheduler": "class_path and init_args",
+    "model.objective": "null: Direct Distillation; or a class_path",
     "model.loss": "class_path and init_args",
     "model.metrics": "of held-out rows, by name",
     "model.call_kwargs": "such as {negative_prompt: blurry}",
     "data.metadata_path": "table of the training pairs",
     "data.val_metadata_path": "table of the held-out pairs",
     "data.val_fraction": "share of prompts to hold out instead",
+    "data.columns": "its names, such as {prompt: text}",
+    "data.constants": "columns that it lacks, such as {cfg_scale: 1}",
     "data.batch_size": "rows per batch and process",
     "data.height": "set with width: required size of images",
     "data.width": "see height",
     "data.repeat": "passes over the rows in an epoch",
     "data.cache_dir": "encode once, then free the encoders",
     "data.num_workers": "processes that read files",
+    "sample.prompts": "list: sampled while training",
+    "sample.every_n_steps": "how often",
     "trainer.accelerator": "cpu, gpu, auto",
     "trainer.devices": "number of GPUs",
     "trainer.strategy": "ddp, fsdp2, auto",
@@ -78,7 +85,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "Training": "trainer.accelerator trainer.devices trainer.strategy trainer.precision "
         "trainer.max_steps trainer.max_epochs trainer.accumulate_grad_batches "
         "trainer.gradient_clip_val trainer.check_val_every_n_epoch trainer.val_check_interval",
-        "Checkpoints and logs": "trainer.default_root_dir trainer.callbacks trainer.logger",
+        "Checkpoints and logs": "trainer.default_root_dir trainer.callbacks trainer.logger "
+        "sample.prompts sample.every_n_steps",
     },
     "generate": {
         "Model": "model.pretrained_model_name_or_path model.torch_dtype model.teacher_lora "
@@ -86,7 +94,8 @@ GROUPS: dict[str, dict[str, str]] = {
         **DEVICES,
     },
     "check": {
-        "Data": "data.metadata_path data.val_metadata_path data.height data.width",
+        "Data": "data.metadata_path data.val_metadata_path data.columns data.constants "
+        "data.height data.width",
         "Teacher, for --pairing without provenance.json": "model.pretrained_model_name_or_path "
         "model.torch_dtype",
     },

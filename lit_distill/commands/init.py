@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lit_distill.commands.next_step import print_next
 from lit_distill.data.whole_files import write_file
@@ -26,6 +30,8 @@ def init(
     gpu_memory: int = 48,
     devices: int = 1,
     metadata_path: str | None = None,
+    columns: dict[str, str] | None = None,
+    constants: dict[str, Any] | None = None,
     out: str | None = None,
 ) -> None:
     """Write a commented configuration to start from.
@@ -37,6 +43,8 @@ def init(
         gpu_memory: Memory of a GPU in GB.
         devices: Number of GPUs: 1 trains a LoRA, 8 all weights.
         metadata_path: Table of the training pairs, to be written into it.
+        columns: The table's names of its columns, such as {prompt: text}, to be written into it.
+        constants: Values of columns that the table lacks, such as {cfg_scale: 1}, likewise.
         out: YAML file to write; default: named by model and GPU, in this folder.
     """
     config = choose(model, gpu_memory, devices)
@@ -44,9 +52,12 @@ def init(
     if path.exists():
         raise InputError(f"{path} exists, and init overwrites nothing: choose another file (--out)")
     text = config.read_text(encoding="utf-8").replace(f"configs/{config.name}", str(path))
-    if metadata_path is not None:
-        line = r"(?m)^(  metadata_path: )\S+.*$"
-        text = re.sub(line, lambda match: match[1] + _quoted(metadata_path), text)
+    data = {"metadata_path": metadata_path, "columns": columns, "constants": constants}
+    lines = [f"  {key}: {_yaml(value)}" for key, value in data.items() if value is not None]
+    old = re.search(r"(?m)^  metadata_path: .*$", text)
+    assert old is not None  # tests/commands/test_init.py
+    kept = [old[0]] if metadata_path is None else []
+    text = text.replace(old[0], "\n".join([*kept, *lines]))
     write_file(str(path), text.encode())
     about = text.removeprefix("# ").replace("\n# ", " ").partition(". ")[0]
     print(f"configuration: {path}\n{textwrap.fill(about, 79)}")
@@ -89,6 +100,7 @@ def choose(model: str, gpu_memory: int, devices: int) -> Path:
     return sizes[max(fitting)]
 
 
-def _quoted(text: str) -> str:
-    """Return a text as a scalar of YAML."""
-    return text if re.fullmatch(r"[\w./-]+", text) else "'" + text.replace("'", "''") + "'"
+def _yaml(value: Any) -> str:  # noqa: ANN401
+    """Return a value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").strip()

@@ -13,7 +13,7 @@ from lit_distill.commands.next_step import print_next, settings_of
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.errors import InputError
 from lit_distill.training.direct_distill import DirectDistill
-from lit_distill.training.step_planner import training_settings
+from lit_distill.training.step_planner import training_settings, uncounted
 
 if TYPE_CHECKING:
     from lit_distill.planning.plan import Run
@@ -92,6 +92,8 @@ def plan(
         teacher_num_inference_steps=model.settings.teacher_num_inference_steps,
     )
     print(render(found))
+    if note := uncounted(model.objective):
+        print(f"\nmodel.objective: {note}")
     if json is not None:
         _write(found.as_dict(), Path(json))
     print_next("preflight", *settings_of(model.settings.model_name(), configs))
@@ -115,7 +117,7 @@ def _settings(
     """Return the fields of `TrainingSettings` that the configuration tells."""
     sharded = "fsdp" in str(trainer.get("strategy", "")).lower()
     return {
-        **training_settings(model.settings),
+        **training_settings(model.settings, model.objective),
         "height": data.height,
         "width": data.width,
         "batch_size": data.batch_size,

@@ -44,8 +44,8 @@ def predict(
         return_predictions: Whether to return the images.
         ckpt_path: Checkpoint (.ckpt) of a run.
         weights_only: As in Trainer.fit.
-        prompts: Text file with one prompt a line, or .csv or .jsonl with a field prompt; default:
-            the rows of data.val_metadata_path.
+        prompts: Text file with one prompt a line, or a table with a field prompt; default: the rows
+            of data.val_metadata_path.
         out: Folder to write to; default: predictions in trainer.default_root_dir.
         num_inference_steps: Steps for prompts; default: those of training.
         cfg_scale: Guidance for prompts, 1 = off; default: that of training.
@@ -64,7 +64,8 @@ def predict(
         given = {"num_inference_steps": num_inference_steps, "cfg_scale": cfg_scale}
         given |= {"height": height, "width": width}
         facts = facts | {name: value for name, value in given.items() if value is not None}
-        rows = read_prompts(prompts, datamodule.call_columns if datamodule else {})
+        mappings = (datamodule.call_columns, datamodule.columns) if datamodule else ()
+        rows = read_prompts(prompts, *mappings)
         batches = prompt_batches(rows, facts, batch_size, first_seed)
         loader, datamodule = DataLoader(batches, batch_size=None), None  # type: ignore[arg-type]
     if out is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,33 @@ def broadcast_state_dict(state: dict[str, Any], denoiser: nn.Module) -> None:
 
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(denoiser, state, options=options)
+
+
+def replicate(module: nn.Module) -> None:
+    """Keep a small module whole on every process, the same everywhere, its gradients averaged.
+
+    For modules beside sharded ones; DDP does it by itself.
+    """
+
+    def average(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= torch.distributed.get_world_size()
+
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
+
+
+def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Return whole tensors on the host where `keep` is set, else nothing; a collective."""
+    full = ((name, full_tensor(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in full if keep}
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, or the tensor itself, with its graph."""
+    local = getattr(tensor, "to_local", None)
+    return local() if local else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
-"""One LoRA per student step: switches the active adapter of a denoiser.
+"""Switches the active adapter of a denoiser: one LoRA per student step, or the companion.
 
 In peft every layer stores the names of its active adapters. Here all layers of a denoiser share one
 list, so switching takes one assignment. Unlike peft's `set_adapter` it leaves `requires_grad`
 unchanged.
+
+The companion is an adapter that an objective trains beside the student's, on the same frozen
+weights. It is never exported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +20,9 @@ from torch import nn
 from lit_distill.errors import InputError
 
 _ATTRIBUTE = "_lit_distill_step_loras"
+
+COMPANION = "companion"
+"""Name of the adapter that an objective trains beside the student's."""
 
 
 def step_names(count: int) -> list[str]:
@@ -66,6 +73,8 @@ class StepAdapters:
         Raises:
             ValueError: If the schedule has another number of steps than there are adapters.
         """
+        if COMPANION in self._active:
+            return self.bind_active(call)
         if not self._names:
             return call
         if total != len(self._names):
@@ -78,7 +87,7 @@ class StepAdapters:
 
     def bind_active(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return `call` with the adapter that is active now active whenever it runs."""
-        active = [name for name in self._active if name in self._names]
+        active = [name for name in self._active if name in (*self._names, COMPANION)]
         return partial(self._call_with, active[0], call) if active else call
 
     def _call_with(self, name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -89,14 +98,33 @@ class StepAdapters:
         finally:
             self._active[:] = before
 
+    @contextmanager
+    def companion(self) -> Iterator[None]:
+        """Have the companion active in place of the student's adapter until the context is left."""
+        before = list(self._active)
+        self._activate(COMPANION)
+        try:
+            yield
+        finally:
+            self._active[:] = before
+
     def _activate(self, name: str) -> None:
+        if name == COMPANION:
+            self._active[:] = [name]
+            return
         self._active[:] = [other for other in self._active if other not in self._names] + [name]
 
 
 def share_active_adapter(denoiser: nn.Module, names: list[str]) -> None:
-    """Use existing adapters of the denoiser as its step adapters; the first becomes active."""
+    """Use existing adapters of the denoiser as its step adapters; the first becomes active.
+
+    Without names nothing is switched by steps, and the adapters that are active remain so.
+    """
     adapters = StepAdapters(names)
-    for layer in _adapter_layers(denoiser):
+    layers = _adapter_layers(denoiser)
+    if not names:
+        adapters._active = list(layers[0].active_adapters)
+    for layer in layers:
         layer._active_adapter = adapters._active
     setattr(denoiser, _ATTRIBUTE, adapters)
 

@@ -125,6 +125,26 @@ def split_batch(batch: Batch, size: int | None) -> list[Batch]:
     return [part(batch, start) for start in range(0, rows, size)]
 
 
+def merge_batches(parts: list[Batch]) -> Batch:
+    """Return the rows of several batches that share all settings as one batch."""
+
+    def merged(values: list[Any]) -> Any:  # noqa: ANN401
+        first = values[0]
+        if isinstance(first, dict):
+            return {name: merged([value[name] for value in values]) for name in first}
+        if isinstance(first, list):
+            return [entry for value in values for entry in value]
+        return torch.cat(values) if isinstance(first, Tensor) else first
+
+    whole: Batch = merged(parts)
+    return whole
+
+
+def split_like(values: Tensor, parts: list[Batch]) -> list[Tensor]:
+    """Split values of a batch's rows, (B, ...), as the batch was split into parts."""
+    return list(torch.split(values, [len(part["row"]) for part in parts]))
+
+
 def has_target(batch: Batch) -> bool:
     """Return whether the rows hold the teacher's result: latents, or an image, perhaps encoded."""
     return any(batch[kind] is not None for kind in ("latents", "encoded", "image"))

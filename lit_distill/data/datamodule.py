@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lit_distill.data.batch import Batch
 from lit_distill.data.bucket_sampler import BucketBatchSampler, PairLoader, PlannedBatches
+from lit_distill.data.columns import check_mapping
 from lit_distill.data.dataset import PairDataset
 from lit_distill.data.filesystem import is_url
 from lit_distill.data.metadata import hold_out, read_metadata
@@ -24,7 +25,8 @@ class DistillDataModule(pl.LightningDataModule):
     processes (the command line does): this module distributes the rows itself.
 
     Args:
-        metadata_path: Table of the training pairs: CSV, JSON or JSONL, a file or a URL.
+        metadata_path: Table of the training pairs: CSV, JSON, JSONL or parquet, a file or a URL; or
+            a folder, an imagefolder with metadata.jsonl or one that datasets' save_to_disk wrote.
         val_metadata_path: Table of held-out pairs, for validate, test and predict.
         val_fraction: Without `val_metadata_path`: share of the prompts to hold out, approximately.
         base_path: Folder that files are relative to; default: the table's folder.
@@ -46,6 +48,11 @@ class DistillDataModule(pl.LightningDataModule):
             training, and the encoders are freed: encoders and denoiser need not fit into memory
             together. Otherwise they are encoded at first use, and the encoders stay.
         seed: Seed of the order of rows and of the held-out split.
+        columns: The table's names of the columns, where they differ, as in {prompt: text, image:
+            file_name}.
+        constants: Values for all rows of a table without these columns: rand_device,
+            num_inference_steps, cfg_scale, as in {rand_device: cpu, num_inference_steps: 4,
+            cfg_scale: 1}.
 
     Raises:
         InputError: If an argument is out of range.
@@ -68,6 +75,8 @@ class DistillDataModule(pl.LightningDataModule):
         drop_last: bool = False,
         cache_dir: str | None = None,
         seed: int = 0,
+        columns: dict[str, str] | None = None,
+        constants: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if (height is None) != (width is None):
@@ -83,6 +92,8 @@ class DistillDataModule(pl.LightningDataModule):
         self.val_metadata_path = val_metadata_path
         self.val_fraction = val_fraction
         self.base_path = base_path
+        self.columns, self.constants = columns or {}, constants or {}
+        check_mapping(self.columns, self.constants)
         self.call_columns = call_columns or {}
         self.height = height
         self.width = width
@@ -96,6 +107,7 @@ class DistillDataModule(pl.LightningDataModule):
         self.seed = seed
         self.train_set: PairDataset | None = None
         self.val_set: PairDataset | None = None
+        self.sample_set: PairDataset | None = None  # rows that a callback samples while training
 
     def setup(self, stage: str) -> None:
         """Read and check the tables needed in `stage` (fit, validate, test or predict)."""
@@ -121,11 +133,11 @@ class DistillDataModule(pl.LightningDataModule):
             )
 
     def _read(self, path: str) -> pd.DataFrame:
-        return read_metadata(path, self.base_path, self.call_columns, **self.limits())
+        return read_metadata(path, self.base_path, self.call_columns, **self.read_options())
 
-    def limits(self) -> dict[str, Any]:
-        """Return the limits on rows, as arguments of `read_metadata`."""
-        names = ("height", "width", "max_pixels", "allow_outside")
+    def read_options(self) -> dict[str, Any]:
+        """Return how the tables are read and what limits their rows, for `read_metadata`."""
+        names = ("columns", "constants", "height", "width", "max_pixels", "allow_outside")
         return {name: getattr(self, name) for name in names}
 
     def _loader(self, dataset: PairDataset, train: bool) -> PairLoader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ def check_data(
     path: str | Path,
     base_path: str | Path | None = None,
     call_columns: dict[str, str] | None = None,
-    **limits: Any,  # noqa: ANN401
+    *,
+    columns: Mapping[str, str] | None = None,
+    **options: Any,  # noqa: ANN401
 ) -> pd.DataFrame:
     """Check the table as `read_metadata` does, decode every picture, and read all latents.
 
@@ -34,7 +36,8 @@ def check_data(
         path: As in `read_metadata`.
         base_path: As in `read_metadata`.
         call_columns: As in `read_metadata`.
-        **limits: ``height``, ``width``, ``max_pixels``, ``allow_outside``, as in `read_metadata`.
+        columns: As in `read_metadata`.
+        **options: The other options of `read_metadata`.
 
     Returns:
         The table.
@@ -43,8 +46,8 @@ def check_data(
         FileNotFoundError: If there is no such table.
         MetadataError: Lists every row, column and value that can't be used (up to 50).
     """
-    problems = Problems(path)
-    table = parse_metadata(path, problems, base_path, call_columns, **limits)
+    problems = Problems(path, columns)
+    table = parse_metadata(path, problems, base_path, call_columns, **options)
     fine = ~table["row"].isin(problems.rows).to_numpy()
     _check_pictures(table, fine, problems)
     _check_latents(table, fine, problems)

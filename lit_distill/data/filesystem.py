@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import posixpath
 import stat
@@ -12,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from lit_distill.data.arrow_files import read_cell, split_reference
 
 THREADS = 16
 """Number of threads that read files: enough for an object store, harmless on a local disk."""
@@ -50,12 +53,15 @@ def _normalize(path: str) -> str:
 
 @contextmanager
 def open_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file or URL for reading bytes.
+    """Open a file or URL, or a file that is embedded in a table, for reading bytes.
 
     Raises:
         OSError: If it can't be read, or is a pipe or a device, for which reading might never end.
         ImportError: If the URL's protocol needs a package that is not installed; names it.
     """
+    if cell := split_reference(str(path)):
+        yield io.BytesIO(read_cell(*cell))
+        return
     if not is_url(str(path)):
         mode = os.stat(path).st_mode  # noqa: PTH116 - a Path object for each row is slow
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -94,7 +100,12 @@ def _list_files(folder: str) -> set[str]:
 
 
 def file_signature(path: str) -> tuple[Any, ...]:
-    """Return path, size and modification mark of a file or URL, to detect changes."""
+    """Return path, size and modification mark of a file or URL, to detect changes.
+
+    Those of an embedded file are its table's.
+    """
+    if cell := split_reference(path):
+        return path, *file_signature(cell[0])
     if is_url(path):
         import fsspec
 

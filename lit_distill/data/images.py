@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 from torch import Tensor
 
+from lit_distill.data.arrow_files import split_reference
 from lit_distill.data.filesystem import is_url, open_file
 from lit_distill.errors import InputError
 
@@ -24,6 +25,13 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 class Picture(str):
     """Path or URL of a picture; the type distinguishes it from a text."""
+
+    def suffix(self) -> str:
+        """Return the suffix of its file, or one for the format of an embedded file."""
+        if split_reference(self) is None:
+            return Path(self).suffix.lower()
+        with open_file(self) as stream, Image.open(stream, formats=_FORMATS) as file:
+            return {"JPEG": ".jpg", "TIFF": ".tif"}.get(str(file.format), f".{file.format}".lower())
 
     def absolute(self) -> str:
         """Return the absolute path, or the URL, as a plain string."""

@@ -1,17 +1,19 @@
-"""Reads and checks the metadata table of pairs: which columns it has and which rows are valid.
+"""Reads and checks the metadata table of pairs: which rows are valid.
 
-`table_io` reads the file, `schema` parses its columns.
+`table_io` reads the file, `columns` says which columns it has, `schema` parses them.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lit_distill.data.filesystem import parent
+from lit_distill.data.columns import REQUIRED_COLUMNS, map_columns, offer_mapping
 from lit_distill.data.schema import (
     ColumnParser,
     add_row_problems,
@@ -19,10 +21,8 @@ from lit_distill.data.schema import (
     picture_sizes,
     read_calls,
 )
-from lit_distill.data.table_io import Problems, column_names, read_table
+from lit_distill.data.table_io import Problems, column_names, read_table, table_folder
 from lit_distill.errors import InputError
-
-REQUIRED_COLUMNS = ("prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale")
 
 
 def read_metadata(
@@ -30,6 +30,8 @@ def read_metadata(
     base_path: str | Path | None = None,
     call_columns: dict[str, str] | None = None,
     *,
+    columns: Mapping[str, str] | None = None,
+    constants: Mapping[str, Any] | None = None,
     height: int | None = None,
     width: int | None = None,
     max_pixels: int | None = None,
@@ -43,11 +45,15 @@ def read_metadata(
     used unchanged.
 
     Args:
-        path: .csv (UTF-8 with or without byte order mark), .json (a list of objects) or .jsonl; a
-            file or any URL of fsspec (s3://, hf://, memory://).
+        path: .csv (UTF-8 with or without byte order mark), .json (a list of objects), .jsonl or
+            .parquet; a file or any URL of fsspec (s3://, hf://, memory://); or a folder, as
+            `lit_distill.data.table_io.read_table` accepts it.
         base_path: Folder or URL that files are relative to; default: the table's folder.
         call_columns: Further columns to pass to the pipeline's call: argument -> column. Pictures
             are opened when a row is used; numbers and texts are passed as they are.
+        columns: The table's names of the columns, where they differ: our name -> its name.
+        constants: Values of ``rand_device``, ``num_inference_steps`` or ``cfg_scale`` for all rows
+            of a table without these columns.
         height: With `width`, the size in pixels that every image must have.
         width: See `height`.
         max_pixels: Largest accepted area in pixels.
@@ -64,12 +70,13 @@ def read_metadata(
         FileNotFoundError: If there is no such table.
         MetadataError: Lists every row, column and value that can't be used (up to 50).
     """
-    problems = Problems(path)
+    problems = Problems(path, columns)
     table = parse_metadata(
         path,
         problems,
         base_path,
         call_columns,
+        constants=constants,
         height=height,
         width=width,
         max_pixels=max_pixels,
@@ -85,6 +92,7 @@ def parse_metadata(
     base_path: str | Path | None = None,
     call_columns: dict[str, str] | None = None,
     *,
+    constants: Mapping[str, Any] | None = None,
     height: int | None = None,
     width: int | None = None,
     max_pixels: int | None = None,
@@ -99,19 +107,8 @@ def parse_metadata(
         MetadataError: If the table as a whole can't be read, or columns are missing.
     """
     call_columns = call_columns or {}
-    raw = read_table(path, problems)
-    for column in (*REQUIRED_COLUMNS, *call_columns.values()):
-        if column not in raw:
-            problems.add(f"column {column!r} is missing; found {column_names(raw)}")
-    if not {"image", "latents"} & set(raw.columns):
-        problems.add("a column 'image' or 'latents' is needed; found neither")
-    if raw.empty:
-        problems.add("the table has no rows")
-    problems.check()
-
-    optional = [c for c in ("image", "latents", "height", "width") if c not in raw]
-    raw = raw.assign(**dict.fromkeys(optional, ""))
-    base = str(base_path) if base_path is not None else parent(str(path))
+    raw = _read_columns(path, problems, list(call_columns.values()), constants)
+    base = str(base_path) if base_path is not None else table_folder(path)
     parser = ColumnParser(raw, problems, base, allow_outside)
     parsed = {
         "seed": parser.integers("seed", 0, 2**63 - 1),
@@ -134,6 +131,34 @@ def parse_metadata(
     table = _check_sizes(table, problems, height, width, max_pixels)
     _check_duplicates(table, raw[list(call_columns.values())], problems)
     return table
+
+
+def _read_columns(
+    path: str | Path,
+    problems: Problems,
+    call_columns: list[str],
+    constants: Mapping[str, Any] | None,
+) -> pd.DataFrame:
+    """Read a table and check that it has the columns that are needed.
+
+    Raises:
+        MetadataError: If the table can't be read, columns are missing, or there are no rows.
+    """
+    raw = map_columns(read_table(path, problems), problems, constants)
+    # What data.columns names and the table does not have is reported already.
+    needed = [name for name in REQUIRED_COLUMNS if name not in problems.columns]
+    missing = [name for name in (*needed, *call_columns) if name not in raw]
+    for name in missing:
+        problems.add(f"column {name!r} is missing; found {column_names(raw)}")
+    if not {"image", "latents"} & {*raw.columns, *problems.columns}:
+        problems.add("a column 'image' or 'latents' is needed; found neither")
+        missing.append("image")
+    offer_mapping(raw, missing, problems)
+    if raw.empty:
+        problems.add("the table has no rows")
+    problems.check()
+    optional = [c for c in ("image", "latents", "height", "width") if c not in raw]
+    return raw.assign(**dict.fromkeys(optional, ""))
 
 
 def _fill_sizes(table: pd.DataFrame, problems: Problems) -> pd.DataFrame:

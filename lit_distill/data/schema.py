@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lit_distill.data.arrow_files import EmbeddedFile
 from lit_distill.data.filesystem import THREADS, files_exist, is_outside, join
 from lit_distill.data.images import SUFFIXES, Picture, image_size
 from lit_distill.data.table_io import Problems
@@ -41,7 +42,8 @@ class ColumnParser:
         cells = self.raw[column]
 
         def message(index: int) -> str:
-            return f"{column} must be {accepted}, got {shorten(cells.iloc[index])}"
+            name = self.problems.own_name(column)
+            return f"{name} must be {accepted}, got {shorten(cells.iloc[index])}"
 
         add_row_problems(self.raw, bad, self.problems, message, name_image=column != "image")
 
@@ -106,9 +108,10 @@ class ColumnParser:
     def existing_files(self, column: str) -> Any:  # noqa: ANN401
         """Return a column of full paths or URLs of existing files, empty where not given."""
         names = self.raw[column].tolist()
-        paths = [join(self.base, name) if name else "" for name in names]
+        paths = [self._full_path(name) if name else "" for name in names]
+        given = np.array([name != "" and not isinstance(name, EmbeddedFile) for name in names])
         # Files outside of the folder are not even looked up unless allowed.
-        to_check = np.array([path != "" for path in paths]) & ~self.reject_outside(column, names)
+        to_check = given & ~self.reject_outside(column, names)
         if to_check.any():
             checked = [path for path, check in zip(paths, to_check, strict=True) if check]
             missing = to_check.copy()
@@ -116,11 +119,17 @@ class ColumnParser:
             self.reject(column, missing, f"a file below {self.base}")
         return pd.Series(paths, index=self.raw.index, dtype=object)
 
+    def _full_path(self, name: str) -> str:
+        return name if isinstance(name, EmbeddedFile) else join(self.base, name)
+
     def reject_outside(self, column: str, names: list[str]) -> Any:  # noqa: ANN401
         """Report and return which files are outside of the folder, unless that is allowed."""
         if self.allow_outside:
             return np.zeros(len(names), dtype=bool)
-        outside = np.array([is_outside(self.base, name) for name in names], dtype=bool)
+        outside = np.array(
+            [not isinstance(name, EmbeddedFile) and is_outside(self.base, name) for name in names],
+            dtype=bool,
+        )
         accepted = f"inside of {self.base} (or set data.allow_outside: true)"
         self.reject(column, outside, accepted)
         return outside
@@ -131,10 +140,13 @@ class ColumnParser:
         numbers = pd.to_numeric(texts, errors="coerce")
         if numbers.notna().all():
             return numbers.tolist()
-        if not texts.str.lower().str.endswith(SUFFIXES).any():
-            return self.raw[column].tolist()
-        pictures = [Picture(join(self.base, text)) for text in texts]
-        to_check = np.flatnonzero(~self.reject_outside(column, texts.tolist()))
+        cells = self.raw[column].tolist()
+        embedded = any(isinstance(cell, EmbeddedFile) for cell in cells)
+        if not embedded and not texts.str.lower().str.endswith(SUFFIXES).any():
+            return cells
+        names = [cell if isinstance(cell, EmbeddedFile) else cell.strip() for cell in cells]
+        pictures = [Picture(self._full_path(name)) for name in names]
+        to_check = np.flatnonzero(~self.reject_outside(column, names))
         broken = np.zeros(len(pictures), dtype=bool)
         sizes = picture_sizes([pictures[index] for index in to_check])
         broken[to_check] = [isinstance(size, InputError) for size in sizes]

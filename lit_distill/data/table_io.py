@@ -1,6 +1,6 @@
-"""Reads a CSV, JSON or JSONL file as a table of text, and collects the problems of a table.
+"""Reads a file of any format as a table of text, and collects the problems of a table.
 
-No column has a meaning here; `metadata` and `teacher.prompts` define those.
+No column has a meaning here; `columns`, `metadata` and `teacher.prompts` define those.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lit_distill.data.filesystem import open_file
+from lit_distill.data.arrow_files import read_records, saved_files
+from lit_distill.data.filesystem import open_file, parent
 from lit_distill.data.text import decode, invalid_character, parse_json, shorten
 from lit_distill.errors import InputError
 
@@ -31,13 +32,20 @@ class MetadataError(InputError):
 class Problems:
     """Collects the problems of a table, so that one error can list all of them.
 
+    Args:
+        path: What the user calls the table.
+        columns: What the table calls our columns, where its name differs: our name -> its name.
+
     Attributes:
         rows: Numbers of the rows with a problem.
+        hints: Sentences to end the message with.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, columns: Mapping[str, str] | None = None) -> None:
         self.path = str(path)
+        self.columns = dict(columns or {})
         self.rows: set[int] = set()
+        self.hints: list[str] = []
         self._lines: list[tuple[int, str]] = []
         self._more = 0
 
@@ -45,10 +53,15 @@ class Problems:
         """Add one problem; `row` is the number that a spreadsheet shows."""
         where = "" if row is None else f" row {row}"
         named = f" (image={shorten(image, 200)})" if image else ""
-        name = self.path.rpartition("/")[2]
+        name = self.path.rstrip("/").rpartition("/")[2]
         self._lines.append((row or 0, f"{name}{where}{named}: {text}"))
         if row is not None:
             self.rows.add(row)
+
+    def own_name(self, column: str) -> str:
+        """Return the name of one of our columns for a message: the table's name first."""
+        theirs = self.columns.get(column, column)
+        return column if theirs == column else f"{theirs} ({column})"
 
     def add_rows(self, rows: Any, indices: Any) -> Any:  # noqa: ANN401
         """Count bad rows and return the first of `indices`, of which messages are to be added.
@@ -65,7 +78,7 @@ class Problems:
         more = count - min(len(lines), MAX_PROBLEMS)
         listed = lines[:MAX_PROBLEMS] + ([f"... and {more} more"] if more else [])
         title = "1 problem" if count == 1 else f"{count} problems"
-        return "\n".join([f"{title} in {self.path}:", *listed])
+        return "\n".join([f"{title} in {self.path}:", *listed, *self.hints])
 
     def check(self) -> None:
         """Raise an error if there are problems.
@@ -77,33 +90,100 @@ class Problems:
             raise MetadataError(str(self))
 
 
+FORMATS = (".csv", ".json", ".jsonl", ".parquet")
+"""Suffixes of tables."""
+
+
 def read_table(path: str | Path, problems: Problems) -> pd.DataFrame:
     """Read a table with all columns as text.
 
     Types are not inferred: a prompt "NA" stays a text, and so does a seed beside an empty cell.
 
     Args:
-        path: .csv, .json (a list of objects) or .jsonl (one object per line); a file or a URL.
+        path: .csv, .json (a list of objects), .jsonl (one object per line) or .parquet; a file or
+            a URL. Or a folder: with a table metadata.csv, .json, .jsonl or .parquet in it, as
+            `datasets` reads it as an imagefolder, or as `datasets.Dataset.save_to_disk` writes it.
         problems: Collects rows with too many values, entries that are not objects, and texts that
             can't be written to a file.
 
     Returns:
         Columns of text, empty where not given, and ``row``: the number that a spreadsheet shows
-        (header = 1), the number of the JSON object, or the line of the JSONL file.
+        (header = 1), the number of the JSON object or of the row of the parquet file or folder, or
+        the line of the JSONL file. A file in a cell of a parquet file or folder is an
+        `EmbeddedFile`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        MetadataError: If it is not in the format of its suffix.
+        MetadataError: If it is not in the format of its suffix, or a folder is not a table.
     """
-    suffix = Path(str(path)).suffix.lower()
-    read = {".json": _read_json, ".jsonl": _read_jsonl}.get(suffix, _read_csv)
+    files = _table_files(str(path))
+    suffix = Path(files[0]).suffix.lower() if files else ".arrow"
     try:
-        return read(read_text(path), problems)
+        if suffix in (".parquet", ".arrow"):
+            records = (record for file in files for record in read_records(file))
+            return _from_records(enumerate(records, 1), problems)
+        read = {".json": _read_json, ".jsonl": _read_jsonl}.get(suffix, _read_csv)
+        return read(read_text(files[0]), problems)
     except MetadataError:
         raise
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
     except ValueError as error:
-        kind = {".json": "a JSON list of objects", ".jsonl": "JSONL"}.get(suffix, "a CSV file")
-        raise MetadataError(f"{path} is not {kind} in UTF-8: {error}") from error
+        if isinstance(error.__cause__, ImportError):
+            raise
+        raise MetadataError(
+            f"{path} is not {_KINDS.get(suffix, _KINDS['.csv'])}: {error}"
+        ) from error
+
+
+_KINDS = {
+    ".csv": "a CSV file in UTF-8",
+    ".json": "a JSON list of objects in UTF-8",
+    ".jsonl": "JSONL in UTF-8",
+    ".parquet": "a parquet file",
+    ".arrow": "a folder of datasets' save_to_disk",
+}
+
+
+def is_table(path: str | Path) -> bool:
+    """Return whether a path is that of a table, by its suffix, or of a folder."""
+    return Path(str(path)).suffix.lower() in FORMATS or _is_folder(str(path))
+
+
+def table_folder(path: str | Path) -> str:
+    """Return the folder that a table's files are relative to: its own, or that of its file."""
+    return str(path) if _is_folder(str(path)) else parent(str(path))
+
+
+def _is_folder(path: str) -> bool:
+    return Path(path).is_dir()
+
+
+def _table_files(path: str) -> list[str]:
+    """Return the file of a table, or the Arrow files of a folder.
+
+    Raises:
+        MetadataError: If a folder holds no table, or several.
+    """
+    if not _is_folder(path):
+        return [path]
+    folder = Path(path)
+    if (folder / "state.json").is_file():
+        return saved_files(folder)
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(each.parent.name for each in folder.glob("*/state.json"))
+        raise MetadataError(
+            f"{path} holds several splits ({', '.join(splits)}): name one, as in "
+            f"{path.rstrip('/')}/{splits[0] if splits else 'train'}"
+        )
+    found = [str(folder / f"metadata{s}") for s in FORMATS if (folder / f"metadata{s}").is_file()]
+    if len(found) != 1:
+        names = ", ".join(f"metadata{suffix}" for suffix in FORMATS)
+        raise MetadataError(
+            f"{path} is a folder with {' and '.join(found) or 'no table'}: name the table itself, "
+            f"or a folder with one of {names}, or one that datasets' save_to_disk wrote"
+        )
+    return found
 
 
 def column_names(table: pd.DataFrame) -> str:
@@ -237,7 +317,7 @@ def _from_records(records: Iterable[tuple[int, Any]], problems: Problems) -> pd.
 
 
 def _as_text(value: Any) -> str:  # noqa: ANN401
-    """Return a JSON value as the text of a cell; null is an empty cell."""
+    """Return a value of JSON or Arrow as the text of a cell; null is an empty cell."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

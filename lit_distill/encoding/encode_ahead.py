@@ -32,6 +32,7 @@ def encode_ahead(
     call: Callable[[Batch], dict[str, Any]],
     teacher_cfg_scale: float,
     *,
+    always_guided: bool = False,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], Any] = lambda: None,
@@ -45,6 +46,7 @@ def encode_ahead(
         datasets: The rows.
         call: Returns the arguments of the pipeline's call for a batch.
         teacher_cfg_scale: Guidance of the online teacher, for rows without a target.
+        always_guided: Whether the teacher is asked about rows with a target, too.
         rank: Rank of this process.
         world_size: Number of processes.
         barrier: Waits for all processes.
@@ -61,7 +63,7 @@ def encode_ahead(
             if row["image"] and not row["latents"]:
                 tasks[row["image"]] = _image_task(encoder, row["image"])
             scales = {row["cfg_scale"]}
-            if not row["image"] and not row["latents"]:
+            if always_guided or not (row["image"] or row["latents"]):
                 scales.add(teacher_cfg_scale)
             all_scales |= scales
             row_key = partial(_row_key, encoder, row, call, scales)

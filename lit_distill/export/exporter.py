@@ -18,17 +18,18 @@ from lit_distill.adapters.lora import LoRA, add_loras, differences
 from lit_distill.adapters.lora_files import read_lora
 from lit_distill.adapters.weights import extract_lora, fuse_lora, load_base_pipeline
 from lit_distill.compute.step_adapters import step_names, switch_adapter_callback
-from lit_distill.data.whole_files import write_file
+from lit_distill.data.whole_files import write_file, write_image
 from lit_distill.data.whole_folders import check_replaceable, draft_of, replace_folder
 from lit_distill.errors import InputError
+from lit_distill.evaluation.contact_sheet import contact_sheet
 from lit_distill.export.base_model import load_checked_base
 from lit_distill.export.facts import StudentFacts
 from lit_distill.export.hub import upload
 from lit_distill.export.load_student import FACTS_FILE, add_student
 from lit_distill.export.lora_writer import LoRAWriter
-from lit_distill.export.model_card import ExportSummary, model_card
+from lit_distill.export.model_card import ExportSummary, Gallery, model_card
 from lit_distill.export.readers import reader_for
-from lit_distill.export.samples import sample_example, save_grid
+from lit_distill.export.samples import sample_example, teacher_images
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.loading import DTYPES, load_pipeline
 from lit_distill.pipelines.release import release
@@ -115,7 +116,8 @@ def export_student(
     # run that continues: adapters are initialised at random before weights are loaded into them.
     with draft_of(out_dir) as draft, torch.random.fork_rng(devices=[]):
         try:
-            _Export(content, draft, format, dtype, device).run(max_shard_size)
+            export = _Export(content, draft, format, dtype, device)
+            export.run(max_shard_size, push_to_hub or str(out_dir))
         except OSError as error:
             if str(draft) in str(error) and error.errno is not None:
                 text = str(error.strerror).replace(str(draft), str(out_dir))
@@ -180,10 +182,14 @@ class _Export:
         self.steps = step_names(self.hparams.get("lora_per_step") or 0)
         self.loras: dict[str | None, LoRA] = {}
         self.files: dict[str | None, dict[str, Path]] = {}
-        self.columns: list[list[Image.Image]] = []
+        self.columns: dict[str, list[Image.Image]] = {}
 
-    def run(self, max_shard_size: str) -> None:
+    def run(self, max_shard_size: str, where: str) -> None:
         """Run all phases.
+
+        Args:
+            max_shard_size: Largest file of format merged.
+            where: Hub repository or folder that users will load the export from.
 
         Raises:
             InputError: If the format does not support the pipeline.
@@ -193,7 +199,10 @@ class _Export:
         pipe, reader = self._reload()
         has_scheduler = self._save_scheduler(pipe)
         difference = self._verify(pipe)
-        self._write_card(pipe, ExportSummary(self.format, reader, difference, has_scheduler))
+        merged_dtype = str(self.dtype).removeprefix("torch.")
+        dtype = merged_dtype if self.format == "merged" else self.facts.torch_dtype
+        summary = ExportSummary(self.format, reader, difference, has_scheduler, where, dtype)
+        self._write_card(pipe, summary)
         release(pipe)
 
     # Phase 1: write
@@ -213,12 +222,13 @@ class _Export:
         )
         samples = self._sample(student)
         self.expected = samples[0][0]
-        self.columns = [[image for _, image in samples]]
+        self.columns = {"student": [image for _, image in samples]}
         adapters: list[str | None] = [*self.steps] or [None]  # None: the only one
         self.loras = {adapter: extract_lora(student, adapter) for adapter in adapters}
         if self.hparams["lora"] is not None:
             with adapters_disabled(torch.nn.ModuleList(denoisers(student).values())):
-                self.columns.insert(0, [image for _, image in self._sample(student)])
+                undistilled = [image for _, image in self._sample(student)]
+                self.columns = {"undistilled": undistilled} | self.columns
         if self.format != "merged":
             self.loras = {k: self._with_teachers(lora, student) for k, lora in self.loras.items()}
             writer = LoRAWriter(self.folder, self.format, self.dtype, self.facts)
@@ -335,6 +345,12 @@ class _Export:
     # Phase 4: model card
 
     def _write_card(self, pipe: DiffusionPipeline, summary: ExportSummary) -> None:
-        save_grid(self.columns, self.folder / SAMPLES_FILE)
-        text = model_card(self.facts, summary, pipe, SAMPLES_FILE)
+        teacher = teacher_images(self.facts.examples)
+        columns = ({"teacher": teacher} if teacher else {}) | self.columns
+        rows = zip(*columns.values(), strict=True)
+        prompts = [example.prompt for example in self.facts.examples]
+        lines = [(prompt, list(row)) for prompt, row in zip(prompts, rows, strict=True)]
+        write_image(self.folder / SAMPLES_FILE, contact_sheet(list(columns), lines))
+        gallery = Gallery(SAMPLES_FILE, list(columns))
+        text = model_card(self.facts, summary, pipe, gallery)
         write_file(self.folder / "README.md", text.encode(errors="replace"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from lit_distill.data.batch import collate_calls, open_pictures
-from lit_distill.data.images import Picture
-from lit_distill.data.whole_files import write_image
+from lit_distill.data.images import Picture, read_picture
+from lit_distill.errors import InputError
 from lit_distill.pipelines.rollout import sample
 from lit_distill.training.facts import Example
 
@@ -51,11 +51,9 @@ def sample_example(
     return latents.float().cpu(), image
 
 
-def save_grid(columns: list[list[Image.Image]], path: Path) -> None:
-    """Save images side by side, one row for each example; small ones are enlarged."""
-    from diffusers.utils import make_image_grid
-
-    images = [image for row in zip(*columns, strict=True) for image in row]
-    factor = max(1, 128 // max(images[0].size))
-    enlarged = [image.resize([side * factor for side in image.size], 0) for image in images]
-    write_image(path, make_image_grid(enlarged, rows=len(columns[0]), cols=len(columns)))
+def teacher_images(examples: Sequence[Example]) -> list[Image.Image] | None:
+    """Return the teacher's stored images of the examples, or None if one of them can't be read."""
+    try:
+        return [read_picture(str(example.target)) for example in examples]
+    except (OSError, InputError):  # moved since training, or generated while training
+        return None

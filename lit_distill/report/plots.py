@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,12 @@ def _cleaned(logs: dict[str, pd.Series]) -> dict[str, pd.Series]:
     }
 
 
+def shown_metrics(logged: Iterable[str]) -> list[str]:
+    """Return the names of the curves to show: those of `DEFAULT_METRICS`, or else all."""
+    names = list(logged)
+    return [name for name in DEFAULT_METRICS if name in names] or names
+
+
 def plot_curves(runs: dict[str, dict[str, pd.Series]], metrics: list[str] | None = None) -> Figure:
     """Return a figure with one panel per metric and one line per run.
 
@@ -108,8 +115,7 @@ def plot_curves(runs: dict[str, dict[str, pd.Series]], metrics: list[str] | None
     from matplotlib.figure import Figure
 
     logged = sorted({name for logs in runs.values() for name in logs})
-    if metrics is None:
-        metrics = [name for name in DEFAULT_METRICS if name in logged] or logged
+    metrics = shown_metrics(logged) if metrics is None else metrics
     for name in metrics:
         if name not in logged:
             raise InputError(f"no run has logged {name!r}; logged are {', '.join(logged)}")
@@ -121,6 +127,7 @@ def plot_curves(runs: dict[str, dict[str, pd.Series]], metrics: list[str] | None
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, name in zip(panels, metrics, strict=False):
         panel.set_title(name, fontsize=10, parse_math=False)
+        panel.set_xlabel("optimizer step", fontsize=9)
         panel.grid(alpha=0.3)
         panel.tick_params(labelsize=8)
         for number, (label, logs) in enumerate(runs.items()):

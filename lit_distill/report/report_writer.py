@@ -27,7 +27,7 @@ from lit_distill.report.contenders import (
     estimate_teacher_seconds,
 )
 from lit_distill.report.html_report import FILES, image_file, write_report
-from lit_distill.report.run_info import describe_run, teacher_settings, usage_snippet
+from lit_distill.report.run_info import describe_run, report_title, teacher_settings, usage_snippet
 from lit_distill.report.sampling import HeldOutBatch, Samples, sample_held_out
 from lit_distill.training.direct_distill import DirectDistill
 
@@ -135,7 +135,10 @@ class ReportWriter(Callback):
                 facts = describe_run(trainer, pl_module, len(rows["row"].unique()))
                 snippet = usage_snippet(trainer, pl_module, self.held_out[0].batch)
                 logs = self._logs(trainer)
-                text = write_report(draft_folder, results, rows, self.gallery, facts, snippet, logs)
+                title = report_title(pl_module, results)
+                text = write_report(
+                    draft_folder, title, results, rows, self.gallery, facts, snippet, logs
+                )
                 publish(draft_folder, out, MANIFEST_FILE)
                 print(f"{text}\nreport: {out / 'report.html'}")
 

@@ -15,10 +15,12 @@ import torch
 
 from lit_distill.data.batch import Batch, split_batch
 from lit_distill.data.datamodule import DistillDataModule
-from lit_distill.data.filesystem import parent, sha256_of
+from lit_distill.data.filesystem import sha256_of
+from lit_distill.data.table_io import table_folder
 from lit_distill.errors import InputError
 from lit_distill.export.facts import student_call_kwargs
 from lit_distill.pipelines.guidance import guidance
+from lit_distill.report.contenders import ContenderResult
 from lit_distill.teacher.provenance import METADATA_KEY, PIPELINE_KEY, read_provenance
 from lit_distill.training.checkpoint_io import read_checkpoint
 from lit_distill.training.direct_distill import DirectDistill
@@ -46,6 +48,14 @@ def teacher_settings(trainer: pl.Trainer, module: DirectDistill) -> tuple[int, f
     return int(recorded.iloc[0, 0]), float(recorded.iloc[0, 1])
 
 
+def report_title(module: DirectDistill, results: list[ContenderResult]) -> str:
+    """Return the title of a report: the model and its student."""
+    model = str(module.hparams["pretrained_model_name_or_path"])
+    model = Path(model).name if Path(model).exists() else model
+    student = next(result for result in results if result.contender.kind == "student")
+    return f"{model}: {student.label}"
+
+
 def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[str, Any]:
     """Return the report's provenance: by name, a text or a mapping of texts.
 
@@ -66,7 +76,7 @@ def describe_run(trainer: pl.Trainer, module: DirectDistill, rows: int) -> dict[
     facts["metrics"] = module.validator.evaluation.describe()
     if table is not None:
         facts["held-out rows"] = f"{rows} of {_with_checksum(table)}"
-        facts |= _made_with(parent(table))
+        facts |= _made_with(table_folder(table))
     names = ("lit-distill", "torch", "lightning", "torchmetrics", "diffusers", "transformers")
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in (*names, "peft"))
     device = module.device

@@ -239,5 +239,5 @@ def _input_paths(pairs: Sequence[Pair]) -> dict[Picture, str]:
     for picture in sorted(pictures):
         with open_file(picture) as stream:
             digest = hashlib.sha256(stream.read()).hexdigest()[:16]
-        paths[picture] = f"inputs/{digest}{Path(picture).suffix.lower()}"
+        paths[picture] = f"inputs/{digest}{picture.suffix()}"
     return paths

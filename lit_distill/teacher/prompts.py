@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from lit_distill.data.batch import NO_TARGET, Batch, collate_calls, open_pictures
-from lit_distill.data.filesystem import parent
+from lit_distill.data.columns import map_columns, offer_mapping
 from lit_distill.data.schema import ColumnParser, call_key, read_calls
 from lit_distill.data.table_io import (
     MetadataError,
     Problems,
     column_names,
+    is_table,
     read_table,
     read_text,
+    table_folder,
 )
 from lit_distill.data.text import shorten
 from lit_distill.errors import InputError
@@ -61,16 +64,22 @@ class Pair(NamedTuple):
 COLUMNS = ("prompt", "height", "width", "seed")
 
 
-def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -> list[Prompt]:
-    """Read prompts from a .csv, .json or .jsonl table, or from a text file with one per line.
+def read_prompts(
+    path: str | Path,
+    call_columns: dict[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[Prompt]:
+    """Read prompts from a table, or from a text file with one per line.
 
     Tables have a field ``prompt`` and optionally ``height`` and ``width`` in pixels, and ``seed``.
-    Rows without a prompt are skipped. A field that nothing would use is an error.
+    Rows without a prompt are skipped. A field that nothing would use is an error, unless `columns`
+    says which are meant.
 
     Args:
-        path: The file.
+        path: The text file, or the table, a file or folder that `read_table` reads.
         call_columns: Further fields that are arguments of the pipeline's call, argument -> field:
-            pictures, relative to the file's folder, numbers or texts.
+            pictures, relative to the table's folder, numbers or texts.
+        columns: The table's names of the fields, where they differ: our name -> its name.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -78,18 +87,20 @@ def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -
             picture is invalid; lists all such rows.
     """
     call_columns = call_columns or {}
-    problems = Problems(path)
+    problems = Problems(path, {k: v for k, v in (columns or {}).items() if k in COLUMNS})
     raw = _read_raw(path, problems)
-    for name in ("prompt", *call_columns.values()):
-        if name not in raw:
-            problems.add(f"field {name!r} is missing; found {column_names(raw)}")
+    needed = [name for name in ("prompt", *call_columns.values()) if name not in problems.columns]
+    missing = [name for name in needed if name not in raw]
+    for name in missing:
+        problems.add(f"field {name!r} is missing; found {column_names(raw)}")
+    offer_mapping(raw, missing, problems)
     problems.check()
     raw = raw[raw["prompt"].str.strip() != ""].reset_index(drop=True)
     if raw.empty:
         problems.add("there is no prompt")
     used = {"row", *COLUMNS, *call_columns.values()}
     for column in raw:
-        if column not in used and (raw[column] != "").any():
+        if not columns and column not in used and (raw[column] != "").any():
             problems.add(
                 f"field {shorten(column)} is not used: remove it, or name the argument of the "
                 "pipeline's call that it is for, as in data.call_columns '{negative_prompt: "
@@ -98,7 +109,7 @@ def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -
     optional = [name for name in ("image", *COLUMNS) if name not in raw]
     raw = raw.assign(**dict.fromkeys(optional, ""))
     # Pictures may be anywhere, since the data set gets copies of them.
-    parser = ColumnParser(raw, problems, parent(str(path)), allow_outside=True)
+    parser = ColumnParser(raw, problems, table_folder(path), allow_outside=True)
     height, width = (parser.integers(name, 1, 2**20, blank=0) for name in ("height", "width"))
     parser.reject("width", (height == 0) != (width == 0), "given together with height")
     seeds = parser.integers("seed", 0, 2**63 - 1, blank=-1)
@@ -111,8 +122,9 @@ def read_prompts(path: str | Path, call_columns: dict[str, str] | None = None) -
 
 
 def _read_raw(path: str | Path, problems: Problems) -> pd.DataFrame:
-    if Path(path).suffix.lower() in (".csv", ".json", ".jsonl"):
-        return read_table(path, problems)
+    if is_table(path):
+        return map_columns(read_table(path, problems), problems)
+    problems.columns.clear()  # a text file has none
     try:
         text = read_text(path)
     except ValueError as error:

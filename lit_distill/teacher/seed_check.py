@@ -15,9 +15,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lit_distill.data.filesystem import parent
 from lit_distill.data.images import read_image
 from lit_distill.data.latents_file import LATENTS_KEY, read_latents
+from lit_distill.data.table_io import table_folder
 from lit_distill.errors import InputError
 from lit_distill.pipelines.components import move
 from lit_distill.pipelines.loading import DTYPES
@@ -86,7 +86,7 @@ def check_pairing(
     Raises:
         InputError: If no pipeline is recorded or named.
     """
-    provenance = read_provenance(parent(str(path)))
+    provenance = read_provenance(table_folder(path))
     hyper: dict[str, Any] = dict(model.hparams)
     named = hyper["teacher_model"] or hyper["pretrained_model_name_or_path"]
     revision = None if hyper["teacher_model"] else hyper["revision"]

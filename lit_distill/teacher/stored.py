@@ -55,7 +55,7 @@ def stored_trajectory(batch: Batch, sigmas: Tensor) -> Trajectory | None:
         return Trajectory(torch.stack(states), sigmas)
     if has_target(batch):
         raise InputError(
-            f"model.trajectory: row {batch['row'][0]} has no states of the teacher between its "
+            f"objective Trajectory: row {batch['row'][0]} has no states of the teacher between its "
             "steps; make the pairs with `lit-distill generate --store_trajectory true`"
         )
     return None

@@ -24,7 +24,7 @@ from lit_distill.training.first_row import first_batch, untargeted_batch
 from lit_distill.training.placement import place
 from lit_distill.training.preflight_once import preflight_once
 from lit_distill.training.settings import Settings
-from lit_distill.training.step_planner import step_planner
+from lit_distill.training.step_planner import step_planner, uncounted
 from lit_distill.training.student import Student
 from lit_distill.training.student_loader import StudentLoader
 
@@ -145,4 +145,6 @@ def _fastest_checkpointing(
     choice = trainer.strategy.broadcast(choice)
     log = rank_zero_info if choice.fits else rank_zero_warn
     log(f"model.checkpointing: auto chooses {choice.mode}; {choice.reason}")
+    if note := uncounted(trainer.lightning_module.objective):  # type: ignore[arg-type]
+        rank_zero_warn(f"model.checkpointing: auto: {note}; if memory runs out, set it yourself")
     return choice.mode

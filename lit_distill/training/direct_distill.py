@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -12,24 +13,27 @@ from torchmetrics import Metric
 
 from lit_distill.adapters.inject import enable_adapter_dropout
 from lit_distill.compute.activation_checkpointing import Checkpointing
+from lit_distill.compute.sharding import replicate
 from lit_distill.data.batch import Batch
 from lit_distill.evaluation.metrics import default_metrics
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.latent_codec import LatentCodec
-from lit_distill.pipelines.trajectory import Trajectory
-from lit_distill.teacher.stored import stored_target, stored_trajectory
 from lit_distill.training.facts import training_facts
-from lit_distill.training.losses import DistillLoss, LatentMSE, sample_losses
-from lit_distill.training.objectives import Objective, Regression, TrajectoryMatching
-from lit_distill.training.optimizer_step import OptimizerStep, clip_gradients
+from lit_distill.training.losses import DistillLoss, LatentMSE
+from lit_distill.training.models import StudentAndTeacher
+from lit_distill.training.objectives.base import Losses, Objective
+from lit_distill.training.objectives.regression import Regression
+from lit_distill.training.optimizer_step import OptimizerStep, clip_gradients, total_loss
 from lit_distill.training.optimizers import configure_optimizers, step_on_plateau
 from lit_distill.training.plain import plain_setting
 from lit_distill.training.resumable_module import ResumableModule
 from lit_distill.training.resume import is_fitting
 from lit_distill.training.same_inputs import check_base
+from lit_distill.training.saved_classes import COMPONENTS
 from lit_distill.training.settings import Settings, check_precision
 from lit_distill.training.setup import set_up_student
 from lit_distill.training.student_loader import StudentLoader
+from lit_distill.training.teacher_buffer import TeacherBuffer
 from lit_distill.training.undistilled import UndistilledWeights
 from lit_distill.training.validation import Validator
 
@@ -67,20 +71,24 @@ class DirectDistill(ResumableModule):
         sigmas: The student's noise levels, one for each step, falling, as the pipeline's call takes
             them (before the scheduler shifts them); null: the pipeline's default. The export's card
             includes them in the call.
-        trajectory: Match the teacher's states after every step, each from the student's state
-            before it, instead of only the last through all steps. Rows need the states: lit-distill
-            generate --store_trajectory true, or the online teacher.
         checkpointing: What the backward pass recomputes instead of storing: none, block (the
             denoiser's blocks), selective (the blocks but for their attention), step (each denoiser
             call but the last) or nested (call and blocks: memory flat in steps). auto: the fastest
             for which the device has memory, measured before training and reported in the log.
         offload_activations: Keep the blocks' inputs in pinned host memory; block and selective.
         grad_steps: Back-propagate through the last grad_steps steps only; null: through all.
-        loss: A DistillLoss; null: LatentMSE.
+        objective: What the student is trained towards: Regression (null, Direct Distillation),
+            Trajectory, DistributionMatching, Consistency, Adversarial, a WeightedSum of them, or
+            your own Objective.
+        loss: A DistillLoss, which measures what the objective compares; null: LatentMSE.
         optimizer: Optimizer of the trainable parameters.
         lr_scheduler: Learning rate schedule, stepped after every optimizer step; null: constant.
         teacher_num_inference_steps: Steps of the online teacher, for rows without a target.
         teacher_cfg_scale: Guidance of the online teacher, 1 = off.
+        teacher_reuse: How often training uses what the online teacher generates. With 1 every row
+            is generated whenever it comes, with its own seed. With more, batches of new pairs, each
+            with a new seed, alternate with batches of pairs from a buffer.
+        teacher_buffer: Number of pairs in this buffer, on each process; checkpoints hold them.
         call_kwargs: Fixed arguments of the pipeline's call, for teacher and student alike.
         freeze: Patterns of parameters that are not trained, such as
             "transformer.transformer_blocks.59.txt_mlp.*".
@@ -117,10 +125,10 @@ class DirectDistill(ResumableModule):
         teacher_model: str | None = None,
         scheduler: dict[str, Any] | None = None,
         sigmas: list[float] | None = None,
-        trajectory: bool = False,
         checkpointing: Checkpointing | Literal["auto"] = "block",
         offload_activations: bool = False,
         grad_steps: int | None = None,
+        objective: Objective | None = None,
         loss: DistillLoss | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
             params, lr=1e-4, weight_decay=0.0
@@ -128,6 +136,8 @@ class DirectDistill(ResumableModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         teacher_num_inference_steps: int = 50,
         teacher_cfg_scale: float = 4.0,
+        teacher_reuse: int = 1,
+        teacher_buffer: int = 256,
         call_kwargs: dict[str, Any] | None = None,
         freeze: list[str] | None = None,
         train_mode: list[str] | None = None,
@@ -140,18 +150,17 @@ class DirectDistill(ResumableModule):
     ) -> None:
         super().__init__()
         # Plain types only: anything else fails to load with weights_only.
-        self.save_hyperparameters(ignore=["loss", "optimizer", "lr_scheduler", "init_lora"])
+        self.save_hyperparameters(ignore=list(COMPONENTS))
         # Metrics of the command line are text, which a checkpoint can keep; objects it can't.
         if any(isinstance(metric, Metric) for metric in (self.hparams["metrics"] or {}).values()):
             self.hparams["metrics"] = None
         self.hparams.update({n: plain_setting(v, f"model.{n}") for n, v in self.hparams.items()})
         lists = {"freeze": list(freeze or []), "train_mode": list(train_mode or [])}
         self._use(Settings.select({**self.hparams, **lists, "init_lora": init_lora}))
-        self.loss = loss or LatentMSE()
-        self.objective: Objective = TrajectoryMatching() if trajectory else Regression()
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.loader = StudentLoader(self.settings)
+        self.loss, self.objective = loss or LatentMSE(), objective or Regression()
+        self.objective.check(self.settings)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.loader = StudentLoader(self.settings, companion=self.objective.needs_companion)
         self.validator = Validator(default_metrics() if metrics is None else metrics)
         self._step = OptimizerStep()
 
@@ -167,6 +176,10 @@ class DirectDistill(ResumableModule):
 
     # Set-up
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return the callbacks that stop on a signal and that save the online teacher's pairs."""
+        return [*super().configure_callbacks(), TeacherBuffer(lambda: self.models, self.resume)]
+
     def setup(self, stage: str) -> None:
         """Refuse a precision in which trained weights would not be float32."""
         check_precision(self.trainer.precision)
@@ -177,9 +190,13 @@ class DirectDistill(ResumableModule):
         if hasattr(self, "denoisers"):
             return
         mesh = None if self._device_mesh is None else self._device_mesh["data_parallel"]
-        self.student, self.placement = set_up_student(self.loader, self._trainer, mesh)
+        options = {"always_guided": self.objective.needs_base}
+        self.student, self.placement = set_up_student(self.loader, self._trainer, mesh, **options)
         self._use(self.student.settings)
-        self.online_teacher = self.student.teacher()
+        self.models = StudentAndTeacher(self.student, self.loss, lambda: self.global_step)
+        self.objective.build(self.pipe)
+        if mesh is not None:
+            replicate(self.objective)
         load = self.loader.base if self.settings.lora is None else None
         self._undistilled = UndistilledWeights(self.pipe, load)
         self.denoisers = nn.ModuleDict(denoisers(self.pipe))
@@ -193,56 +210,40 @@ class DirectDistill(ResumableModule):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return the optimizer of the trainable parameters and its schedule."""
-        return configure_optimizers(self, self.optimizer, self.lr_scheduler)
+        return configure_optimizers(self, self.optimizer, self.lr_scheduler, self.objective)
 
     # Teacher and student
 
-    @torch.no_grad()
     def teacher_target(self, batch: Batch) -> Tensor:
         """Return the teacher's final latents, (B, ...), float32, in the space of `student_rollout`.
 
-        The stored latents; else the encoded image; else the online teacher generates them.
-
-        Raises:
-            ValueError: If the online teacher is needed, but full training leaves none.
+        The stored latents; else the encoded image; else the online teacher generates them, for
+        which full training leaves none (an error).
         """
-        stored = stored_target(batch, self.codec)
-        return self.online_teacher.target(batch) if stored is None else stored
-
-    @torch.no_grad()
-    def teacher_trajectory(self, batch: Batch, sigmas: Tensor) -> Trajectory:
-        """Return the teacher's states at the student's noise levels, (K,); stored or generated now.
-
-        Raises:
-            ValueError: If the rows hold no states, or those of another schedule.
-        """
-        stored = stored_trajectory(batch, sigmas)
-        return self.online_teacher.trajectory(batch).at(sigmas) if stored is None else stored
+        return self.models.teacher_target(batch)
 
     def student_rollout(self, batch: Batch) -> Tensor:
         """Return the student's final latents, (B, ...), differentiable where gradients are on."""
-        return self.student.rollout(batch)
-
-    def student_trajectory(self, batch: Batch) -> Trajectory:
-        """Return the student's states after every step; each differentiable in its own step."""
-        return self.student.trajectory(batch)
+        return self.models.student_rollout(batch)
 
     def compare(self, latents: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Return the loss of each sample, (B,), float32."""
-        return sample_losses(self.loss, latents, target, batch, self.codec)
+        return self.models.compare(latents, target, batch)
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Return the training loss of each sample, (B,), float32, with its graph."""
-        return self.objective.losses(self, batch)
+    def losses(self, batch: Batch) -> Losses:
+        """Return the training losses of a batch, with their graph: see `Losses`."""
+        return self.objective.losses(self.models, batch)
 
     # Optimizer steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean training loss of the batch."""
+        """Return the mean training loss of the batch, and add what trains beside the student."""
         self.resume.seed_batch(self.global_rank)
+        self.models.random.start(self.resume.seed or 0, self.resume.batches)
+        batch = self.models.pairs(batch, self.objective)
         losses = self.losses(batch)
-        self._step.add(batch["num_inference_steps"], batch["row"], losses.detach())
-        return losses.mean()
+        self._step.add(batch["num_inference_steps"], batch["row"], losses)
+        return total_loss(losses, [*self.trained().values(), *self.companions().values()])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the step's loss and the gradient's norm; stop if the norm is not finite."""
@@ -309,10 +310,8 @@ class DirectDistill(ResumableModule):
     ) -> tuple[Tensor, list[Any]]:
         """Return final latents (B, ...) and B images, sampled as `pipe()` does.
 
-        Args:
-            batch: The rows.
-            undistilled: Use the pretrained weights instead of the student's.
-            **options: num_inference_steps, cfg_scale (default: those of the rows) or another pipe.
+        `undistilled` uses the pretrained weights instead of the student's; `options` are
+        num_inference_steps, cfg_scale (default: those of the rows) or another pipe.
         """
         with self.undistilled() if undistilled else nullcontext():
             return self.student.sample(batch, **options)

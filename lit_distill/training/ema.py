@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_distill.compute.sharding import assign_tensor, full_tensor
+from lit_distill.compute.sharding import assign_tensor, full_tensor, gather, local_tensor
 from lit_distill.errors import InputError
 from lit_distill.training.checkpoint_io import check_state
 from lit_distill.training.direct_distill import DirectDistill
@@ -69,8 +70,8 @@ class EMA(Callback):
         if trainer.fit_loop._should_accumulate():
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [_local(parameter) for parameter in pl_module.trained().values()]
-        averages = [_local(average) for average in self.average.values()]
+        weights = [local_tensor(parameter.detach()) for parameter in pl_module.trained().values()]
+        averages = [local_tensor(average) for average in self.average.values()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         self.updates += 1
 
@@ -81,6 +82,18 @@ class EMA(Callback):
             parameter.copy_(self.average[name])
             self.average[name].copy_(weight)
         self.swapped = not self.swapped
+
+    @contextmanager
+    def averaged(self, module: DirectDistill) -> Iterator[None]:
+        """Put the average into the model until the context is left."""
+        if not self.average or self.swapped:
+            yield
+            return
+        self._swap(module)
+        try:
+            yield
+        finally:
+            self._swap(module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the average."""
@@ -109,8 +122,11 @@ class EMA(Callback):
         weights: Mapping[str, Tensor] = pl_module.trained()
         if self.swapped:
             average, weights = weights, average
-        checkpoint["state_dict"] = _gather(average, trainer)
-        checkpoint["ema"] = {"weights": _gather(weights, trainer), "updates": self.updates}
+        checkpoint["state_dict"] = gather(average, trainer.is_global_zero)
+        checkpoint["ema"] = {
+            "weights": gather(weights, trainer.is_global_zero),
+            "updates": self.updates,
+        }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -131,12 +147,12 @@ class EMA(Callback):
             assign_tensor(parameter, saved["weights"][name])
 
 
-def _gather(tensors: Mapping[str, Tensor], trainer: pl.Trainer) -> dict[str, Tensor]:
-    """Return unsharded tensors on the host, on the process that writes the checkpoint."""
-    full = ((name, full_tensor(tensor.detach())) for name, tensor in tensors.items())
-    return {name: tensor.cpu() for name, tensor in full if trainer.is_global_zero}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    local = getattr(tensor, "to_local", None)
-    return local() if local else tensor.detach()
+@contextmanager
+def averaged_weights(trainer: pl.Trainer, module: DirectDistill) -> Iterator[None]:
+    """Use the average of the trainer's `EMA`, if it has one, until the context is left."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        for callback in callbacks:
+            if isinstance(callback, EMA):
+                stack.enter_context(callback.averaged(module))
+        yield

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 
 def encode_dataset(
-    student: Student, data: DistillDataModule | None, trainer: pl.Trainer | None
+    student: Student,
+    data: DistillDataModule | None,
+    trainer: pl.Trainer | None,
+    *,
+    always_guided: bool = False,
 ) -> nn.Module | None:
     """Encode every prompt and image only once: at first use, or now if the data has a cache_dir.
 
@@ -32,6 +36,7 @@ def encode_dataset(
         student: The student, whose encoders are replaced.
         data: The rows to train on, if training is about to begin.
         trainer: Its trainer.
+        always_guided: Whether the guided teacher is asked about rows with a target, too.
 
     Returns:
         The VAE, in host memory, if the encoders were released; else None.
@@ -49,12 +54,14 @@ def encode_dataset(
     place_encoders(pipe, device)
     once = EncodeOnce(pipe, EncodingStore(data.cache_dir))
     student.encoders_digest = once.namespace
-    datasets = [dataset for dataset in (data.train_set, data.val_set) if dataset is not None]
+    given = (data.train_set, data.val_set, data.sample_set)
+    datasets = [dataset for dataset in given if dataset is not None]
     encode_ahead(
         once,
         datasets,
         student.call,
         student.settings.teacher_cfg_scale,
+        always_guided=always_guided,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         barrier=trainer.strategy.barrier,

@@ -29,6 +29,7 @@ class Example:
         width: Width in pixels; None: the pipeline's default.
         call: Further arguments of the pipeline's call, by name.
         pictures: Paths of images that are arguments of the call, by name.
+        target: Path of the teacher's image; None if there is none.
     """
 
     prompt: str
@@ -40,6 +41,7 @@ class Example:
     width: int | None = None
     call: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
+    target: str | None = None
 
     @classmethod
     def from_row(cls, row: pd.Series) -> Example:
@@ -56,6 +58,7 @@ class Example:
             width=int(row["width"]) or None,
             call={name: value for name, value in call.items() if name not in pictures},
             pictures={name: picture.absolute() for name, picture in pictures.items()},
+            target=Picture(row["image"]).absolute() if row["image"] else None,
         )
 
 

@@ -80,6 +80,12 @@ class ImageGrid(Callback):
 
 def log_image(trainer: pl.Trainer, name: str, image: Image.Image) -> None:
     """Log an image with every logger that takes images; if there is none, write a PNG file."""
+    if not log_to_loggers(trainer, name, image):
+        write_png(run_folder(trainer) / "images" / f"step_{trainer.global_step:06d}.png", image)
+
+
+def log_to_loggers(trainer: pl.Trainer, name: str, image: Image.Image) -> bool:
+    """Log an image with every logger that takes images; return whether there is one."""
     step = trainer.global_step
     logged = False
     for logger in trainer.loggers:
@@ -90,9 +96,20 @@ def log_image(trainer: pl.Trainer, name: str, image: Image.Image) -> None:
         else:
             continue
         logged = True
-    if not logged:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "images"
-        write_png(folder / f"step_{step:06d}.png", image)
+    return logged
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Return the folder of the run, which Lightning's checkpoints are in.
+
+    Not `trainer.log_dir`, for which every process would have to ask.
+    """
+    if trainer.logger is None:
+        return Path(trainer.default_root_dir)
+    version = trainer.logger.version
+    name = version if isinstance(version, str) else f"version_{version}"
+    root = trainer.logger.save_dir or trainer.default_root_dir
+    return Path(root) / str(trainer.logger.name) / name
 
 
 def write_png(path: Path, image: Image.Image) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import lightning.pytorch as pl
@@ -12,16 +13,25 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
-from lit_distill.compute.sharding import full_tensor
+from lit_distill.compute.sharding import full_tensor, local_tensor
+from lit_distill.training.objectives.base import Losses
 from lit_distill.training.resumable_module import ResumableModule
 
 
 class MicroBatch(NamedTuple):
-    """One batch of an optimizer step: its number of inference steps, its rows, their losses."""
+    """One batch of an optimizer step: its number of inference steps, its rows, their losses.
+
+    Attributes:
+        num_inference_steps: Number of inference steps.
+        rows: Numbers of the rows.
+        losses: The student's losses of the rows, (B,).
+        companion: The loss of what trains beside the student, (), if anything does.
+    """
 
     num_inference_steps: int
     rows: list[int]
     losses: Tensor
+    companion: Tensor | None
 
 
 class OptimizerStep:
@@ -30,9 +40,11 @@ class OptimizerStep:
     def __init__(self) -> None:
         self.batches: list[MicroBatch] = []
 
-    def add(self, num_inference_steps: int, rows: list[int], losses: Tensor) -> None:
-        """Add a batch and the losses of its rows, (B,)."""
-        self.batches.append(MicroBatch(num_inference_steps, rows, losses))
+    def add(self, num_inference_steps: int, rows: list[int], losses: Losses) -> None:
+        """Add a batch and its losses."""
+        companion = None if losses.companion is None else losses.companion.detach()
+        batch = MicroBatch(num_inference_steps, rows, losses.student.detach(), companion)
+        self.batches.append(batch)
 
     def log(self, module: ResumableModule) -> None:
         """Log the loss of the whole step, over all processes, and the gradient's norm; start anew.
@@ -41,6 +53,12 @@ class OptimizerStep:
             FloatingPointError: If the norm is not finite, naming step, rows and losses.
         """
         norm = gradient_norm(module.trained().values())
+        beside = module.companions().values()
+        if any(parameter.grad is not None for parameter in beside):
+            norm_beside = gradient_norm(beside)
+            module.log("companion_grad_norm", norm_beside)
+            if not torch.isfinite(norm_beside):
+                norm = norm_beside
         # A loss scaler skips such steps by itself.
         if not (torch.isfinite(norm) or scales_loss(module.trainer)):
             self.refuse(module.global_step, norm.item())
@@ -57,6 +75,9 @@ class OptimizerStep:
         logged = {}
         if batches:
             logged["train_loss"] = _mean(batches)
+        beside = [batch.companion for batch in batches if batch.companion is not None]
+        if beside:
+            logged["companion_loss"] = torch.stack(beside).mean()
         for steps in sorted({batch.num_inference_steps for batch in batches}):
             same = [batch for batch in batches if batch.num_inference_steps == steps]
             logged[f"train_loss_{steps}_steps"] = _mean(same)
@@ -90,10 +111,31 @@ def _mean(batches: list[MicroBatch]) -> Tensor:
     return torch.stack([batch.losses.mean() for batch in batches]).mean()
 
 
+def total_loss(losses: Losses, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return what is back-propagated, (): the student's mean loss and that of what trains beside.
+
+    Args:
+        losses: The losses of a batch.
+        parameters: All that is trained.
+    """
+    total = losses.student.mean()
+    if losses.companion is not None:
+        total = total + losses.companion
+    if not losses.complete:
+        for parameter in parameters:
+            total = total + 0.0 * local_tensor(parameter).sum()
+    return total
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the 2-norm of all gradients together, of sharded ones too; () float32."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    return full_tensor(torch.nn.utils.get_total_norm(grads))
+    kinds = {type(grad) for grad in grads}  # sharded and whole ones can't be stacked
+    norms = [
+        full_tensor(torch.nn.utils.get_total_norm([g for g in grads if type(g) is kind]))
+        for kind in kinds
+    ]
+    return norms[0] if len(norms) == 1 else torch.stack([torch.zeros(()), *norms]).norm()
 
 
 def scales_loss(trainer: pl.Trainer) -> bool:
@@ -107,14 +149,17 @@ def clip_gradients(
     gradient_clip_val: float | None,
     gradient_clip_algorithm: str | None,
 ) -> None:
-    """Clip as the trainer is configured to, with fused optimizers too.
+    """Clip as the trainer is configured to, each parameter group by itself, fused ones too.
 
     Lightning refuses fused optimizers under every mixed precision, but only float16 scales
     gradients.
     """
-    if gradient_clip_val and not scales_loss(module.trainer):
-        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-        plugin = module.trainer.precision_plugin
-        Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
-    else:
+    if not gradient_clip_val or scales_loss(module.trainer):
         module.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        return
+    algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+    plugin = module.trainer.precision_plugin
+    for group in optimizer.param_groups:
+        # What trains beside the student has gradients of another size.
+        one: Any = SimpleNamespace(param_groups=[group])
+        Precision.clip_gradients(plugin, one, gradient_clip_val, algorithm)

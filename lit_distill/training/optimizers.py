@@ -8,8 +8,10 @@ from typing import Any
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_distill.errors import InputError
+from lit_distill.adapters.inject import is_companion
+from lit_distill.errors import InputError, with_suggestions
 from lit_distill.training.lr_scheduler import WarmupCosine
+from lit_distill.training.objectives.base import Objective
 from lit_distill.training.resumable_module import ResumableModule
 
 
@@ -17,13 +19,32 @@ def configure_optimizers(
     module: ResumableModule,
     make_optimizer: OptimizerCallable,
     make_scheduler: LRSchedulerCallable | None,
+    objective: Objective,
 ) -> Any:  # noqa: ANN401
     """Return the optimizer of the trainable parameters and its schedule, as Lightning takes them.
 
+    What the objective trains has parameter groups of its own in the same optimizer.
+
+    Args:
+        module: The module.
+        make_optimizer: Makes the optimizer, given parameters or groups.
+        make_scheduler: Makes the schedule; None: constant.
+        objective: Knows the groups of what it trains beside the student, and their options.
+
     Raises:
-        InputError: If the schedule follows a metric, but names none.
+        InputError: If the optimizer has no such option, or the schedule follows a metric, but names
+            none.
     """
-    optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad])
+    companion = [p for name, p in module.companions().items() if is_companion(name)]
+    groups = objective.groups(companion)
+    trained = list(module.trained().values())
+    optimizer = make_optimizer([{"params": trained}, *groups] if groups else trained)
+    for name in {name for group in groups for name in group}:
+        if name != "params" and name not in optimizer.defaults:
+            raise InputError(
+                f"model.objective: optimizer: {type(optimizer).__name__} has no option "
+                f"{with_suggestions(name, optimizer.defaults)}"
+            )
     module.resume.configure(optimizer)
     if make_scheduler is None:
         return optimizer

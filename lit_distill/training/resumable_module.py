@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 from typing_extensions import Self
 
+from lit_distill.adapters.inject import is_companion
+from lit_distill.compute.sharding import assign_tensor, gather
 from lit_distill.errors import InputError
 from lit_distill.training.checkpoint_io import AtomicCheckpointIO, check_state, read_checkpoint
 from lit_distill.training.offloaded_module import OffloadedModule
@@ -26,10 +29,17 @@ from lit_distill.training.saved_classes import constructor_arguments, named_clas
 from lit_distill.training.signals import StopOnSignal
 from lit_distill.version import __version__
 
+OBJECTIVE_PREFIX = "objective."
+"""Names of the objective's own parameters begin with it."""
+
 SPAWNED = (
     "trainer.strategy: processes that are spawned or forked (ddp_spawn, ddp_fork, ddp_notebook) "
     "would not return what they have trained; use ddp, with a script or the command"
 )
+
+
+def _is_beside(name: str) -> bool:
+    return name.startswith(OBJECTIVE_PREFIX) or is_companion(name)
 
 
 class ResumableModule(OffloadedModule):
@@ -116,8 +126,15 @@ class ResumableModule(OffloadedModule):
         return module if map_location is None else module.to(map_location)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Return what trains, by its name in a checkpoint."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        """Return what trains of the student, by its name in a checkpoint."""
+        return {name: p for name, p in self._trainable() if not _is_beside(name)}
+
+    def companions(self) -> dict[str, nn.Parameter]:
+        """Return what the objective trains beside the student, by its name in a checkpoint."""
+        return {name: p for name, p in self._trainable() if _is_beside(name)}
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # noqa: ANN401
         """Return the trainable tensors only."""
@@ -138,6 +155,8 @@ class ResumableModule(OffloadedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what a resumed run needs beside what Lightning saves."""
         self.resume.rewind(checkpoint)
+        if companions := self.companions():
+            checkpoint["objective"] = gather(companions, self.trainer.is_global_zero)
         checkpoint["lit_distill"] = {"version": __version__, **self.resume.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -149,4 +168,8 @@ class ResumableModule(OffloadedModule):
         self.state_loaded = True
         if is_fitting(self._trainer):
             self.resume.load(checkpoint)
+            saved, companions = checkpoint.get("objective", {}), self.companions()
+            check_state(saved, companions, "what the checkpoint's objective trains")
+            for name, parameter in companions.items():
+                assign_tensor(parameter, saved[name])
         warn_of_changed_settings(self.hparams, checkpoint["hyper_parameters"])

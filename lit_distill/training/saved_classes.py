@@ -18,7 +18,7 @@ from lit_distill.errors import InputError
 TRUSTED = ("lit_distill", "torchmetrics")
 """Packages whose classes a checkpoint may name."""
 
-COMPONENTS = ("loss", "optimizer", "lr_scheduler", "init_lora")
+COMPONENTS = ("loss", "objective", "optimizer", "lr_scheduler", "init_lora")
 """Arguments of `DirectDistill` that no checkpoint holds."""
 
 Module = TypeVar("Module")

@@ -40,12 +40,13 @@ class Settings:
     teacher_model: str | None
     scheduler: dict[str, Any] | None
     sigmas: list[float] | None
-    trajectory: bool
     checkpointing: Checkpointing | Literal["auto"]
     offload_activations: bool
     grad_steps: int | None
     teacher_num_inference_steps: int
     teacher_cfg_scale: float
+    teacher_reuse: int
+    teacher_buffer: int
     call_kwargs: dict[str, Any] | None
     freeze: list[str]
     train_mode: list[str]
@@ -143,11 +144,6 @@ def _check_ranges(settings: Settings) -> None:
         raise InputError(f"model.rollout_batch_size must be >= 1, got {batch_size}")
     if sigmas is not None and not (sigmas and _falling([*sigmas, 0.0])):
         raise InputError(f"model.sigmas must be positive and falling, got {sigmas}")
-    if settings.trajectory and settings.grad_steps is not None:
-        raise InputError(
-            "model.trajectory and model.grad_steps: set one; with trajectory no gradient goes "
-            "through more than one step"
-        )
 
 
 def _falling(values: list[float]) -> bool:
@@ -172,6 +168,9 @@ def _check_lora_per_step(settings: Settings) -> None:
 
 
 def _check_teacher(settings: Settings) -> None:
+    for name in ("teacher_num_inference_steps", "teacher_reuse", "teacher_buffer"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"model.{name} must be >= 1, got {getattr(settings, name)}")
     if settings.teacher_lora and settings.teacher_model:
         raise InputError(
             "model.teacher_lora and model.teacher_model: set one; to teach with a model and a "

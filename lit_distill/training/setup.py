@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 def set_up_student(
-    loader: StudentLoader, trainer: pl.Trainer | None, mesh: DeviceMesh | None
+    loader: StudentLoader,
+    trainer: pl.Trainer | None,
+    mesh: DeviceMesh | None,
+    *,
+    always_guided: bool = False,
 ) -> tuple[Student, Placement]:
     """Return the student, ready to train or to sample, with the settings in effect.
 
@@ -31,6 +35,7 @@ def set_up_student(
         trainer: The trainer. If it is about to train on a `DistillDataModule`, the data set is
             encoded if it has a cache_dir, and preflight decides the settings that are left open.
         mesh: Processes that share the denoisers (FSDP2), if any.
+        always_guided: Whether the guided teacher is asked about rows with a target, too.
 
     Raises:
         PreflightError: If the pipeline can't be distilled.
@@ -43,7 +48,7 @@ def set_up_student(
     # compute their schedules, for which they use numpy.
     with torch.device("cpu"):
         student = loader.load(mesh, trainer.strategy.root_device if trainer and mesh else None)
-        vae = encode_dataset(student, data, trainer)
+        vae = encode_dataset(student, data, trainer, always_guided=always_guided)
         # Before anything wraps the denoisers: DDP must not wait for frozen parameters.
         if data is not None:
             assert trainer is not None

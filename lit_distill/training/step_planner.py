@@ -10,16 +10,32 @@ from lit_distill.planning.fake_step import Example
 from lit_distill.planning.planner import Planner
 from lit_distill.planning.settings import TrainingSettings
 from lit_distill.training.first_row import first_batch
+from lit_distill.training.objectives.base import Objective
+from lit_distill.training.objectives.regression import Regression
+from lit_distill.training.objectives.trajectory import Trajectory
 from lit_distill.training.settings import Settings
 from lit_distill.training.student import Student
 
 
-def training_settings(settings: Settings) -> dict[str, object]:
+def training_settings(settings: Settings, objective: Objective) -> dict[str, object]:
     """Return the fields of `TrainingSettings` that the settings of the model tell."""
     names = ["torch_dtype", "lora", "lora_per_step", "freeze", "quantization", "scheduler"]
-    names += ["rollout_batch_size", "grad_steps", "trajectory", "offload_activations"]
+    names += ["rollout_batch_size", "grad_steps", "offload_activations"]
     fields = {name: getattr(settings, name) for name in names}
-    return fields | {"call_kwargs": settings.call_kwargs or {}}
+    return fields | {
+        "call_kwargs": settings.call_kwargs or {},
+        "trajectory": isinstance(objective, Trajectory),
+    }
+
+
+def uncounted(objective: Objective) -> str | None:
+    """Return what the plan of a step with this objective leaves out; None: nothing."""
+    if isinstance(objective, Regression | Trajectory):
+        return None
+    return (
+        f"planned as Regression: what {type(objective).__name__} trains and computes beside the "
+        "student's rollout is not counted"
+    )
 
 
 def step_planner(student: Student, data: DistillDataModule, trainer: pl.Trainer) -> Planner:
@@ -32,7 +48,9 @@ def step_planner(student: Student, data: DistillDataModule, trainer: pl.Trainer)
     del call["generator"]
     largest = int((rows["height"] * rows["width"]).argmax())
     sharded = student.sharded
-    fields = training_settings(student.settings) | {
+    module = trainer.lightning_module
+    objective = getattr(module, "objective", None) or Regression()
+    fields = training_settings(student.settings, objective) | {
         "height": int(rows["height"][largest]) or None,
         "width": int(rows["width"][largest]) or None,
         "batch_size": data.batch_size,
@@ -47,7 +65,7 @@ def step_planner(student: Student, data: DistillDataModule, trainer: pl.Trainer)
     return Planner(
         Blueprint.of(student.pipe),
         TrainingSettings(**fields),  # type: ignore[arg-type]
-        optimizer=getattr(trainer.lightning_module, "optimizer", None),
+        optimizer=getattr(module, "optimizer", None),
         device="cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
         example=Example(student.pipe, prompt, call),
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lit_distill.data.batch import Batch, call_arguments, split_batch
+from lit_distill.data.batch import Batch, call_arguments, split_batch, split_like
 from lit_distill.errors import InputError
 from lit_distill.pipelines.components import (
     call_parameters,
@@ -18,8 +19,11 @@ from lit_distill.pipelines.components import (
     denoisers,
     override_scheduler_config,
 )
+from lit_distill.pipelines.denoise import denoise
+from lit_distill.pipelines.hooks import read_schedule
 from lit_distill.pipelines.latent_codec import LatentCodec
 from lit_distill.pipelines.model_digest import plain_config
+from lit_distill.pipelines.noise_levels import NoiseLevel, NoiseLevels
 from lit_distill.pipelines.rollout import rollout, sample
 from lit_distill.pipelines.trajectory import Trajectory, trajectory
 from lit_distill.teacher.online import OnlineTeacher
@@ -132,6 +136,53 @@ class Student:
     def trajectory(self, batch: Batch) -> Trajectory:
         """Return the student's states after every step; each differentiable in its own step."""
         return Trajectory.concatenate(self._generate(batch, trajectory, self._options(batch)))
+
+    def predict(
+        self,
+        latents: Tensor,
+        level: NoiseLevel,
+        batch: Batch,
+        **options: Any,  # noqa: ANN401
+    ) -> Tensor:
+        """Return the clean latents that the student predicts, (B, ...), float32; see `denoise`.
+
+        Args:
+            latents: Noisy latents, (B, ...).
+            level: Their noise level.
+            batch: The rows.
+            **options: Options of `denoise` that differ from the settings.
+        """
+        parts = split_batch(batch, self.settings.rollout_batch_size)
+        options = self._options(batch) | options
+        with self.precision():
+            predictions = [
+                denoise(self.pipe, noisy, level, **self.call(part), **options)
+                for part, noisy in zip(parts, split_like(latents, parts), strict=True)
+            ]
+        return torch.cat(predictions)
+
+    def schedule(self, batch: Batch, num_inference_steps: int) -> list[NoiseLevel]:
+        """Return the noise level before every step of a schedule, and the one after the last."""
+        schedule = self._schedule(batch, num_inference_steps)
+        return NoiseLevels(self.pipe.scheduler).of_schedule(schedule)
+
+    def sigmas(self, batch: Batch) -> Tensor:
+        """Return the sigmas before every step of the rows' schedule, and after the last, (K + 1,).
+
+        Raises:
+            InputError: If the scheduler has none.
+        """
+        schedule = self._schedule(batch, batch["num_inference_steps"])
+        if "sigmas" not in schedule:
+            raise InputError(
+                f"model.teacher_reuse: {type(self.pipe.scheduler).__name__} has no sigmas, at "
+                "which the teacher's states could be kept; set teacher_reuse: 1"
+            )
+        return schedule["sigmas"]
+
+    def _schedule(self, batch: Batch, num_inference_steps: int) -> dict[str, Tensor]:
+        call = self.student_call(split_batch(batch, 1)[0], num_inference_steps)
+        return read_schedule(self.pipe, partial(rollout, self.pipe, **call))
 
     def _options(self, batch: Batch) -> dict[str, Any]:
         return {

@@ -34,14 +34,16 @@ class StudentLoader:
 
     Args:
         settings: The settings as they are given.
+        companion: Whether to add the adapter that an objective trains beside the student's.
 
     Attributes:
         base_digest: Digests of the pretrained denoisers that were loaded last, by name. Quantised
             ones have none: they can't be compared with others.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, companion: bool = False) -> None:
         self.settings = settings
+        self.companion = companion
         self.base_digest: dict[str, str] = {}
 
     def load(self, mesh: DeviceMesh | None = None, device: torch.device | None = None) -> Student:
@@ -127,7 +129,8 @@ class StudentLoader:
         if initial:
             self.settings = replace(self.settings, lora=self._fields_of(initial, pipe))
         names = ("lora", "freeze", "train_mode", "lora_per_step")
-        make_trainable(pipe, **{name: getattr(self.settings, name) for name in names})
+        options = {name: getattr(self.settings, name) for name in names}
+        make_trainable(pipe, **options, companion=self.companion)
         load_into_adapters(pipe, initial)
         for denoiser in denoisers(pipe).values():
             use_fused_lora(denoiser)

@@ -314,26 +314,26 @@ def test_the_commands_work_on_the_checkpoint_alone(trained, pairs, tmp_path, mon
 
 
 def test_the_code_of_the_card_samples_the_student_in_plain_diffusers(trained, tmp_path):
-    """Word for word, in a fresh Python that imports diffusers only."""
+    """Word for word but for the embedded pipeline's name, without lit_distill."""
     export = trained[1] / "export"
     files = sorted(path.name for path in export.glob("*.safetensors"))
     assert files == [f"{step}.safetensors" for step in step_names(4)]
     code = re.search(r"```python\n(.*?)```", (export / "README.md").read_text(), re.S)[1]
     assert "callback_on_step_end=next_lora" in code
-    code = code.replace("THIS_REPOSITORY", str(export)).replace("'tiny-digits'", repr(str(TINY)))
-    code = code.replace("bfloat16", "float32")
-    code = code.replace(
-        "next_lora).images",
-        "next_lora, generator=torch.manual_seed(3)).images",
-    )
-    call = code.splitlines()[-1]
-    again = call.replace("image =", "again =")
-    code += f"\n{again}\nimage.save('image.png'), again.save('again.png')\n"
+    code = code.replace("from lit_distill import load_pipeline", "from diffusers import *")
+    tiny = f"DiffusionPipeline.from_pretrained({str(TINY)!r}, dtype="
+    code = code.replace("load_pipeline('tiny-digits', torch_dtype=", tiny)
+    call = code[code.index("image = pipe(") :]
+    code += call.replace("image =", "again =")
+    code += "image.save('image.png'), again.save('again.png')\n"
     code += "import sys; assert 'lit_distill' not in sys.modules\n"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
-    prompt = re.search(r"pipe\('(.*?)'", call)[1]
+    prompt = re.search(r"pipe\(\n    '(.*?)'", call)[1]
+    seed = int(re.search(r"manual_seed\((\d+)\)", call)[1])
     pipe = load_student(trained[1] / "student.ckpt")
-    expected = np.asarray(pipe(prompt, generator=torch.manual_seed(3)).images[0], int)
+    expected = np.asarray(
+        pipe(prompt, generator=torch.Generator().manual_seed(seed)).images[0], int
+    )
     for name in ("image.png", "again.png"):
         assert np.abs(np.asarray(Image.open(tmp_path / name), int) - expected).max() <= 1
     # The first step's LoRA at every step gives another image.
@@ -343,7 +343,9 @@ def test_the_code_of_the_card_samples_the_student_in_plain_diffusers(trained, tm
             "lit_distill.compute.step_adapters.StepAdapters.bind_step",
             lambda self, step, total, call: call,
         )
-        other = np.asarray(pipe(prompt, generator=torch.manual_seed(3)).images[0], int)
+        other = np.asarray(
+            pipe(prompt, generator=torch.Generator().manual_seed(seed)).images[0], int
+        )
     assert np.abs(other - expected).max() > 1
 
 
@@ -364,8 +366,8 @@ def test_families_are_exported(name, folder, tmp_path):
     assert np.abs(picture(load_student(tmp_path), name) - expected).max() <= 1
     pipe = plain(folder(name))
     code = re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.S)[1]
-    _, _, code = code.partition("bfloat16)\n")
-    code = code.rpartition("\n\n")[0].replace("THIS_REPOSITORY", str(tmp_path))
+    _, _, code = code.partition("float32)\n")
+    code = code.rpartition("\n\n")[0]
     names = {"pipe": pipe}
     exec(code, names)
     call = type(pipe).__call__

@@ -62,7 +62,7 @@ def test_fit_test_predict_and_export_by_command(config, pairs, tmp_path, capsys)
     assert "student, 4 steps, cfg 1" in capsys.readouterr().out
     ways = json.loads((tmp_path / "report/metrics.json").read_text())["ways"]
     assert [way["evaluations"] for way in ways] == [20, 4, 8, 16, 4]
-    assert "<svg" in (tmp_path / "report/report.html").read_text()
+    assert "data:image/svg+xml" in (tmp_path / "report/report.html").read_text()
     main(["predict", "--ckpt_path", checkpoint, *data, *quiet])
     assert len(list((tmp_path / "predictions").glob("*.png"))) == 8
     main(["export", "--ckpt_path", checkpoint, "--out", str(tmp_path / "export")])

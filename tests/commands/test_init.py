@@ -41,14 +41,22 @@ def test_a_commented_configuration_is_written_and_nothing_is_overwritten(
 ):
     monkeypatch.chdir(tmp_path)
     table = "my: data's.csv"
-    main(["init", "--model", "flux", "--metadata_path", table, "--out", "a/mine.yaml"])
+    main(
+        ["init", "--model", "flux", "--metadata_path", table, "--out", "a/mine.yaml"]
+        + ["--columns", "{prompt: text}", "--constants", "{cfg_scale: 1}"]
+    )
     assert "lit-distill plan --config a/mine.yaml" in capsys.readouterr().out
     written = (tmp_path / "a/mine.yaml").read_text()
     original = (ROOT / "configs/flux_48.yaml").read_text()
     assert "configs/" not in written and written.count("#") >= original.count("#") - 1
     expected = yaml.safe_load(original)
-    expected["data"]["metadata_path"] = table
+    given = {"columns": {"prompt": "text"}, "constants": {"cfg_scale": 1}}
+    expected["data"] |= {"metadata_path": table, **given}
     assert yaml.safe_load(written) == expected
     with pytest.raises(InputError, match=r"a/mine.yaml exists, and init overwrites nothing"):
         init(model="sdxl", out="a/mine.yaml")
     assert (tmp_path / "a/mine.yaml").read_text() == written
+    init(columns={"prompt": "text"}, out="b.yaml")
+    data = yaml.safe_load((tmp_path / "b.yaml").read_text())["data"]
+    assert data["metadata_path"] == "data/train/metadata.csv"
+    assert data["columns"] == {"prompt": "text"}

@@ -23,7 +23,7 @@ from lit_distill.export import exporter, lora_writer
 from lit_distill.export.export_on_save import ExportOnSave
 from lit_distill.export.exporter import ExportError
 from lit_distill.export.facts import StudentFacts
-from lit_distill.export.model_card import ExportSummary, model_card
+from lit_distill.export.model_card import ExportSummary, Gallery, model_card
 from lit_distill.pipelines.components import denoisers
 
 FILES = ["diffusers", "comfyui", "kohya", "peft", "merged"]
@@ -128,7 +128,8 @@ def test_an_edit_pipeline_samples_its_rows_with_their_pictures(folder, tmp_path)
         "call": {},
     }
     export_student(content, tmp_path / "out")
-    assert "image=YOUR_IMAGE" in (tmp_path / "out/README.md").read_text()
+    given = str(tmp_path / "given.png")
+    assert f"image=load_image({given!r})" in (tmp_path / "out/README.md").read_text()
     pipe = plain(folder("FluxKontext"))
     pipe.load_lora_weights(tmp_path / "out")
     expected = picture(model.pipe, "FluxKontext")
@@ -242,18 +243,18 @@ def test_exports_hold_the_facts_of_the_student(exports):
         assert "| steps, guidance | 4, 1 |" in card.text
         assert "| LoRA | r 4, lora_alpha 8 |" in card.text
         assert "| val_ratio | 0.4 |" in card.text
-        assert Image.open(out / format / "samples.png").size == (256 if format else 0, 128)
+        assert "From left to right: undistilled, student." in card.text
     from safetensors import safe_open
 
     with safe_open(out / "kohya/kohya_lora.safetensors", "pt") as file:
         facts = json.loads(file.metadata()["lit_distill"])
     assert facts["num_inference_steps"] == 4
     assert facts["lora"] == {"r": 4, "lora_alpha": 8}
-    assert facts["examples"] == [row_of("QwenImage") | {"call": {}, "pictures": {}}]
+    assert facts["examples"] == [row_of("QwenImage") | {"call": {}, "pictures": {}, "target": None}]
     assert StudentFacts.from_dict(facts).to_dict() == facts
 
 
-def test_the_card_of_a_hub_model_names_it_and_its_commit(folder, tmp_path):
+def test_the_card_of_a_hub_model_names_it_its_commit_and_licence(folder, tmp_path, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     place = tmp_path / "models--a--b/snapshots" / commit
     place.parent.mkdir(parents=True)
@@ -262,25 +263,56 @@ def test_the_card_of_a_hub_model_names_it_and_its_commit(folder, tmp_path):
     facts = StudentFacts.from_checkpoint(content, plain(place))
     assert facts.base_revision == commit
     facts = replace(facts, base_model="Qwen/Qwen-Image")
-    summary = ExportSummary("diffusers", "a reader", difference=0.0, has_scheduler=False)
-    text = model_card(facts, summary, build("QwenImage"), "samples.png")
+    summary = ExportSummary("diffusers", "a reader", 0.0, False, "me/lora", "bfloat16")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: tmp_path / "base.md")
+    (tmp_path / "base.md").write_text("---\nlicense: other\nlicense_name: 'a: b'\n---\n# Base")
+    gallery = Gallery("samples.png", ["teacher", "student"])
+    text = model_card(facts, summary, build("QwenImage"), gallery)
     card = huggingface_hub.ModelCard(text)
     assert card.data.base_model == "Qwen/Qwen-Image"
+    assert card.data.base_model_relation == "adapter"
+    assert (card.data.license, card.data.license_name) == ("other", "a: b")
+    assert f"'Qwen/Qwen-Image', dtype=torch.bfloat16, revision='{commit}'" in text
+    assert "pipe.load_lora_weights('me/lora')" in text
+    (tmp_path / "base.md").unlink()
+    text = model_card(facts, summary, build("QwenImage"), gallery)
+    assert huggingface_hub.ModelCard(text).data.license is None and "Fill in `license`" in text
     assert "true_cfg_scale=1.0" in text
     assert f"| revision | {commit} |" in text
 
 
-def test_the_usage_lines_of_a_card_run(exports, folder, tmp_path):
+def code_of(card):
+    return card.read_text().partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_code_of_a_card_runs_as_printed(exports):
     out, model = exports
     for format in ("diffusers", "merged", "peft"):
-        text = (out / format / "README.md").read_text()
-        code = text.partition("```python\n")[2].partition("```")[0]
-        code = code.replace("THIS_REPOSITORY", str(out / format)).replace("bfloat16", "float32")
-        code = code.replace("height=16", "height=16, generator=torch.Generator().manual_seed(3)")
         scope = {}
-        exec(code, scope)
+        exec(code_of(out / format / "README.md"), scope)
         image = np.asarray(scope["image"], int)
         assert np.abs(image - picture(model.pipe, "QwenImage")).max() <= 1
+
+
+def test_the_card_of_the_embedded_pipeline(tmp_path):
+    """A name that diffusers does not know; a teacher's image; metrics of training."""
+    saved = checkpoint_of(away(module("tiny-digits")))
+    teacher = tmp_path / "teacher.png"
+    Image.new("RGB", (16, 16), "magenta").save(teacher)
+    facts = saved["lit_distill"]["facts"]
+    facts["examples"][0] |= {"prompt": "a red | 'seven'", "target": str(teacher)}
+    facts["metrics"]["grad_norm"] = 2.0
+    export_student(saved, tmp_path / "lora")
+    card = huggingface_hub.ModelCard.load(tmp_path / "lora/README.md")
+    assert card.data.license == "apache-2.0" and card.data.base_model is None
+    assert "grad_norm" not in card.text and "val_ratio" in card.text
+    assert "From left to right: teacher, undistilled, student." in card.text
+    assert Image.open(tmp_path / "lora/samples.png").getpixel((100, 100)) == (255, 0, 255)
+    scope = {}
+    exec(code_of(tmp_path / "lora/README.md"), scope)
+    pipe = load_student(tmp_path / "lora")
+    expected = pipe("a red | 'seven'", generator=torch.Generator().manual_seed(3)).images[0]
+    assert np.abs(np.asarray(scope["image"], int) - np.asarray(expected, int)).max() <= 1
 
 
 def test_a_folder_is_pushed_to_the_hub(folder, tmp_path, monkeypatch):
@@ -346,7 +378,7 @@ def test_saving_exports_with_the_facts_of_the_run(trained):
     assert "| teacher's steps | 10 |" in text
     assert "val_gap_closed" in text
     assert "| size (height x width) | 32x32 |" in text
-    assert Image.open(folders[0] / "samples.png").size == (256, 512)
+    assert "From left to right: teacher, undistilled, student." in text
 
 
 def test_an_export_does_not_disturb_training(trained, pairs):

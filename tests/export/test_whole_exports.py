@@ -19,7 +19,7 @@ from lit_distill.data.whole_folders import draft_of, locked, replace_folder
 from lit_distill.errors import InputError
 from lit_distill.export.base_model import base_digest
 from lit_distill.export.facts import StudentFacts
-from lit_distill.export.model_card import ExportSummary, markdown, model_card
+from lit_distill.export.model_card import ExportSummary, Gallery, markdown, model_card
 
 FORMATS = ["diffusers", "kohya", "peft", "merged"]
 
@@ -242,11 +242,12 @@ def test_names_and_prompts_are_no_markup_in_the_card(text, folder):
     saved = checkpoint_of(module(folder("QwenImage")))
     saved["hyper_parameters"] |= {"teacher_model": text, "pretrained_model_name_or_path": text}
     saved["lit_distill"]["facts"]["examples"][0]["prompt"] = text
-    saved["lit_distill"]["facts"]["metrics"] = {text: 1.0}
+    saved["lit_distill"]["facts"]["metrics"] = {f"val_{text}": 1.0}
     pipe = build("QwenImage")
     facts = StudentFacts.from_checkpoint(saved, pipe)
-    summary = ExportSummary("diffusers", "a reader", difference=0.0, has_scheduler=False)
-    card = ModelCard(model_card(facts, summary, pipe, "samples.png"))
+    summary = ExportSummary("diffusers", "a reader", 0.0, False, text, "float32")
+    gallery = Gallery("samples.png", ["student"])
+    card = ModelCard(model_card(facts, summary, pipe, gallery))
     assert card.data.widget[0]["text"] == text
     parser = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).enable("table")
     tokens = parser.parse(card.text)
@@ -257,7 +258,7 @@ def test_names_and_prompts_are_no_markup_in_the_card(text, folder):
     assert links == ["https://github.com/lit-distill/lit-distill"]
     assert [t.attrs["src"] for t in flat if t.type == "image"] == ["samples.png"]
     headings = sum(token.type == "heading_open" for token in tokens)
-    assert headings == 4
+    assert headings == 5
     shown = [token.content.strip() for token in flat if token.type == "code_inline"]
     assert " ".join(text.split()) in shown or markdown(text) == text
 

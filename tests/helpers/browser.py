@@ -12,7 +12,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Browser:
-    """One page in a Chromium without a network.
+    """One page in a Chromium that reaches no other machine.
 
     Attributes:
         problems: What the page's console said of errors, uncaught exceptions among them.
@@ -28,7 +28,8 @@ class Browser:
         self._from, its_out = os.pipe()
         options = f"--headless --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage \
             --remote-debugging-pipe --user-data-dir={self._profile.name} \
-            --window-size={width},{height} --host-resolver-rules='MAP * ~NOTFOUND'"
+            --window-size={width},{height} \
+            --host-resolver-rules='MAP * ~NOTFOUND, EXCLUDE 127.0.0.1'"
         self._process = subprocess.Popen(
             ["bash", "-c", f"exec {CHROMIUM} {options} about:blank 3<&{its_in} 4>&{its_out}"],
             pass_fds=(its_in, its_out),
@@ -88,8 +89,12 @@ class Browser:
 
     def open(self, path):
         """Open a file and wait until it is loaded."""
+        self.open_url(path.resolve().as_uri())
+
+    def open_url(self, url):
+        """Open an address and wait until it is loaded."""
         self._events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=url)
         while "Page.loadEventFired" not in self._events:
             self._note(self._read())
 

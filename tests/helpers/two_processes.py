@@ -16,9 +16,10 @@ import lightning.pytorch as pl
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from objective_cases import all_together
 from torch.utils.data import DataLoader
 
-from lit_distill import DirectDistill, DistillDataModule
+from lit_distill import DirectDistill, DistillDataModule, Regression, SampleImages
 from lit_distill.compute.sharding import full_tensor
 from lit_distill.data.batch import collate
 from lit_distill.training.ema import EMA
@@ -34,6 +35,7 @@ CASES = {
     "lora truncated": {"lora": LORA, "checkpointing": "nested", "grad_steps": 2},
     "lora per step": {"lora": LORA, "lora_per_step": 4, "checkpointing": "nested"},
     "lora online teacher": {"lora": LORA, "checkpointing": "block"},
+    "lora objectives": {"lora": LORA, "checkpointing": "block", "objective": all_together},
     "full none": {"lora": None, "checkpointing": "none"},
     "full nested": {"lora": None, "checkpointing": "nested"},
 }
@@ -45,7 +47,7 @@ class Grads(pl.Callback):
     """Keeps the whole gradient of the last optimizer step."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        grads = {name: p.grad for name, p in pl_module.trained().items()}
+        grads = {name: p.grad for name, p in everything(pl_module).items()}
         self.grads = {name: full_tensor(g).clone() for name, g in grads.items() if g is not None}
 
 
@@ -60,21 +62,28 @@ class Fixed(DistillDataModule):
         return DataLoader(items, batch_size=8 // world, collate_fn=collate)
 
 
+def everything(module):
+    return module.trained() | module.companions()
+
+
 def weights_of(module):
-    return {name: full_tensor(p.detach()).clone() for name, p in module.trained().items()}
+    return {name: full_tensor(p.detach()).clone() for name, p in everything(module).items()}
 
 
 def one_step(pairs, case, strategy, devices):
     """Return gradient and weights after an optimizer step on 8 rows."""
     torch.manual_seed(0)
+    options = dict(CASES[case])
+    objective = options.pop("objective", Regression)()
     module = DirectDistill(
         "tiny-digits",
         torch_dtype="float32",
         preflight=False,
         freeze=UNUSED,
+        objective=objective,
         teacher_num_inference_steps=4,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
-        **CASES[case],
+        **options,
     )
     data = Fixed(str(Path(pairs) / "train/metadata.csv"))
     data.online = "online" in case
@@ -86,15 +95,20 @@ def one_step(pairs, case, strategy, devices):
 
 
 def train(pairs, path, strategy, devices, lora, max_steps, ckpt_path=None, **options):
-    """Train with the real loader, dropout, schedule and average; save `path`; return weights."""
+    """Train with the real loader, dropout, schedule and average; save `path`; return weights.
+
+    A LoRA is trained with all objectives together.
+    """
     torch.manual_seed(0)
     module = DirectDistill(
         "tiny-digits",
         torch_dtype="float32",
         lora=lora,
         checkpointing="none",
+        objective=all_together(1) if lora else Regression(),
         preflight=options.get("preflight", False),
         freeze=[] if options.get("preflight") else UNUSED,
+        teacher_num_inference_steps=4,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler=lambda optimizer: WarmupCosine(optimizer, 2, 20),
     )
@@ -107,6 +121,7 @@ def train(pairs, path, strategy, devices, lora, max_steps, ckpt_path=None, **opt
         max_steps=max_steps,
         callbacks=[EMA(0.9), *callbacks],
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        default_root_dir=Path(path).with_suffix(""),
         **QUIET,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
@@ -133,10 +148,14 @@ def difference(found, expected):
 
 
 def resume(pairs, out, strategy, report):
-    """Compare interrupted runs with the uninterrupted one."""
+    """Compare interrupted runs with the uninterrupted one, which samples prompts meanwhile."""
+    samples = SampleImages(["a red seven"], every_n_steps=3)
     for name, lora in (("lora", {"r": 4, "lora_dropout": 0.1}), ("full", None)):
         stem = f"{out}/{strategy}_{name}"
-        uninterrupted = train(pairs, f"{stem}_end.ckpt", strategy, 2, lora, 5)
+        options = {"callbacks": [samples]}
+        uninterrupted = train(pairs, f"{stem}_end.ckpt", strategy, 2, lora, 5, **options)
+        sheets = sorted(path.name for path in Path(f"{stem}_end/samples").iterdir())
+        report(f"{name} samples", sheets)
         train(pairs, f"{stem}.ckpt", strategy, 2, lora, 2)
         resumed = train(pairs, f"{stem}_end.ckpt", strategy, 2, lora, 5, f"{stem}.ckpt")
         report(f"{name} resumed", difference(resumed, uninterrupted))

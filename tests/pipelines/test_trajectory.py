@@ -8,6 +8,7 @@ from diffusers import UniPCMultistepScheduler
 from digits import QUIET, data, heldout, module
 from safetensors.torch import load_file
 
+import lit_distill
 from lit_distill import DistillDataModule, export_student, load_pipeline, load_student, rollout
 from lit_distill.adapters.inject import make_trainable
 from lit_distill.pipelines.trajectory import Trajectory, trajectory
@@ -68,24 +69,26 @@ def test_a_student_that_is_its_teacher_has_no_loss(followed):
         "trajectory": (3, 16, 16),
         "sigmas": (3,),
     }
-    model = module(trajectory=True)
+    model = module(objective=lit_distill.Trajectory())
     model.configure_model()
     batch = first_batch(followed)
-    losses = model.losses(batch)
+    losses = model.losses(batch).student
     assert losses.shape == (4,) and losses.max() < 1e-10
-    moved = model.losses(batch | {"trajectory": batch["trajectory"] + 0.1})
+    moved = model.losses(batch | {"trajectory": batch["trajectory"] + 0.1}).student
     assert moved.min() > 1e-4  # the states between the steps count
 
 
 def test_the_online_teacher_is_followed_too(followed):
-    model = module(trajectory=True, teacher_num_inference_steps=4, teacher_cfg_scale=1.0)
+    model = module(
+        objective=lit_distill.Trajectory(), teacher_num_inference_steps=4, teacher_cfg_scale=1.0
+    )
     model.configure_model()
     batch = first_batch(followed, latents=None, trajectory=None, sigmas=None)
-    assert model.losses(batch).max() < 1e-10
+    assert model.losses(batch).student.max() < 1e-10
 
 
 def test_states_of_another_schedule_are_refused(followed, pairs):
-    other = module(trajectory=True, scheduler={"shift_terminal": None})
+    other = module(objective=lit_distill.Trajectory(), scheduler={"shift_terminal": None})
     other.configure_model()
     with pytest.raises(ValueError, match=r"row \d+: the teacher's states are at sigmas \[0.7"):
         other.losses(first_batch(followed))
@@ -97,7 +100,7 @@ def test_states_of_another_schedule_are_refused(followed, pairs):
 
 def test_what_a_trajectory_can_t_do_is_said(tmp_path):
     with pytest.raises(ValueError, match="set one"):
-        module(trajectory=True, grad_steps=2)
+        module(objective=lit_distill.Trajectory(), grad_steps=2)
     pipe = load_pipeline("tiny-digits", torch_dtype="float32")
     pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True)
     with pytest.raises(ValueError, match="this pipeline has UniPCMultistepScheduler"):

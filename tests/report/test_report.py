@@ -182,12 +182,25 @@ def test_the_page_works_in_a_browser_without_a_network(report, tmp_path):
 
         # All images are there, the curves too, and the table's columns.
         assert browser.run("document.querySelectorAll('.card').length") == 6
-        loaded = "[...document.images].every((i) => i.complete && i.naturalWidth === 32)"
+        loaded = "[...document.querySelectorAll('.card img')]"
+        loaded += ".every((i) => i.complete && i.naturalWidth === 32 && i.alt)"
         assert browser.run(loaded)
-        assert browser.run("document.querySelectorAll('.curves svg path').length") > 10
+        curves = "[...document.querySelectorAll('.curves img')].map((i) => i.naturalWidth && i.alt)"
+        assert any("val_gap_closed by optimizer step" in alt for alt in browser.run(curves))
         assert "gap closed" in browser.run("document.getElementById('summary').innerText")
         assert browser.run("document.querySelector('.tag.l').textContent") == "teacher"
         assert browser.run("document.querySelector('.tag.r').textContent") == "student"
+
+        # Side by side: both images whole, next to each other.
+        boxes = browser.run(
+            "[...document.querySelectorAll('.card:first-child img')].map((image) =>"
+            " (({x, y, width, height}) => [x, y, width, height])(image.getBoundingClientRect()))"
+        )
+        (x, y, *size), (other_x, other_y, *other_size) = boxes
+        assert other_y == y and other_size == size and other_x >= x + size[0]
+        choose = "(document.getElementById('{}').value = {!r},"
+        choose += " document.getElementById('{}').dispatchEvent(new Event('input')))"
+        browser.run(choose.format("view", "slide", "view"))
 
         # The slider: a drag of the mouse moves the border between the two images.
         corner = browser.run(
@@ -203,7 +216,8 @@ def test_the_page_works_in_a_browser_without_a_network(report, tmp_path):
             browser.call(
                 "Input.dispatchMouseEvent", type=kind, x=x + share * width, buttons=1, **mouse
             )
-        cut = browser.run("document.querySelector('.pair').style.getPropertyValue('--cut')")
+        position = "document.querySelector('.pair').style.getPropertyValue('--cut')"
+        cut = browser.run(position)
         assert 75 <= float(cut.rstrip("%")) <= 95
         browser.screenshot(tmp_path / "after.png")
         row = browser.run("document.querySelector('.text div').textContent").split(",")[0][4:]
@@ -224,6 +238,10 @@ def test_the_page_works_in_a_browser_without_a_network(report, tmp_path):
             expected = stored[2:26, 18:23].reshape(-1, 3)
             assert np.abs(right_of_the_middle[name] - expected).max() <= 4, name
 
+        for kind in ("keyDown", "keyUp"):
+            browser.call("Input.dispatchKeyEvent", type=kind, key="Home", windowsVirtualKeyCode=36)
+        assert browser.run(position) == "0%"
+
         # Order and filter.
         errors = (
             "[...document.querySelectorAll('.card .text div')]"
@@ -231,8 +249,6 @@ def test_the_page_works_in_a_browser_without_a_network(report, tmp_path):
         )
         worst = browser.run(errors)
         assert worst == sorted(worst, reverse=True)
-        choose = "(document.getElementById('{}').value = {!r},"
-        choose += " document.getElementById('{}').dispatchEvent(new Event('input')))"
         browser.run(choose.format("order", "best", "order"))
         assert browser.run(errors) == worst[::-1]
         browser.run(choose.format("filter", "RED  fetch", "filter"))

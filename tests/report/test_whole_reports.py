@@ -145,10 +145,11 @@ def test_nothing_in_the_page_is_run(tmp_path):
     name = HOSTILE.replace('"', '""')
     (logs / "metrics.csv").write_text(f'step,"{name}",train_loss\n0,1,2\n1,2,3\n')
     facts = {HOSTILE: HOSTILE, "settings": {HOSTILE: Path(HOSTILE)}}
-    write_report(tmp_path, results, rows, 4, facts, HOSTILE, logs)
+    write_report(tmp_path, HOSTILE, results, rows, 4, facts, HOSTILE, logs)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<script") == 2 and page.count("</script>") == 2
-    assert "<img" not in page and "49" not in page.partition("</style>")[2].partition("<svg")[0]
+    assert page.count("<img") == page.count('<img src="data:image/svg+xml;base64,') > 0
+    assert "{{ 7*7 }}" in page and "<h1>49" not in page
     data = page.partition('type="application/json">')[2].partition("</script>")[0]
     gallery = json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert gallery["rows"][0]["prompt"] == HOSTILE

@@ -20,7 +20,7 @@ def test_settings_are_frozen_and_a_changed_copy_is_validated():
 
 
 def test_settings_are_the_arguments_that_are_hyperparameters():
-    components = {"self", "loss", "optimizer", "lr_scheduler", "metrics"}
+    components = {"self", "loss", "objective", "optimizer", "lr_scheduler", "metrics"}
     arguments = set(inspect.signature(DirectDistill.__init__).parameters)
     assert {field.name for field in fields(Settings)} == arguments - components
     assert set(module().hparams) == arguments - components - {"init_lora"} | {"metrics"}

@@ -244,9 +244,12 @@ def two(pairs, tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_equal_the_doubled_batch(two, strategy):
-    """For each checkpointing mode, with truncation, a LoRA per step and the online teacher."""
+    """For each checkpointing mode, truncation, a LoRA per step, online teacher, all objectives."""
     found = {k: v for k, v in two[0].items() if k.startswith(strategy) and len(v) == 2}
-    assert len(found) == 9
+    assert len(found) == 10
+    # The gradient of a discriminator's heads is a small difference of two sums.
+    together = found.pop(f"{strategy} lora objectives")
+    assert all(error <= 1e-5 for error in together), together
     assert all(error <= 1e-6 for errors in found.values() for error in errors), found
 
 
@@ -255,6 +258,8 @@ def test_two_processes_resume_exactly_and_from_one(two, strategy, pairs, tmp_pat
     found, out = two
     assert found[f"{strategy} lora resumed"] == found[f"{strategy} full resumed"] == [0.0]
     assert found[f"{strategy} full of one process resumed"][0] < 1e-6
+    sheets = [f"step_00000{step}.png" for step in (0, 3, 5)]
+    assert found[f"{strategy} lora samples"] == found[f"{strategy} full samples"] == [sheets]
     # One process resumes from their checkpoint, and reads their student.
     checkpoint = out / f"{strategy}_full.ckpt"
     resumed = train(pairs, tmp_path / "end.ckpt", "auto", 1, None, 5, checkpoint)
