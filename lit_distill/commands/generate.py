@@ -98,10 +98,8 @@ def generate(
         store_trajectory=store_trajectory,
         quantization=settings.quantization,
     )
-    columns = datamodule.columns if datamodule else {}
-    rows = read_prompts(prompts, teacher.call_columns, columns)
+    rows = read_prompts(prompts, teacher.call_columns, datamodule.columns if datamodule else {})
     pairs = plan_pairs(rows, seeds_per_prompt, first_seed, limit)
     metadata = generate_pairs(trainer, teacher, pairs, out, offload)
     if trainer.is_global_zero:
-        print(f"{len(pairs)} pairs: {metadata}")
-        print_fit(metadata, teacher.model, configs)
+        print_fit(metadata, teacher.model, configs, f"{len(pairs)} pairs: {metadata}")

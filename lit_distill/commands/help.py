@@ -10,8 +10,8 @@ import argparse
 import inspect
 import re
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from docstring_parser import parse
@@ -20,9 +20,6 @@ from jsonargparse import DefaultHelpFormatter
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.sample_images import SampleImages
-
-if TYPE_CHECKING:
-    from lit_distill.commands.parser import CommandParser
 
 WIDTH = 80
 COLUMN = 37
@@ -128,6 +125,16 @@ RARE = {"validate": {"verbose"}, "test": {"verbose"}, "predict": {"return_predic
 """Options of subcommands that come with Lightning, and that only the long help lists."""
 
 
+class Parser(Protocol):
+    """The parser of the program, or of a subcommand: `commands.parser.CommandParser`."""
+
+    prog: str
+    description: str | None
+    commands: Mapping[str, Any]
+    required: Set[str]
+    _actions: list[argparse.Action]
+
+
 class ShowHelp(argparse._HelpAction):
     """``--help`` prints the short help, ``--help all`` the long one."""
 
@@ -169,7 +176,7 @@ def _few(match: re.Match[str]) -> str:
     return f", classes: {', '.join(ours)} and {len(names) - len(ours)} others"
 
 
-def short_help(parser: CommandParser) -> str:
+def short_help(parser: Parser) -> str:
     """Return the short help of the program or of one of its subcommands."""
     if parser.commands:
         return _program_help(parser)
@@ -183,7 +190,7 @@ def short_help(parser: CommandParser) -> str:
     return "\n".join(lines)
 
 
-def long_help(parser: CommandParser) -> str:
+def long_help(parser: Parser) -> str:
     """Return every option of a subcommand, and every setting with its docstring."""
     if parser.commands:
         return _program_help(parser)
@@ -210,15 +217,15 @@ def _plain(text: str) -> str:
     return re.sub(r"\s*Default: \S+$", "", re.sub(r"``|\*\*", "", text))
 
 
-def _program(parser: CommandParser) -> str:
+def _program(parser: Parser) -> str:
     return parser.prog.replace(" [options]", "")
 
 
-def _command(parser: CommandParser) -> str:
+def _command(parser: Parser) -> str:
     return _program(parser).rpartition(" ")[2]
 
 
-def _program_help(parser: CommandParser) -> str:
+def _program_help(parser: Parser) -> str:
     order = {name: index for index, name in enumerate(ORDER)}
     lines = [f"usage: {_program(parser)} COMMAND [options]", "", *_wrapped(parser.description), ""]
     lines += ["Commands, in the order of their use:"]
@@ -233,7 +240,7 @@ def _program_help(parser: CommandParser) -> str:
     return "\n".join(lines)
 
 
-def _usage(parser: CommandParser, every: bool = False) -> list[str]:
+def _usage(parser: Parser, every: bool = False) -> list[str]:
     """Return usage, description and a subcommand's own options, which belong to no section."""
     command = _command(parser)
     lines = [f"usage: {_program(parser)} [options]", "", *_wrapped(parser.description), ""]
@@ -261,7 +268,7 @@ def _first_sentence(text: str) -> str:
     return text[0].lower() + text[1:] if text[1:2].islower() or text[1:2] == " " else text
 
 
-def _default(parser: CommandParser, setting: str) -> str:
+def _default(parser: Parser, setting: str) -> str:
     """Return a default in brackets, "" where there is nothing to say of it."""
     section, _, name = setting.partition(".")
     value = {action.dest: action.default for action in parser._actions}.get(setting)

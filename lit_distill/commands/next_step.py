@@ -29,14 +29,19 @@ def settings_of(model: str | None, configs: Sequence[str]) -> list[str]:
     return files or ["--model.pretrained_model_name_or_path", str(model)]
 
 
-def print_fit(metadata_path: str | Path, model: str | None, configs: Sequence[str] = ()) -> None:
+def print_fit(
+    metadata_path: str | Path, model: str | None, configs: Sequence[str] = (), written: str = ""
+) -> None:
     """Print the command that trains on a table.
 
     Args:
         metadata_path: The table.
         model: Hub id or folder of the pipeline, if it is known.
         configs: Configuration files that the user works with.
+        written: What was written, printed first.
     """
+    if written:
+        print(written)
     settings = settings_of(model, configs)
     if configs:
         print_next("fit", *settings, "--data.metadata_path", metadata_path)

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -29,8 +29,8 @@ class CommandParser(LightningArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401
         options.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, add_help=False, **options)
-        self.commands: Mapping[str, CommandParser] = {}
-        self.required: frozenset[str] = frozenset()
+        self.commands: Mapping[str, Any] = {}
+        self.required: Set[str] = frozenset()
         self.add_argument("-h", "--help", action=ShowHelp, help="all: every setting")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
