@@ -77,7 +77,7 @@ def normalised(text, folder):
     text = text.replace(str(folder), "DIR")
     text = re.sub(r"(?<!\S)-(?=\d)", "", text)  # rounding has either sign
     text = re.sub(r"\b\d+([.,:]\d+)*(e[+-]?\d+)?", "0", text)
-    return re.sub(r" +", " ", text)
+    return re.sub(r"-{3,}", "---", re.sub(r" +", " ", text))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
