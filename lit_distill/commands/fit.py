@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -84,4 +85,4 @@ class TrainingSize(Callback):
             held_out = len(data.val_set) if data.val_set is not None else 0
             rows += f" on {len(data.train_set)} pairs, {held_out} held out"
         if trainer.is_global_zero:
-            tqdm.write(f"training {rows}")  # above the progress bar
+            tqdm.write(f"training {rows}", file=sys.stderr)  # above the progress bar
