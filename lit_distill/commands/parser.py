@@ -42,7 +42,7 @@ class CommandParser(LightningArgumentParser):
         for line in explain(message, options):
             print(f"error: {line}", file=sys.stderr)
         program = parser.prog.replace(" [options]", "")
-        print(f"All settings: {program} --help", file=sys.stderr)
+        print(f"All settings: {program} --help all", file=sys.stderr)
         self.exit(2)
 
 
