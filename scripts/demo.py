@@ -6,24 +6,29 @@ finished stages.
 
 from __future__ import annotations
 
-import shlex
+import contextlib
+import io
 import shutil
-import time
 from importlib.resources import files
 from pathlib import Path
 
 from lit_distill.cli import main
+from lit_distill.commands import console
+from lit_distill.commands.next_step import command_line, print_next
 
 OUT = Path("runs/demo")
 CHECKPOINT = OUT / "student.ckpt"
 
 
 def stage(title: str, arguments: list[str]) -> None:
-    """Print and run one command."""
-    print(f"\n== {title}\n$ lit-distill {shlex.join(arguments)}", flush=True)
-    started = time.monotonic()
-    main(arguments)
-    print(f"   {time.monotonic() - started:.0f} s", flush=True)
+    """Print a command, run it, and print what it prints but for the command to type next."""
+    print(f"\n== {title}\n{command_line(arguments).lstrip()}", flush=True)
+    printed = io.StringIO()
+    try:
+        with console.quiet(), contextlib.redirect_stdout(printed):
+            main(arguments)
+    finally:
+        print(printed.getvalue().partition("\nNext:")[0].rstrip())
 
 
 def pairs(prompts: str, out: Path, *options: str) -> list[str]:
@@ -32,7 +37,7 @@ def pairs(prompts: str, out: Path, *options: str) -> list[str]:
     model = ["--model.pretrained_model_name_or_path", "tiny-digits"]
     model += ["--model.torch_dtype", "float32", "--trainer.accelerator", "cpu"]
     where = ["--prompts", prompts_file, "--out", str(out), "--batch_size", "32"]
-    teacher = ["--num_inference_steps", "50", "--cfg_scale", "4", "--trainer.logger", "false"]
+    teacher = ["--num_inference_steps", "50", "--cfg_scale", "4"]
     return ["generate", *model, *where, *teacher, *options]
 
 
@@ -59,14 +64,14 @@ if __name__ == "__main__":
         stage("Train a LoRA", ["fit", "--config", "configs/tiny_lora.yaml", *logger])
         shutil.copy(OUT / "fit/version_0/checkpoints/last.ckpt", CHECKPOINT)
     stage(
-        "Evaluate on the held-out pairs",
-        ["test", "--ckpt_path", str(CHECKPOINT), "--trainer.default_root_dir", str(OUT)]
-        + ["--data.val_metadata_path", str(OUT / "heldout/metadata.csv"), "--data.batch_size", "16"]
-        + ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
-        + ["--logs", str(OUT / "fit")],
-    )
-    stage(
         "Export for plain diffusers",
         ["export", "--ckpt_path", str(CHECKPOINT), "--out", str(OUT / "lora")],
     )
-    print(f"\nOpen {OUT / 'report/report.html'} in a browser")
+    stage(
+        "Evaluate on the held-out pairs",
+        ["test", "--ckpt_path", str(CHECKPOINT), "--trainer.default_root_dir", str(OUT)]
+        + ["--data.val_metadata_path", str(OUT / "heldout/metadata.csv"), "--data.batch_size", "16"]
+        + ["--trainer.accelerator", "cpu"]
+        + ["--logs", str(OUT / "fit")],
+    )
+    print_next("play", "--ckpt_path", CHECKPOINT)

@@ -11,4 +11,6 @@ echo "a red handwritten seven on a blue background" >prompts.txt
   --data.metadata_path data/metadata.csv --data.batch_size 4 --trainer.accelerator cpu \
   --trainer.max_steps 5 --print_config >mine.yaml
 "$bin/lit-distill" fit --config mine.yaml
+"$bin/lit-distill" init --model tiny --metadata_path data/metadata.csv --out from-init.yaml
+"$bin/lit-distill" fit --config from-init.yaml --print_config >/dev/null
 find . -name '*.ckpt' | grep . # a run without a checkpoint fails

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 
 from lit_distill.export.exporter import ExportFormat, export_student
@@ -41,4 +43,5 @@ def export(
         device=trainer.strategy.root_device,
         push_to_hub=push_to_hub,
     )
-    print(f"student written to {folder}, reloaded and verified to reproduce the same image")
+    print(f"student: {folder}\nreloaded, and verified to reproduce the same image")
+    print(f"\nNext: {Path(folder) / 'README.md'} has the code that generates with it.")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
 
+from lit_distill.commands.next_step import print_fit
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.pipelines.stages import Offload
 from lit_distill.teacher.generate import generate_pairs
@@ -16,6 +19,7 @@ def generate(
     trainer: pl.Trainer,
     model: DirectDistill,
     datamodule: DistillDataModule | None = None,
+    configs: Sequence[str] = (),
     *,
     prompts: str,
     out: str,
@@ -46,6 +50,7 @@ def generate(
             used and, with store_trajectory, scheduler and sigmas.
         datamodule: Only its call_columns are used, fields of the prompts that are arguments of the
             pipeline's call, and its columns, such as {prompt: text}.
+        configs: Configuration files that were given.
         prompts: Text file with one prompt a line, or a table (.csv, .json, .jsonl, .parquet, or a
             folder of datasets) with a field prompt, and height and width where sizes differ, and
             seed where it is given. Other fields must be in call_columns, unless columns is set.
@@ -93,9 +98,8 @@ def generate(
         store_trajectory=store_trajectory,
         quantization=settings.quantization,
     )
-    columns = datamodule.columns if datamodule else {}
-    rows = read_prompts(prompts, teacher.call_columns, columns)
+    rows = read_prompts(prompts, teacher.call_columns, datamodule.columns if datamodule else {})
     pairs = plan_pairs(rows, seeds_per_prompt, first_seed, limit)
     metadata = generate_pairs(trainer, teacher, pairs, out, offload)
     if trainer.is_global_zero:
-        print(f"{len(pairs)} pairs: {metadata}")
+        print_fit(metadata, teacher.model, configs, f"{len(pairs)} pairs: {metadata}")

@@ -6,27 +6,32 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Set
 from typing import Any, NoReturn
 
-import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.commands.help import SECTIONS, HelpFormatter, ShowHelp
 from lit_distill.errors import with_suggestions
-from lit_distill.training.direct_distill import DirectDistill
-from lit_distill.training.sample_images import SampleImages
-
-SECTIONS: dict[str, type] = {"model": DirectDistill, "data": DistillDataModule}
-SECTIONS |= {"trainer": pl.Trainer, "sample": SampleImages}
-"""Top-level keys of a configuration, and the classes whose arguments they hold."""
 
 TYPES = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false"}
 TYPES |= {"dict": "a mapping", "list": "a list"}
 
 
 class CommandParser(LightningArgumentParser):
-    """Lightning's parser with short errors."""
+    """Lightning's parser with short errors and a short help.
+
+    Attributes:
+        commands: The parsers of the subcommands, by name.
+        required: Names of the options that a subcommand needs.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401
+        options.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, add_help=False, **options)
+        self.commands: Mapping[str, Any] = {}
+        self.required: Set[str] = frozenset()
+        self.add_argument("-h", "--help", action=ShowHelp, help="all: every setting")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, without the usage, and exit with status 2."""
@@ -37,7 +42,7 @@ class CommandParser(LightningArgumentParser):
         for line in explain(message, options):
             print(f"error: {line}", file=sys.stderr)
         program = parser.prog.replace(" [options]", "")
-        print(f"All settings: {program} --help", file=sys.stderr)
+        print(f"All settings: {program} --help all", file=sys.stderr)
         self.exit(2)
 
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json as json_files
 import math
+import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_distill.commands.next_step import print_next, settings_of
 from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.data.whole_files import write_file
 from lit_distill.errors import InputError
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.step_planner import training_settings, uncounted
 
 if TYPE_CHECKING:
-    from lit_distill.planning.plan import Run
+    from lit_distill.planning.plan import Plan, Run
 
 
 def plan(
     model: DirectDistill,
     datamodule: DistillDataModule,
     trainer_settings: Mapping[str, Any] | None = None,
+    configs: Sequence[str] = (),
     *,
     gpu: str | None = None,
     memory_gb: float | None = None,
@@ -46,6 +50,7 @@ def plan(
         model: The pipeline and what trains.
         datamodule: The table, if it exists already: sizes, steps and number of rows; batch_size.
         trainer_settings: Devices, strategy, callbacks, epochs.
+        configs: Configuration files that were given.
         gpu: The card: h100, a100-80gb, l40s, rtx4090 or rtx5090; default: h100.
         memory_gb: Memory of the card in GiB, if it is none of these.
         tflops: Its speed in dense bfloat16 TFLOPS.
@@ -61,7 +66,6 @@ def plan(
     """
     from lit_distill.planning.cards import card
     from lit_distill.planning.plan import plan as plan_job
-    from lit_distill.planning.render import render
     from lit_distill.planning.settings import TrainingSettings
 
     _check(model, height, width)
@@ -88,16 +92,21 @@ def plan(
         teacher_cfg_scale=model.settings.teacher_cfg_scale,
         teacher_num_inference_steps=model.settings.teacher_num_inference_steps,
     )
+    _report(found, model, json)
+    print_next("preflight", *settings_of(model.settings.model_name(), configs))
+
+
+def _report(found: Plan, model: DirectDistill, json: str | None) -> None:
+    """Print a plan, and write it to a file."""
+    from lit_distill.planning.render import render
+
     print(render(found))
     if note := uncounted(model.objective):
-        print(f"\nmodel.objective: {note}")
+        print(f"\n{textwrap.fill(f'model.objective: {note}', 79)}")
     if json is not None:
-        _write(found.as_dict(), Path(json))
-
-
-def _write(values: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json_files.dumps(values, indent=2) + "\n", encoding="utf-8")
+        path = Path(json)
+        write_file(path, (json_files.dumps(found.as_dict(), indent=2) + "\n").encode())
+        print(f"plan: {path}")
 
 
 def _check(model: DirectDistill, height: int | None, width: int | None) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
+from lit_distill.commands.next_step import print_next
 from lit_distill.data.datamodule import DistillDataModule
 from lit_distill.export.facts import recorded_facts
 from lit_distill.pipelines.stages import Offload
 from lit_distill.teacher.prompts import prompt_batches, read_prompts
 from lit_distill.training.checkpoint_io import read_checkpoint
 from lit_distill.training.direct_distill import DirectDistill
+from lit_distill.training.image_callbacks import ImageWriter
 
 
 def predict(
@@ -24,6 +26,7 @@ def predict(
     ckpt_path: str | None = None,
     weights_only: bool | None = None,
     prompts: str | None = None,
+    out: str | None = None,
     num_inference_steps: int | None = None,
     cfg_scale: float | None = None,
     height: int | None = None,
@@ -43,6 +46,7 @@ def predict(
         weights_only: As in Trainer.fit.
         prompts: Text file with one prompt a line, or a table with a field prompt; default: the rows
             of data.val_metadata_path.
+        out: Folder to write to; default: predictions in trainer.default_root_dir.
         num_inference_steps: Steps for prompts; default: those of training.
         cfg_scale: Guidance for prompts, 1 = off; default: that of training.
         height: Height in pixels for prompts; default: that of training.
@@ -64,6 +68,15 @@ def predict(
         rows = read_prompts(prompts, *mappings)
         batches = prompt_batches(rows, facts, batch_size, first_seed)
         loader, datamodule = DataLoader(batches, batch_size=None), None  # type: ignore[arg-type]
-    return pl.Trainer.predict(
+    if out is not None:
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ImageWriter)]  # type: ignore[attr-defined]
+        trainer.callbacks.append(ImageWriter(out))  # type: ignore[attr-defined]
+    images = pl.Trainer.predict(
         trainer, model, loader, datamodule, return_predictions, ckpt_path, weights_only
     )
+    for writer in trainer.callbacks if trainer.is_global_zero else ():  # type: ignore[attr-defined]
+        if isinstance(writer, ImageWriter):
+            print(f"images: {writer.folder(trainer)}")
+            if ckpt_path is not None:
+                print_next("export", "--ckpt_path", ckpt_path, "--out", "student")
+    return images

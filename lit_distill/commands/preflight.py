@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
 
+from lit_distill.commands.next_step import print_next, settings_of
 from lit_distill.training.autoconfigure import quantization_error
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.preflight_once import run_preflight
@@ -12,6 +15,7 @@ from lit_distill.training.preflight_once import run_preflight
 def preflight(
     trainer: pl.Trainer,
     model: DirectDistill,
+    configs: Sequence[str] = (),
     *,
     prompt: str = "a photo of a cat that sleeps on a green sofa",
     height: int | None = None,
@@ -26,6 +30,7 @@ def preflight(
     Args:
         trainer: Device and precision.
         model: The pipeline, what is trained of it, and its call_kwargs.
+        configs: Configuration files that were given.
         prompt: A typical prompt.
         height: Height in pixels; default: the pipeline's default. Small sizes are quick.
         width: Width in pixels; default: the pipeline's default.
@@ -40,3 +45,5 @@ def preflight(
         report.findings.append(quantization_error(model.student, trainer, **call))
     print(report)
     report.raise_failures()
+    settings = settings_of(model.settings.model_name(), configs)
+    print_next("generate", *settings, "--prompts", "prompts.txt", "--out", "data/train")

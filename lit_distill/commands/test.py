@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lit_distill.commands.next_step import print_next
 from lit_distill.errors import InputError
 from lit_distill.pipelines.stages import Offload
 from lit_distill.report.contenders import ContenderConfig
@@ -60,4 +61,7 @@ def test(
     if not any(isinstance(callback, ReportWriter) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         report = ReportWriter(out, compare, undistilled, gallery, logs)
         trainer.callbacks.append(report)  # type: ignore[attr-defined]
-    return pl.Trainer.test(trainer, model, None, ckpt_path, verbose, datamodule, weights_only)
+    values = pl.Trainer.test(trainer, model, None, ckpt_path, verbose, datamodule, weights_only)
+    if trainer.is_global_zero and ckpt_path is not None:
+        print_next("export", "--ckpt_path", ckpt_path, "--out", "student")
+    return values

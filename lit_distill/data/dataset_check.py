@@ -84,7 +84,9 @@ def _map_files(function: Callable[[Any], Any], values: list[Any], title: str) ->
     if not values:
         return []
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(tqdm(pool.map(function, values), desc=title, total=len(values), unit="file"))
+        results = pool.map(function, values)
+        options = {"total": len(values), "unit": "file", "leave": False}
+        return list(tqdm(results, desc=title, disable=None, **options))  # None: in a terminal
 
 
 def _check_pictures(table: pd.DataFrame, fine: np.ndarray, problems: Problems) -> None:

@@ -125,12 +125,13 @@ def _encode_missing(store: EncodingStore, tasks: list[_Task], *, show_progress: 
         "Reading images",
         len(pictures),
         delay=2,
-        disable=not show_progress,
+        disable=None if show_progress else True,  # None: only in a terminal
     ):
         pass  # the digests are remembered
     keyed = {task.key(): task for task in tasks}
     missing = {key: task for key, task in keyed.items() if not task.is_complete(key)}
-    progress = tqdm(missing.items(), "Encoding", disable=not (missing and show_progress))
+    shown = None if missing and show_progress else True  # None: only in a terminal
+    progress = tqdm(missing.items(), "Encoding", leave=False, disable=shown)
     with signals_delayed() as received:
         try:
             for count, (key, task) in enumerate(progress):

@@ -64,7 +64,8 @@ def encoders_digest(pipe: DiffusionPipeline) -> str:
         if name not in networks and component is not None and component is not pipe.scheduler
     }
     size = sum(_weight_bytes(component) for component in others.values())
-    hidden = size < PROGRESS_BYTES or getattr(rank_zero_only, "rank", 0) != 0
+    # None: shown only in a terminal.
+    hidden = size < PROGRESS_BYTES or getattr(rank_zero_only, "rank", 0) != 0 or None
     digests = {
         name: component_digests(pipe, [name])
         for name in tqdm(sorted(others), desc="Reading the encoders' weights", disable=hidden)

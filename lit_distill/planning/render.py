@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import yaml
@@ -10,47 +11,49 @@ from lit_distill.planning.cards import GIB, MARGIN
 from lit_distill.planning.plan import Plan
 from lit_distill.planning.planner import Memory
 
-_COLUMNS = ("weights", "trained", "activ.", "temp.", "total")
+_COLUMNS = "".join(f"{name:>8}" for name in ("weights", "trained", "activ.", "temp.", "total"))
 
 
 def render(plan: Plan) -> str:
     """Return the table of a plan, its recommendation and how long the training takes."""
     lines = [
         f"{plan.model}, {plan.size[0]}x{plan.size[1]}, batch size {plan.settings.batch_size}, "
-        f"{plan.settings.num_inference_steps} steps, on {plan.devices} x {plan.card.name} "
-        f"({plan.card.memory / GIB:.1f} GiB, {plan.card.flops / 1e12:.0f} TFLOPS at "
-        f"{plan.mfu:.0%})",
+        f"{plan.settings.num_inference_steps} steps",
+        f"on {plan.devices} x {plan.card.name} ({plan.card.memory / GIB:.1f} GiB, "
+        f"{plan.card.flops / 1e12:.0f} TFLOPS at {plan.mfu:.0%})",
         "",
-        f"{'GiB at the peak':24}" + "".join(f"{name:>9}" for name in _COLUMNS),
+        f"{'GiB, peak':12}{_COLUMNS}  fits",
     ]
     for stage in plan.stages:
         fits = stage.place if stage.place == "host" else _fits(plan, stage.memory)
-        lines.append(f"{stage.name:24}{_sizes(stage.memory)}  {fits:14}{stage.note}")
-    head = f"{'PFLOP':>8}{'again':>7}{'s/batch':>9}"
-    lines += ["", f"{'fit, checkpointing':24}" + "".join(f"{n:>9}" for n in _COLUMNS) + head]
+        lines.append(f"{stage.name:12}{_sizes(stage.memory)}  {fits}")
+    lines += ["", f"{'fit':12}{_COLUMNS}  fits{'PFLOP':>8}{'again':>6}{'s/batch':>8}"]
     for mode, step in plan.fit.items():
-        cost = f"{step.flops / 1e15:8.3f}{step.recomputed:7.0%}{plan.seconds[mode]:9.2f}"
-        chosen = " <- model.checkpointing" if mode == plan.configured else ""
-        lines.append(f"  {mode:22}{_sizes(step.memory)}{cost}  {_fits(plan, step.memory)}{chosen}")
-    lines += ["", *_notes(plan), "", recommendation(plan)]
-    return "\n".join(lines)
+        cost = f"{step.flops / 1e15:8.3f}{step.recomputed:6.0%}{plan.seconds[mode]:8.2f}"
+        fits = _fits(plan, step.memory) + ("*" if mode == plan.configured else "")
+        lines.append(f"  {mode:10}{_sizes(step.memory)}  {fits:4}{cost}")
+    lines += ["", *(line for note in _notes(plan) for line in textwrap.wrap(note, 79))]
+    return "\n".join([*lines, "", recommendation(plan)])
 
 
 def _sizes(memory: Memory) -> str:
     parts = (memory.weights, memory.trained, memory.activations, memory.temporaries, memory.total)
-    return "".join(f"{part / GIB:9.2f}" for part in parts)
+    return "".join(f"{part / GIB:8.2f}" for part in parts)
 
 
 def _fits(plan: Plan, memory: Memory) -> str:
-    return "fits" if plan.fits(memory) else "does not fit"
+    return "yes" if plan.fits(memory) else "no"
 
 
 def _notes(plan: Plan) -> list[str]:
+    chosen = ["*: model.checkpointing."] if plan.configured in plan.fit else []
     return [
-        "trained: parameters in float32, their gradient, and the optimizer's state. again: share "
-        "of the FLOPs that is recomputation.",
-        f"A stage fits if it leaves {MARGIN:.0%} of the card free. Not counted: the CUDA context, "
-        "fragmentation, workspaces of libraries, torch.compile.",
+        *(f"{stage.name}: {stage.note}." for stage in plan.stages),
+        "trained: parameters in float32, their gradient, and the optimizer's state.",
+        "again: share of the FLOPs that is recomputation.",
+        f"fits: {MARGIN:.0%} of the card stay free. Not counted: the CUDA context, fragmentation, "
+        "workspaces of libraries, torch.compile.",
+        *chosen,
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from textwrap import TextWrapper
 from typing import Any, Literal, NamedTuple
 
 from lit_distill.compute.activation_checkpointing import MODES_BY_MEMORY, Checkpointing
@@ -63,7 +64,14 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.pipeline}:"]
         for finding in self.findings:
-            lines.append(f"  {finding.verdict:9}  {finding.check}: {finding.observed}")
+            lines += _wrapped(f"  {finding.verdict:9}  ", f"{finding.check}: {finding.observed}")
             if finding.remedy:
-                lines.append(f"{'':13}{finding.remedy}")
+                lines += _wrapped(" " * 13, finding.remedy)
         return "\n".join(lines)
+
+
+def _wrapped(start: str, text: str) -> list[str]:
+    """Return a text as lines of a terminal, indented as it starts."""
+    wrapper = TextWrapper(79, start, " " * len(start))
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    return wrapper.wrap(text)

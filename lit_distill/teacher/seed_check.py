@@ -42,6 +42,16 @@ MAX_EXPLAINED = 3
 # the last bits, but 16-bit weights amplify the difference, and JPEG is lossy.
 TOLERANCES = {"float64": 0.01, "float32": 0.01, "bfloat16": 0.15, "float16": 0.15, "image": 0.15}
 
+# Numbers of steps that teachers commonly take, tried where the stated one does not stand out.
+COMMON_STEPS = (8, 10, 15, 20, 25, 28, 30, 35, 40, 50, 60, 75, 100)
+
+STANDS_OUT = 3.0
+"""How many times smaller the error of the right number of steps is than that of its neighbours.
+
+Lossless targets of a float32 teacher stand out a thousandfold. Rounding of 16-bit weights and JPEG
+are larger than the difference between 49 and 50 steps, and then nothing stands out.
+"""
+
 # The most common replacements of a pipeline's scheduler; those that it can't use are skipped.
 SCHEDULERS = (
     "FlowMatchEulerDiscreteScheduler",
@@ -59,8 +69,8 @@ def check_pairing(
     model: LightningModule,
     device: torch.device,
     rows: int,
-) -> pd.DataFrame:
-    """Generate rows of a checked table again, as `PairChecker.check` does.
+) -> tuple[pd.DataFrame, str]:
+    """Generate rows of a checked table again, and find the teacher's steps where that is possible.
 
     Args:
         path: The table's file; ``provenance.json`` beside it records the teacher.
@@ -71,7 +81,7 @@ def check_pairing(
         rows: Number of rows.
 
     Returns:
-        As `PairChecker.check`.
+        As `PairChecker.check` and as `PairChecker.steps`, which is "" if no row matches.
 
     Raises:
         InputError: If no pipeline is recorded or named.
@@ -98,7 +108,10 @@ def check_pairing(
             "(--model.pretrained_model_name_or_path), and its teacher_num_inference_steps, "
             "teacher_cfg_scale and torch_dtype"
         )
-    return PairChecker(teacher, provenance, device).check(table, rows)
+    checker = PairChecker(teacher, provenance, device)
+    found = checker.check(table, rows)
+    matching = table[table["row"].isin(found["row"][found["alike"]])]
+    return found, "" if matching.empty else checker.steps(matching.iloc[0])
 
 
 class Target:
@@ -183,7 +196,7 @@ class PairChecker:
             error = self.error(teacher, pair, target)
             close = error <= target.tolerance
             alike = close and target.sampled_dtype in (None, target.dtype)
-            finding = "as the teacher generates it"
+            finding = "its seed generates it"
             if close and not alike:
                 types = f"{target.dtype}, the teacher's is {target.sampled_dtype}"
                 finding = f"wrong torch_dtype: {types}"
@@ -199,6 +212,42 @@ class PairChecker:
         """Return the relative error of a stored target against a sample of the teacher."""
         latents, images = teacher.sample(self.load(teacher), [pair])
         return target.error(latents[0], images[0])
+
+    def steps(self, row: pd.Series) -> str:
+        """Return what a row that matches tells of the teacher's number of steps.
+
+        A match proves the seed: another one gives another image. It does not prove the steps, since
+        many steps and a few less give almost the same image.
+
+        Args:
+            row: A row of the table.
+        """
+        teacher = replace(self.teacher, rand_device=row["rand_device"])
+        pair, target = _pair(row), Target(row)
+        errors: dict[int, float] = {}
+
+        def error(steps: int) -> float:
+            if steps not in errors:
+                other = replace(teacher, num_inference_steps=steps)
+                errors[steps] = self.error(other, pair, target)
+            return errors[steps]
+
+        def stands_out(steps: int) -> bool:
+            nearest = min(error(other) for other in (steps - 1, steps + 1) if other > 0)
+            return STANDS_OUT * error(steps) < nearest
+
+        stated = teacher.num_inference_steps
+        if stands_out(stated):
+            nearest = min(value for steps, value in errors.items() if steps != stated)
+            return f"{stated}: error {error(stated):.2g}, with one step more or less {nearest:.2g}"
+        best = min({*COMMON_STEPS, stated}, key=error)
+        if best != stated and stands_out(best):
+            return f"{best}, not {stated}: error {error(best):.2g} instead of {error(stated):.2g}"
+        least, most = min(errors.values()), max(errors.values())
+        return (
+            f"not known: with {min(errors)} to {max(errors)} steps the error is {least:.2g} to "
+            f"{most:.2g}, and that of {stated} does not stand out"
+        )
 
     def load(self, teacher: Teacher) -> DiffusionPipeline:
         """Return the teacher's pipeline; only the last one is kept loaded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from PIL import Image
 
 from lit_distill.data.batch import Batch
 from lit_distill.data.whole_files import write_file
+from lit_distill.data.whole_folders import check_free, draft_of, publish
 from lit_distill.evaluation.contact_sheet import contact_sheet, to_pil
 from lit_distill.evaluation.evaluator import EvaluationBatch
 from lit_distill.training.direct_distill import DirectDistill
 from lit_distill.training.validation import row_keys
+
+PREDICTIONS_FILE = ".lit_distill_predictions.json"
+"""Lists the images of a prediction: their folder may also hold other files."""
 
 
 class ImageGrid(Callback):
@@ -115,6 +120,8 @@ def write_png(path: Path, image: Image.Image) -> None:
 class ImageWriter(BasePredictionWriter):
     """Writes predicted images as ``row_<n>.png``, n being the row of the CSV.
 
+    They appear in the folder once all of them are complete, in place of those of an earlier run.
+
     Args:
         out_dir: Folder to write to; null: ``predictions`` in the trainer's default_root_dir.
     """
@@ -122,6 +129,23 @@ class ImageWriter(BasePredictionWriter):
     def __init__(self, out_dir: str | None = None) -> None:
         super().__init__("batch")
         self.out_dir = out_dir
+        self._draft = Path()
+        self._open = ExitStack()
+
+    def folder(self, trainer: pl.Trainer) -> Path:
+        """Return the folder to write to."""
+        return Path(self.out_dir or Path(trainer.default_root_dir) / "predictions")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that the images may be written.
+
+        Raises:
+            InputError: If an image of somebody else is in the way; names it.
+        """
+        folder = self.folder(trainer)
+        check_free(folder, [path.name for path in folder.glob("row_*.png")], PREDICTIONS_FILE)
+        draft = str(self._open.enter_context(draft_of(folder))) if trainer.is_global_zero else ""
+        self._draft = Path(trainer.strategy.broadcast(draft))
 
     def write_on_batch_end(
         self,
@@ -134,6 +158,21 @@ class ImageWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write the images of one batch."""
-        out_dir = Path(self.out_dir or Path(trainer.default_root_dir) / "predictions")
         for row, image in zip(batch["row"], prediction, strict=True):
-            write_png(out_dir / f"row_{row:06d}.png", image)
+            write_png(self._draft / f"row_{row:06d}.png", image)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the images of all processes in place."""
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            publish(self._draft, self.folder(trainer), PREDICTIONS_FILE)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remove what is left of a run that did not end."""
+        self._open.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Remove what the run has written so far."""
+        self._open.close()

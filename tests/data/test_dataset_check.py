@@ -41,7 +41,8 @@ def test_a_good_data_set_needs_no_model(pairs, capsys, monkeypatch):
     check(pairs / "heldout")
     found = capsys.readouterr().out
     assert f"{pairs}/heldout/metadata.csv: 8 rows, no problem" in found
-    assert found.splitlines()[-1].split() == ["32", "32", "4", "1", "cpu", "latents", "8"]
+    counts = [line.split() for line in found.splitlines()]
+    assert ["32", "32", "4", "1", "cpu", "latents", "8"] in counts
 
 
 def cut(path):
@@ -119,16 +120,44 @@ def test_pictures_of_the_call_are_fully_decoded_too(write, tmp_path):
 
 def test_pairs_are_generated_again_with_the_recorded_teacher(pairs, capsys):
     check(pairs / "heldout", "--pairing", "3")
-    lines = capsys.readouterr().out.splitlines()[-4:]
+    found = capsys.readouterr().out
+    lines = found[found.index(" row  target") :].splitlines()
     assert lines[0].split() == ["row", "target", "error", "finding"]
-    assert [line.split()[0] for line in lines[1:]] == ["2", "6", "9"]
-    assert all(line.endswith("as the teacher generates it") for line in lines[1:])
+    assert [line.split()[0] for line in lines[1:4]] == ["2", "6", "9"]
+    assert all(line.endswith("its seed generates it") for line in lines[1:4])
+    assert lines[4] == "seeds: 3 of 3 rows are as their seeds generate"
+    assert lines[5].startswith("teacher's steps: 10: error ")
+
+
+def steps(folder, **settings):
+    table = read_metadata(folder / "metadata.csv")
+    model = DirectDistill("tiny-digits", teacher_cfg_scale=4.0, **settings)
+    found, steps = check_pairing(str(folder / "metadata.csv"), table, model, CPU, 1)
+    assert found["alike"].all()
+    return steps
+
+
+def test_the_teachers_steps_are_told_where_the_targets_are_exact(copy, monkeypatch):
+    """A match within the tolerance proves the seed only."""
+    monkeypatch.setattr("lit_distill.teacher.seed_check.COMMON_STEPS", (25, 28))
+    generate(copy / "new", "prompts_heldout.txt", 1, 0, "--num_inference_steps", "28")
+    table = pd.read_csv(copy / "new/metadata.csv", dtype=str)
+    (copy / "new/provenance.json").unlink()
+    stated = {"teacher_num_inference_steps": 30, "torch_dtype": "float32"}
+    assert steps(copy / "new", **stated).startswith("28, not 30: error ")
+    assert steps(copy / "new", **stated | {"teacher_num_inference_steps": 28}).startswith("28: ")
+    table.drop(columns="latents").to_csv(copy / "new/metadata.csv", index=False)
+    assert steps(copy / "new", **stated).startswith("28, not 30: error ")  # a PNG is lossless
+    Image.open(copy / "new/images/000000.png").convert("RGB").save(copy / "new/a.jpg", quality=90)
+    table["image"] = "a.jpg"
+    table.drop(columns="latents").to_csv(copy / "new/metadata.csv", index=False)
+    assert steps(copy / "new", **stated).startswith("not known: with ")
 
 
 def findings(folder, rows=2, **settings):
     model = DirectDistill(**settings)
     table = read_metadata(folder / "metadata.csv")
-    return check_pairing(str(folder / "metadata.csv"), table, model, CPU, rows)
+    return check_pairing(str(folder / "metadata.csv"), table, model, CPU, rows)[0]
 
 
 def test_a_wrong_seed_is_found(copy, capsys):
@@ -138,8 +167,9 @@ def test_a_wrong_seed_is_found(copy, capsys):
     with pytest.raises(SystemExit):
         check(copy, "--pairing", "2")
     lines = capsys.readouterr().out.splitlines()
-    assert "wrong seed: seed 1000000 generates it" in lines[-2]
-    assert "wrong seed: seed 1000007 generates it" in lines[-1]
+    assert "wrong seed: seed 1000000 generates it" in lines[-3]
+    assert "wrong seed: seed 1000007 generates it" in lines[-2]
+    assert lines[-1] == "seeds: 0 of 2 rows are as their seeds generate"
 
 
 def test_wrong_settings_are_found(pairs, copy):

@@ -70,7 +70,7 @@ def test_the_command_takes_the_configuration_of_fit_and_fit_takes_its_answer(tmp
     assert found["card"]["name"] == "l40s" and found["recommended"] == "none"
     assert found["run"]["rows"] == 100
     answer = tmp_path / "answer.yaml"
-    answer.write_text(printed[printed.index("# Recommended") :])
+    answer.write_text(printed[printed.index("# Recommended") : printed.index("plan: ")])
     configs = ["--config", str(ROOT / "configs/tiny_lora.yaml"), "--config", str(answer)]
     with pytest.raises(SystemExit) as ended:
         main(["fit", *configs, "--print_config"])

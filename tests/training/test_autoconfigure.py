@@ -1,4 +1,5 @@
 import lightning.pytorch as pl
+import pandas as pd
 import pytest
 import torch
 
@@ -27,9 +28,12 @@ def trainer(**options):
     return pl.Trainer(**quiet, enable_model_summary=False, **options)
 
 
-@pytest.mark.parametrize("scheduler", [None, {"shift_terminal": None}])
-def test_a_last_step_with_nothing_to_do_is_warned_of_once_the_prompt_is_encoded(
-    scheduler, pairs, tmp_path, monkeypatch, recwarn
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "warnings"),
+    [(None, 2, 1), ({"shift_terminal": None}, 2, 0), (None, 4, 0)],  # 4: the published recipe
+)
+def test_a_last_of_few_steps_with_nothing_to_do_is_warned_of_once_the_prompt_is_encoded(
+    scheduler, steps, warnings, pairs, tmp_path, monkeypatch, recwarn
 ):
     """A text encoder must not run on the host before preflight has placed it."""
     placed = []
@@ -43,10 +47,14 @@ def test_a_last_step_with_nothing_to_do_is_warned_of_once_the_prompt_is_encoded(
 
     monkeypatch.setattr(EncodeOnce, "encode", encode)
     model = DirectDistill("tiny-digits", torch_dtype="float32", lora={"r": 4}, scheduler=scheduler)
-    data = DistillDataModule(str(pairs / "train/metadata.csv"), batch_size=8)
+    table = pd.read_csv(pairs / "train/metadata.csv").assign(num_inference_steps=steps)
+    table.to_csv(tmp_path / "metadata.csv", index=False)
+    data = DistillDataModule(
+        str(tmp_path / "metadata.csv"), base_path=str(pairs / "train"), batch_size=8
+    )
     trainer(max_steps=1, default_root_dir=tmp_path).fit(model, datamodule=data)
-    warned = [str(w.message) for w in recwarn if "last of the student's 4 steps" in str(w.message)]
-    assert len(warned) == (scheduler is None)
+    warned = [str(w.message) for w in recwarn if "last of the student's" in str(w.message)]
+    assert len(warned) == warnings
     assert all("begins at sigma 0.02" in message for message in warned)
 
 
