@@ -42,7 +42,8 @@ class CommandParser(LightningArgumentParser):
         for line in explain(message, options):
             print(f"error: {line}", file=sys.stderr)
         program = parser.prog.replace(" [options]", "")
-        print(f"All settings: {program} --help all", file=sys.stderr)
+        every = "" if parser.commands else " all"
+        print(f"All settings: {program} --help{every}", file=sys.stderr)
         self.exit(2)
 
 
@@ -57,7 +58,7 @@ def explain(message: str, options: Collection[str] = ()) -> list[str]:
     """
     if match := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
         keys = (f"--{section}.{name}" for section in SECTIONS for name in _keys(section))
-        known = [*options, *keys]
+        known = dict.fromkeys([*options, *keys])
         names = [part.partition("=")[0] for part in match[1].split() if part.startswith("-")]
         unknown = [f"unknown option {with_suggestions(name, known, 0.6)}" for name in names]
         return unknown or [message]

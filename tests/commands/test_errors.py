@@ -47,7 +47,7 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments, expected, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert lines[0].startswith(f"error: {expected}"), lines
-    assert len(lines) == 2 and lines[1].endswith("--help")
+    assert len(lines) == 2 and lines[1].endswith(("--help", "--help all"))
 
 
 def test_a_mistake_in_a_file_is_named_as_on_the_command_line(tmp_path, capsys):
