@@ -124,8 +124,13 @@ def observed_scheduler(
         return progress_bar(iterable=iterable, total=total, **options)
 
     scheduler.step = MethodType(step, scheduler)
-    with replaced_components(pipe, scheduler=scheduler, progress_bar=announced):
-        yield state
+    try:
+        with replaced_components(pipe, scheduler=scheduler, progress_bar=announced):
+            yield state
+    finally:
+        # Otherwise a circle of references: the latents that multistep schedulers keep would live
+        # until the garbage collector runs.
+        del scheduler.step
 
 
 def _with_latents(output: Any, latents: Tensor) -> Any:  # noqa: ANN401

@@ -10,6 +10,7 @@ from tiny_pipelines import CALL_KWARGS, build
 from lit_distill.adapters.inject import make_trainable
 from lit_distill.encoding.encode_once import EncodeOnce
 from lit_distill.pipelines.components import denoisers
+from lit_distill.pipelines.hooks import observed_scheduler
 from lit_distill.pipelines.release import break_cycles, release
 
 
@@ -59,3 +60,11 @@ def test_a_network_without_cycles_is_free():
         break_cycles(denoiser)
         del denoiser
         assert alive(weights) == 0
+
+
+def test_the_scheduler_of_a_rollout_is_free_when_it_ends():
+    pipe = build("Wan")  # its multistep scheduler keeps latents
+    with no_garbage_collection():
+        with observed_scheduler(pipe):
+            scheduler = weakref.ref(pipe.scheduler)
+        assert scheduler() is None
