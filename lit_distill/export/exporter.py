@@ -18,10 +18,9 @@ from lit_distill.adapters.lora import LoRA, add_loras, differences
 from lit_distill.adapters.lora_files import read_lora
 from lit_distill.adapters.weights import extract_lora, fuse_lora, load_base_pipeline
 from lit_distill.compute.step_adapters import step_names, switch_adapter_callback
-from lit_distill.data.whole_files import write_file, write_image
+from lit_distill.data.whole_files import write_file
 from lit_distill.data.whole_folders import check_replaceable, draft_of, replace_folder
 from lit_distill.errors import InputError
-from lit_distill.evaluation.contact_sheet import contact_sheet
 from lit_distill.export.base_model import load_checked_base
 from lit_distill.export.facts import StudentFacts
 from lit_distill.export.hub import upload
@@ -29,7 +28,7 @@ from lit_distill.export.load_student import FACTS_FILE, add_student
 from lit_distill.export.lora_writer import LoRAWriter
 from lit_distill.export.model_card import ExportSummary, Gallery, model_card
 from lit_distill.export.readers import reader_for
-from lit_distill.export.samples import sample_example, teacher_images
+from lit_distill.export.samples import sample_example, write_gallery
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.loading import DTYPES, load_pipeline
 from lit_distill.pipelines.release import release
@@ -345,12 +344,6 @@ class _Export:
     # Phase 4: model card
 
     def _write_card(self, pipe: DiffusionPipeline, summary: ExportSummary) -> None:
-        teacher = teacher_images(self.facts.examples)
-        columns = ({"teacher": teacher} if teacher else {}) | self.columns
-        rows = zip(*columns.values(), strict=True)
-        prompts = [example.prompt for example in self.facts.examples]
-        lines = [(prompt, list(row)) for prompt, row in zip(prompts, rows, strict=True)]
-        write_image(self.folder / SAMPLES_FILE, contact_sheet(list(columns), lines))
-        gallery = Gallery(SAMPLES_FILE, list(columns))
-        text = model_card(self.facts, summary, pipe, gallery)
+        columns = write_gallery(self.folder / SAMPLES_FILE, self.facts.examples, self.columns)
+        text = model_card(self.facts, summary, pipe, Gallery(SAMPLES_FILE, columns))
         write_file(self.folder / "README.md", text.encode(errors="replace"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from lit_distill.data.batch import collate_calls, open_pictures
 from lit_distill.data.images import Picture, read_picture
+from lit_distill.data.whole_files import write_image
 from lit_distill.errors import InputError
+from lit_distill.evaluation.contact_sheet import contact_sheet
 from lit_distill.pipelines.rollout import sample
 from lit_distill.training.facts import Example
 
@@ -51,7 +54,25 @@ def sample_example(
     return latents.float().cpu(), image
 
 
-def teacher_images(examples: Sequence[Example]) -> list[Image.Image] | None:
+def write_gallery(
+    path: Path, examples: Sequence[Example], columns: Mapping[str, Sequence[Image.Image]]
+) -> list[str]:
+    """Write the images of the examples side by side, and return the names of the columns.
+
+    Args:
+        path: File to write.
+        examples: What was sampled, a row each.
+        columns: Images of all examples, by name. The teacher's are added if they can be read.
+    """
+    teacher = _teacher_images(examples)
+    columns = ({"teacher": teacher} if teacher else {}) | dict(columns)
+    rows = zip(examples, zip(*columns.values(), strict=True), strict=True)
+    lines = [(example.prompt, list(images)) for example, images in rows]
+    write_image(path, contact_sheet(list(columns), lines))
+    return list(columns)
+
+
+def _teacher_images(examples: Sequence[Example]) -> list[Image.Image] | None:
     """Return the teacher's stored images of the examples, or None if one of them can't be read."""
     try:
         return [read_picture(str(example.target)) for example in examples]
