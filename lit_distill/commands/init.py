@@ -20,7 +20,7 @@ CONFIGS = next(
 )
 """Folder of the configurations: in an installed package inside it, in a clone beside it."""
 
-NAME = re.compile(r"(.*?)_(?:(\d+)x)?(\d+|lora)$")
+NAME = re.compile(r"(.*?)_(?:(\d+)x)?(\d+|(?<=tiny_)lora)$")
 """Their names: model, number of GPUs, memory of each in GB. tiny_lora needs no GPU."""
 
 

@@ -22,7 +22,7 @@ def test_the_configuration_of_the_largest_gpu_that_is_not_larger(model, memory, 
 
 
 def test_every_configuration_of_a_gpu_is_reachable():
-    paths = [path for path in (ROOT / "configs").glob("*.yaml") if "tiny" not in path.stem]
+    paths = [path for path in (ROOT / "configs").glob("*.yaml") if path.stem[-1].isdigit()]
     for path in paths:
         model, _, size = path.stem.rpartition("_")
         devices, _, memory = size.rpartition("x")

@@ -114,5 +114,5 @@ def peak(tmp_path, side, preflight):
 
 
 def test_fit_needs_no_more_memory_with_preflight(tmp_path):
-    # 0.8% more was measured: the latents that are compared.
-    assert peak(tmp_path, 128, True) <= 1.01 * peak(tmp_path, 128, False)
+    # 0.07% more was measured, and 0.08% at 512: the latents that are compared.
+    assert peak(tmp_path, 128, True) <= 1.002 * peak(tmp_path, 128, False)
