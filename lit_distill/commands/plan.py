@@ -114,6 +114,11 @@ def _check(model: DirectDistill, height: int | None, width: int | None) -> None:
         raise InputError(f"--height={height}, --width={width}: set both or neither")
     if not model.settings.pretrained_model_name_or_path:
         raise InputError("model.pretrained_model_name_or_path is not set: a hub id or a folder")
+    if model.settings.init_lora and model.settings.lora is None:
+        raise InputError(
+            f"model.init_lora={model.settings.init_lora}: plan reads no weights and can't know its "
+            "rank and modules; set model.lora to them, for example {r: 32}"
+        )
 
 
 def _settings(

@@ -9,6 +9,7 @@ from conftest import ROOT, TINY
 import lit_distill
 from lit_distill import TrainingSettings
 from lit_distill.cli import main
+from lit_distill.errors import InputError
 from lit_distill.planning.cards import CARDS, GIB, card
 from lit_distill.planning.render import recommendation, render
 
@@ -76,3 +77,9 @@ def test_the_command_takes_the_configuration_of_fit_and_fit_takes_its_answer(tmp
         main(["fit", *configs, "--print_config"])
     assert ended.value.code == 0
     assert "checkpointing: none" in capsys.readouterr().out
+
+
+def test_a_lora_whose_fields_only_its_file_knows_is_not_planned_as_full_training():
+    model = ["--model.pretrained_model_name_or_path", str(TINY), "--model.init_lora", "lora"]
+    with pytest.raises(InputError, match=r"set model\.lora to them"):
+        main(["plan", *model, "--trainer.accelerator", "cpu"])
