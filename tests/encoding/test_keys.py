@@ -1,6 +1,7 @@
 """What the keys of stored encodings cover."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ def test_large_encoders_are_read_with_a_progress_bar(monkeypatch, capsys):
     encoders_digest(load_pipeline("tiny-digits"))
     assert "Reading" not in capsys.readouterr().err
     monkeypatch.setattr("lit_distill.encoding.fingerprint.PROGRESS_BYTES", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     encoders_digest(load_pipeline("tiny-digits"))
     assert "Reading the encoders' weights" in capsys.readouterr().err
 

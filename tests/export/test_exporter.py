@@ -393,7 +393,7 @@ def test_export_and_predict_by_command(trained, tmp_path, capsys):
     quiet += ["--trainer.default_root_dir", str(tmp_path)]
     out = str(tmp_path / "comfy")
     main(["export", "--ckpt_path", checkpoint, "--out", out, "--format", "comfyui", *quiet])
-    assert "reloaded and verified to reproduce the same image" in capsys.readouterr().out
+    assert "reloaded, and verified to reproduce the same image" in capsys.readouterr().out
     prompts = ["a red seven on a blue background", "a white two on a black background"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     predict = ["predict", "--ckpt_path", checkpoint, "--prompts", str(tmp_path / "prompts.txt")]
