@@ -1,7 +1,13 @@
 """Direct Distillation for any diffusers pipeline, on PyTorch Lightning."""
 
 from lit_distill.data.datamodule import DistillDataModule
-from lit_distill.evaluation.metrics import CLIPScore, Diversity, FrechetDistance, Sharpness
+from lit_distill.evaluation.metrics import (
+    CLIPScore,
+    Diversity,
+    FrechetDistance,
+    Legibility,
+    Sharpness,
+)
 from lit_distill.export.export_on_save import ExportOnSave
 from lit_distill.export.exporter import export_student
 from lit_distill.export.load_student import load_student
@@ -46,6 +52,7 @@ __all__ = [
     "LatentL1",
     "LatentMSE",
     "LatentRMSE",
+    "Legibility",
     "Losses",
     "Objective",
     "Regression",

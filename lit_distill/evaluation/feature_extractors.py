@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_distill.errors import InputError
-from lit_distill.pipelines.loading import TINY_DIGITS
+from lit_distill.pipelines.loading import TINY_DIGITS, TINY_WORDS
+
+LETTERS = "ABCDEFHIKLMNOPRSTUWY"
+"""The letters that tiny-words draws; without G, J, Q, V, X and Z."""
+
+WORD_LENGTH = 4
+
+Reader = TypeVar("Reader", bound=nn.Module)
 
 
 def load_features(name_or_path: str) -> nn.Module:
     """Return a frozen network that maps images (B, 3, H, W), range [0, 1], to features.
 
     Args:
-        name_or_path: ``"tiny-digits"`` for the classifier shipped with the embedded pipeline; else
-            hub id or folder of a vision network of transformers, e.g. ``facebook/dinov2-base`` or
-            ``openai/clip-vit-base-patch32``.
+        name_or_path: ``"tiny-digits"`` or ``"tiny-words"`` for the classifier shipped with that
+            embedded pipeline; else hub id or folder of a vision network of transformers, e.g.
+            ``facebook/dinov2-base`` or ``openai/clip-vit-base-patch32``.
 
     Returns:
         A network with an attribute ``num_features``; its output is (B, num_features).
@@ -30,11 +37,21 @@ def load_features(name_or_path: str) -> nn.Module:
         OSError: If there is neither a folder nor a hub repository of this name.
         ValueError: If the network returns no image features.
     """
-    if name_or_path != TINY_DIGITS:
-        return TransformersFeatures(name_or_path)
-    reader = DigitReader()
-    path = files("lit_distill").joinpath("assets", "digit_reader.safetensors")
-    weights = load_file(str(path))
+    if name_or_path == TINY_DIGITS:
+        return _shipped(DigitReader(), "digit_reader.safetensors")
+    if name_or_path == TINY_WORDS:
+        return load_word_reader()
+    return TransformersFeatures(name_or_path)
+
+
+def load_word_reader() -> WordReader:
+    """Return the classifier shipped with tiny-words, frozen."""
+    return _shipped(WordReader(), "word_reader.safetensors")
+
+
+def _shipped(reader: Reader, file: str) -> Reader:
+    """Return the reader with its weights in the package, which are stored in fp16, frozen."""
+    weights = load_file(str(files("lit_distill").joinpath("assets", file)))
     reader.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return reader.eval().requires_grad_(False)
 
@@ -65,6 +82,38 @@ class DigitReader(nn.Module):
     def read(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the logits of digit (B, 10), foreground (B, 8) and background (B, 8)."""
         return torch.split(self.head(self.body(images * 2 - 1).flatten(1)), [10, 8, 8], dim=1)
+
+
+class WordReader(nn.Module):
+    """A small classifier of the four letters of a tiny-words image, one quarter at a time.
+
+    Trained by ``scripts/train_tiny_words.py``. Its features are the 64 channels before the last
+    layer, averaged over each quarter.
+    """
+
+    num_features = 64 * WORD_LENGTH
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for source, target in itertools.pairwise((3, 16, 32, 64)):
+            layers += [nn.Conv2d(source, target, 3, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(target), nn.ReLU(), nn.MaxPool2d(2)]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(64 * 8, len(LETTERS))
+
+    def _quarters(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.body(images * 2 - 1)
+        return torch.stack(maps.chunk(WORD_LENGTH, dim=-1), dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features (B, 256) of images (B, 3, 32, 64), range [0, 1]."""
+        return self._quarters(images).mean((3, 4)).flatten(1)
+
+    def read(self, images: Tensor) -> Tensor:
+        """Return the logits (B, 4, 20) of the letters in images (B, 3, 32, 64), range [0, 1]."""
+        logits: Tensor = self.head(self._quarters(images).flatten(2))
+        return logits
 
 
 class TransformersFeatures(nn.Module):

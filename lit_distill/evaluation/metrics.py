@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_distill.evaluation.feature_extractors import TransformersFeatures, load_features
+from lit_distill.errors import InputError
+from lit_distill.evaluation.feature_extractors import (
+    LETTERS,
+    WORD_LENGTH,
+    TransformersFeatures,
+    load_features,
+    load_word_reader,
+)
 
 
 def latent_mse(latents: Tensor, target_latents: Tensor) -> Tensor:
@@ -160,8 +168,8 @@ class FrechetDistance(FrechetInceptionDistance):
     only values of the same rows and features: with few rows it is biased upwards.
 
     Args:
-        features: ``tiny-digits`` for the embedded pipeline; else hub id or folder of a vision
-            network of transformers, e.g. ``facebook/dinov2-base``.
+        features: ``tiny-digits`` or ``tiny-words`` for the embedded pipelines; else hub id or
+            folder of a vision network of transformers, e.g. ``facebook/dinov2-base``.
         **kwargs: Arguments of `torchmetrics.Metric`.
     """
 
@@ -197,6 +205,47 @@ class CLIPScore(RowMean):
         """Add the images of rows, (B, 3, H, W), range [0, 1], and their B prompts."""
         cosine = F.cosine_similarity(self.network(preds), self.network.encode_text(prompt))
         self.add(100 * cosine.clamp(min=0))
+
+
+class Legibility(RowMean):
+    """Share of the letters, or whole words, of tiny-words that a classifier reads as prompted.
+
+    Prompts spell their word, as in ``T-R-E-E in red serif on white``.
+
+    Args:
+        whole_words: Count words whose four letters are all read right, instead of letters.
+        **kwargs: Arguments of `torchmetrics.Metric`.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, whole_words: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        self.whole_words = whole_words
+        self.reader = load_word_reader()
+
+    def update(self, preds: Tensor, prompt: list[str]) -> None:
+        """Add the images of rows, (B, 3, 32, 64), range [0, 1], and their B prompts.
+
+        Raises:
+            InputError: If a prompt does not begin with a spelled word.
+        """
+        truth = torch.tensor([_spelled(text) for text in prompt], device=preds.device)
+        right = (self.reader.read(preds.float()).argmax(-1) == truth).float()
+        self.add(right.prod(1) if self.whole_words else right.mean(1))
+
+
+def _spelled(prompt: str) -> list[int]:
+    """Return the positions in `LETTERS` of the word that a prompt of tiny-words spells."""
+    letter = f"[{LETTERS}]"
+    match = re.match(f"{letter}(-{letter}){{{WORD_LENGTH - 1}}}(?= |$)", prompt)
+    if match is None:
+        raise InputError(
+            f"Legibility reads what tiny-words draws, but the prompt {prompt!r} spells no word of "
+            f"{WORD_LENGTH} letters of {LETTERS}; write prompts like 'T-R-E-E in red serif on "
+            "white', or leave the metric out"
+        )
+    return [LETTERS.index(letter) for letter in match[0].split("-")]
 
 
 def default_metrics() -> dict[str, Metric]:

@@ -1,4 +1,4 @@
-"""Loads a diffusers pipeline by hub id, folder, or the name of the embedded pipeline."""
+"""Loads a diffusers pipeline by hub id, folder, or the name of an embedded pipeline."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-TINY_DIGITS = "tiny-digits"
-"""Name of the embedded pipeline, accepted wherever a hub id or a folder is."""
+TINY_DIGITS, TINY_WORDS = "tiny-digits", "tiny-words"
+"""Names of the embedded pipelines, accepted wherever a hub id or a folder is."""
+
+EMBEDDED = {TINY_DIGITS: "tiny", TINY_WORDS: "words"}
+"""Their folders in `lit_distill/assets`."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,11 +35,12 @@ def load_pipeline(
     torch_dtype: torch.dtype | str = torch.float32,
     **components: Any,  # noqa: ANN401
 ) -> DiffusionPipeline:
-    """Load a pipeline as `DiffusionPipeline.from_pretrained` does, or the embedded one.
+    """Load a pipeline as `DiffusionPipeline.from_pretrained` does, or an embedded one.
 
     Args:
-        name_or_path: Hub id, folder in diffusers' layout, or ``"tiny-digits"``, the embedded
-            `QwenImagePipeline` that generates 32x32 handwritten digits.
+        name_or_path: Hub id, folder in diffusers' layout, or one of the embedded pipelines:
+            ``"tiny-digits"``, a `QwenImagePipeline` that generates 32x32 handwritten digits, or
+            ``"tiny-words"``, one that draws four-letter words, with ``height=32, width=64``.
         revision: Branch, tag or commit of the hub repository.
         torch_dtype: Data type of the weights: a `torch.dtype`, or one of ``"float32"``,
             ``"bfloat16"``, ``"float16"``.
@@ -143,10 +147,11 @@ def _only_variant(source: str, revision: str | None) -> str | None:
 
 
 def pipeline_source(name_or_path: str | Path) -> str:
-    """Return the hub id or folder of a pipeline; of ``"tiny-digits"`` its folder in the package."""
-    if name_or_path == TINY_DIGITS:
-        return str(files("lit_distill").joinpath("assets", "tiny"))
-    return str(name_or_path)
+    """Return the hub id or folder of a pipeline; of an embedded one its folder in the package."""
+    name = str(name_or_path)
+    if name in EMBEDDED:
+        return str(files("lit_distill").joinpath("assets", EMBEDDED[name]))
+    return name
 
 
 def denoiser_classes(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Settings:
         if not self.pretrained_model_name_or_path:
             raise InputError(
                 "model.pretrained_model_name_or_path is not set: a hub id, a folder in diffusers' "
-                "layout, or tiny-digits"
+                "layout, tiny-digits or tiny-words"
             )
         return self.pretrained_model_name_or_path
 
