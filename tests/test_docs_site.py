@@ -29,10 +29,15 @@ def type_text(page, text):
 def wait_for(page, script, seconds=20):
     """Return the value of a JavaScript expression as soon as it is not empty."""
     end = time.monotonic() + seconds
-    while not (value := page.run(script)):
-        assert time.monotonic() < end, script
+    while time.monotonic() < end:
+        try:
+            if value := page.run(script):
+                return value
+        except AssertionError as error:  # another page is being opened
+            if "navigated" not in str(error):
+                raise
         time.sleep(0.1)
-    return value
+    raise AssertionError(script)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
