@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +101,13 @@ def build_tokenizer() -> Qwen2Tokenizer:
     must split here into exactly as many tokens as it does under the real tokenizer. Merging until
     nothing is left to merge achieves that; any other text still falls back to bytes.
     """
+    return train_tokenizer(f" {word}" for triple in TRIPLES for word in prompt_of(*triple).split())
+
+
+def train_tokenizer(words: Iterable[str]) -> Qwen2Tokenizer:
+    """Trains a byte-level BPE in which these words and the pipeline's template are merged whole."""
     template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
     pieces = re.split("|".join(map(re.escape, SPECIAL_TOKENS)), template.format(""))
-    words = [f" {word}" for triple in TRIPLES for word in prompt_of(*triple).split()]
     backend = Qwen2Tokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=10_000,
@@ -110,7 +115,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(pieces + words, trainer)
+    backend.train_from_iterator([*pieces, *words], trainer)
     model = json.loads(backend.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=model["vocab"],

@@ -1,8 +1,6 @@
 """The parts of the embedded "tiny-words" pipeline, untrained."""
 
-import json
 import math
-import re
 
 import torch
 from diffusers import (
@@ -12,9 +10,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 from diffusers.models.attention_processor import Attention
-from tiny_digits import SPECIAL_TOKENS, build_text_encoder
+from tiny_digits import build_text_encoder, train_tokenizer
 from tiny_words import HEIGHT, NAMES, STYLES, WIDTH
-from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer
 
@@ -27,23 +24,7 @@ SHIFT = 8.0
 
 def build_tokenizer() -> Qwen2Tokenizer:
     """Trains a byte-level BPE in which capitals and the words of prompts are single tokens."""
-    template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
-    pieces = re.split("|".join(map(re.escape, SPECIAL_TOKENS)), template.format(""))
-    words = [f" {word}" for word in ("in", "on", *STYLES, *NAMES)]
-    backend = Qwen2Tokenizer().backend_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(pieces + words, trainer)
-    model = json.loads(backend.to_str())["model"]
-    return Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
-        extra_special_tokens=SPECIAL_TOKENS[1:],
-    )
+    return train_tokenizer(f" {word}" for word in ("in", "on", *STYLES, *NAMES))
 
 
 def build_vae(channels: int = 8) -> AutoencoderKLQwenImage:
