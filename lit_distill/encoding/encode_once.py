@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -189,6 +189,20 @@ class EncodeOnce:
                 replace_component(self.pipe, name, weightless_copy(component, device))
         self.released = True
         return None if vae is None else vae.cpu()
+
+
+@contextmanager
+def forgotten_encodings(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Forget on exit what `EncodeOnce` has encoded meanwhile; what is in a folder stays."""
+    encoders = [e for e in vars(pipe).values() if isinstance(e, _CachedEncoder)]
+    kept = [(e, e.examples, e.cache.store) for e in encoders if e.cache.store.folder is None]
+    for encoder, examples, _ in kept:
+        encoder.examples, encoder.cache.store = dict(examples), EncodingStore()
+    try:
+        yield
+    finally:
+        for encoder, examples, store in kept:
+            encoder.examples, encoder.cache.store = examples, store
 
 
 def image_key(namespace: str, path: str) -> str:

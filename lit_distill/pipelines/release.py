@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -37,3 +38,18 @@ def break_cycles(network: nn.Module) -> None:
         replaced = [n for n in module.__dict__ if callable(getattr(type(module), n, None))]
         for name in (*CYCLIC, *replaced):
             module.__dict__.pop(name, None)
+    forget_tables(network)
+
+
+def forget_tables(network: nn.Module) -> None:
+    """Clear what a network's methods keep for every size that they were called with.
+
+    QwenImage keeps positions, for example, and with them the network. All networks of its class
+    compute theirs again when they are called.
+    """
+    for module in network.modules():
+        for method in filter(inspect.isfunction, vars(type(module)).values()):
+            # diffusers wraps the cached method in a function that skips it while compiling.
+            for cached in inspect.getclosurevars(method).nonlocals.values():
+                if hasattr(cached, "cache_clear"):
+                    cached.cache_clear()

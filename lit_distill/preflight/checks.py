@@ -27,9 +27,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -40,6 +39,7 @@ from lit_distill.compute.activation_checkpointing import MODES_BY_MEMORY, Checkp
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.guidance import describe_guidance
 from lit_distill.pipelines.hooks import counted_batches
+from lit_distill.pipelines.release import forget_tables
 from lit_distill.preflight.modes import ModeChecks, describe
 from lit_distill.preflight.probe import Norms, Rollout, relative_difference
 from lit_distill.preflight.report import Finding, Report, Verdict
@@ -109,6 +109,9 @@ def preflight(
         report.findings.append(
             Finding("the training step fits", "failed", "memory ran out", remedy)
         )
+    finally:
+        for denoiser in denoisers(pipe).values():
+            forget_tables(denoiser)  # of the size of single calls
     return report
 
 
@@ -131,7 +134,7 @@ class _Checks(ModeChecks):
         """Ask all questions; the report gets findings and settings."""
         check = "the rollout generates what pipe() generates"
         try:
-            expected = self.plain()
+            self.expected = self.plain()
             first, reference = self.reference()
         except torch.OutOfMemoryError:
             raise
@@ -140,18 +143,24 @@ class _Checks(ModeChecks):
             return
         mode = self.usable_mode(chosen, reference)
         batch, mode = self.batches_equal_singles(mode, first, chosen, reference)
+        del first, reference
+        equality: Finding | None = None
+
+        def compare(sampled: Rollout) -> None:
+            nonlocal equality
+            if self.output_type == "latent" and sampled.output is not None:
+                equality = self._equality(check, sampled.output)
+
         try:
             with counted_batches(self.pipe) as batches:
-                sampled, norms = self._rollout(mode)
-            output = sampled.output if self.output_type == "latent" else None
-            if output is None:  # it returns no latents, or can't with gradients
-                output = self.sample()[1]
+                sampled, norms = self._rollout(mode, compare)
+            if equality is None:  # it returns no latents, or can't with gradients
+                equality = self._equality(check, self.sample()[1])
         except torch.OutOfMemoryError:
             raise
         except Exception as exception:
             report.findings.append(Finding(check, "failed", describe(exception)))
             return
-        equality = self._equality(check, torch.as_tensor(output).detach(), expected)
         report.findings += [equality, self._one_call_a_step(sampled, max(batches, default=1))]
         if equality.verdict == "failed":
             return  # the other checks build on it
@@ -160,17 +169,22 @@ class _Checks(ModeChecks):
         report.findings += [batch, self._checkpointing(chosen, mode, report)]
         report.findings.append(self.every_parameter_is_reached(mode, sampled, norms, report))
         report.findings.append(Finding("the kind of guidance", "ok", describe_guidance(self.pipe)))
-        if grad_steps is not None and grad_steps < self.num_inference_steps:
-            report.findings.append(self.last_steps_matter(sampled.states, grad_steps))
+        if grad_steps is not None and grad_steps <= len(sampled.changes):
+            report.findings.append(self.last_steps_matter(sampled.changes, grad_steps))
 
-    def _rollout(self, mode: Checkpointing) -> tuple[Rollout, Norms]:
+    def _rollout(
+        self, mode: Checkpointing, examine: Callable[[Rollout], None] | None = None
+    ) -> tuple[Rollout, Norms]:
         """Return a sample and its gradient, as in a training step with one row."""
         offload = self.training["offload"] and mode in ("block", "selective")
         options = self.training | {"checkpointing": mode, "offload": offload}
         with self._record_gradientless() as self.gradientless:
-            return self.rollout_norms(**options)
+            return self.rollout_norms(examine, **options)
 
-    def _equality(self, check: str, output: Tensor, expected: Tensor) -> Finding:
+    def _equality(self, check: str, sampled: Any) -> Finding:  # noqa: ANN401
+        """Compare what a rollout returned with what the plain call did, and free the latter."""
+        output, expected = torch.as_tensor(sampled).detach(), self.expected
+        del self.expected
         error = relative_difference(output, expected)
         if torch.equal(output, expected):
             return Finding(check, "ok", "equal bit for bit")
@@ -232,14 +246,12 @@ class _Checks(ModeChecks):
         verdict: Verdict = "avoidable" if dead or gradientless else "ok"
         return Finding(check, verdict, observed, " ".join(remedies))
 
-    def last_steps_matter(self, states: list[Tensor], grad_steps: int) -> Finding:
+    def last_steps_matter(self, changes: list[Tensor], grad_steps: int) -> Finding:
         check = "the steps with a gradient make enough of the image"
-        changes = [
-            (after.float() - before.float()).norm().item() for before, after in pairwise(states)
-        ]
+        norms = torch.stack(changes)
         # The first step's change is unknown without the noise: the share may be overestimated.
-        share = sum(changes[len(changes) - grad_steps :]) / max(sum(changes), 1e-30)
-        last = f"the last {grad_steps} of {len(states)}"
+        share = (norms[len(norms) - grad_steps :].sum() / norms.sum().clamp(min=1e-30)).item()
+        last = f"the last {grad_steps} of {len(norms) + 1}"
         observed = f"{last} make {share:.0%} of the change after the first"
         if share >= MIN_SHARE:
             return Finding(check, "ok", observed)

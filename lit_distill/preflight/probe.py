@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,13 +30,13 @@ class Rollout(NamedTuple):
 
     Attributes:
         latents: Final latents.
-        states: The latents after every step, without their graph.
+        changes: Norm of the change of the latents by every step after the first.
         steps: The finished loop.
         output: What the pipeline returned; None if it could not return latents.
     """
 
     latents: Tensor
-    states: list[Tensor]
+    changes: list[Tensor]
     steps: LoopState
     output: Any
 
@@ -175,17 +175,18 @@ class Probe:
 
     def all_steps(self, **options: Any) -> Rollout:  # noqa: ANN401
         """Return a whole sample, its last latents with their graph."""
-        states: list[Tensor] = []
+        changes: list[Tensor] = []
 
         def record(steps: LoopState, latents: Tensor) -> Tensor:
-            states.append(latents.detach())
+            if steps.done:
+                changes.append((latents.detach().float() - steps.latents.detach().float()).norm())
             return latents
 
         arguments = self.arguments() | {"output_type": "latent"}
         steps, output = run_pipeline(
             self.pipe, cfg_scale=1.0, on_step=record, **arguments, **options
         )
-        return Rollout(steps.latents, states, steps, output)
+        return Rollout(steps.latents, changes, steps, output)
 
     def _backward(self, latents: Tensor) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -222,11 +223,23 @@ class Probe:
             del sampled  # and what is left of its graph
             yield [parameter.grad for _, parameter in self.parameters]
 
-    def rollout_norms(self, **options: Any) -> tuple[Rollout, Norms]:  # noqa: ANN401
-        """Return a sample, without its graph, and the norm of every parameter's gradient."""
+    def rollout_norms(
+        self,
+        examine: Callable[[Rollout], None] | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> tuple[Rollout, Norms]:
+        """Return a sample, without graph and output, and the norm of every parameter's gradient.
+
+        Args:
+            examine: Called with the sample before the backward pass, which needs most memory.
+            **options: Arguments of the rollout.
+        """
         with self._own_gradients():
             with torch.enable_grad():
                 sampled = self.all_steps(**options)
+            if examine is not None:
+                examine(sampled)
+            sampled = sampled._replace(output=None)
             self._backward(sampled.latents)
             sampled.steps.latents = sampled.latents.detach()
             return sampled._replace(latents=sampled.steps.latents), self._norms()

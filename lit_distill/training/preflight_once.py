@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.adapters.inject import trained_parameters
 from lit_distill.data.datamodule import DistillDataModule
+from lit_distill.encoding.encode_once import forgotten_encodings
 from lit_distill.encoding.fingerprint import fingerprint
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.model_digest import model_digest, plain_config
@@ -30,7 +31,9 @@ def run_preflight(student: Student, trainer: pl.Trainer, **call: Any) -> Report:
     """Return the report of preflight, on the trainer's device and in its precision."""
     place(student.pipe, trainer.strategy.root_device)
     settings = student.settings
-    with trainer.precision_plugin.forward_context(), student.precision():
+    precision = trainer.precision_plugin.forward_context()
+    # No row has the other prompt, whose encodings would be kept.
+    with precision, student.precision(), forgotten_encodings(student.pipe):
         return preflight(
             student.pipe,
             **{

@@ -6,8 +6,9 @@ from tiny_pipelines import CALL_KWARGS, build
 
 from lit_distill import rollout
 from lit_distill.encoding.collate import EncodingCollateError
-from lit_distill.encoding.encode_once import EncodeOnce
+from lit_distill.encoding.encode_once import EncodeOnce, forgotten_encodings
 from lit_distill.encoding.fingerprint import fingerprint
+from lit_distill.encoding.store import EncodingStore
 
 
 def sample(pipe, prompts, name, **further):
@@ -45,6 +46,20 @@ def test_prompts_and_pictures_are_encoded_once_not_in_every_rollout(name):
     other = CALL_KWARGS[name]["image"].transpose(0)
     assert not torch.equal(sample(pipe, ["a red cat"], name, image=[other]), first)
     assert len(images) == 2
+
+
+def test_what_is_encoded_for_now_is_forgotten(tmp_path):
+    for folder, kept in ((None, 3), (tmp_path, 2)):
+        pipe = build("QwenImage")
+        texts = counted(pipe, "encode_prompt")
+        EncodeOnce(pipe, EncodingStore(folder))
+        sample(pipe, ["a cat"], "QwenImage")
+        with forgotten_encodings(pipe):
+            sample(pipe, ["a dog"], "QwenImage")
+            sample(pipe, ["a dog"], "QwenImage")
+        sample(pipe, ["a cat"], "QwenImage")
+        sample(pipe, ["a dog"], "QwenImage")
+        assert len(texts) == kept
 
 
 def test_many_lengths_in_a_batch_need_only_singles_once_padding_is_known():

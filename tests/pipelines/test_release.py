@@ -1,5 +1,6 @@
 """A released pipeline's memory is free at once, without the garbage collector."""
 
+import inspect
 import weakref
 
 import pytest
@@ -11,7 +12,7 @@ from lit_distill.adapters.inject import make_trainable
 from lit_distill.encoding.encode_once import EncodeOnce
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.hooks import observed_scheduler
-from lit_distill.pipelines.release import break_cycles, release
+from lit_distill.pipelines.release import break_cycles, forget_tables, release
 
 
 def used_pipeline(name):
@@ -68,3 +69,13 @@ def test_the_scheduler_of_a_rollout_is_free_when_it_ends():
         with observed_scheduler(pipe):
             scheduler = weakref.ref(pipe.scheduler)
         assert scheduler() is None
+
+
+def test_tables_of_positions_are_forgotten():
+    pipe = build("QwenImage")
+    tables = inspect.getclosurevars(type(pipe.transformer.pos_embed)._compute_video_freqs)
+    cached = tables.nonlocals["cached"]
+    pipe("a cat", num_inference_steps=1, output_type="latent", **CALL_KWARGS["QwenImage"])
+    assert cached.cache_info().currsize
+    forget_tables(pipe.transformer)
+    assert not cached.cache_info().currsize

@@ -6,6 +6,7 @@ from lit_distill.adapters.inject import make_trainable, trained_parameters
 from lit_distill.compute.activation_checkpointing import BlockCheckpointing
 from lit_distill.pipelines.components import denoisers
 from lit_distill.pipelines.hooks import counted_batches
+from lit_distill.pipelines.release import forget_tables
 from lit_distill.planning.counter import Counter
 from lit_distill.preflight.checks import preflight
 from lit_distill.preflight.probe import Probe
@@ -123,9 +124,10 @@ def test_preflight_needs_no_more_memory_than_the_gradient_of_one_row(pipe, mode)
         lambda: probe.rollout_norms(checkpointing=mode),
         lambda: preflight(pipe, prompt=prompt, checkpointing=mode, **call),
     ):
+        forget_tables(pipe.transformer)  # those of earlier calls
         with Counter() as live:
             run()
         peaks.append(live.peak)
-        assert live.now < 2**17  # positions that the denoiser keeps for this size
-    # What is compared: the latents of every step, 16 KiB each, and those that pipe() returns.
-    assert peaks[1] - peaks[0] <= 2**16
+    assert live.now < 2**10
+    # Less than the latents, 16 KiB: the positions of half the size, 4 KiB, and norms.
+    assert peaks[1] - peaks[0] < 2**13

@@ -6,7 +6,8 @@ import torch
 from digits import QUIET, data, module
 from PIL import Image
 
-from lit_distill import DistillDataModule
+from lit_distill import DistillDataModule, load_pipeline
+from lit_distill.pipelines.release import forget_tables
 from lit_distill.planning.counter import Counter
 from lit_distill.preflight.remembered import FOLDER
 from lit_distill.preflight.report import Finding, Report
@@ -108,11 +109,11 @@ def peak(tmp_path, side, preflight):
     freeze = [f"transformer.transformer_blocks.3.{n}.*" for n in ("attn.to_add_out", "txt_mlp")]
     model = module(checkpointing="nested", metrics={}, preflight=preflight, freeze=freeze)
     rows = DistillDataModule(str(tmp_path / "metadata.csv"))
+    forget_tables(load_pipeline("tiny-digits").transformer)  # those of earlier calls
     with Counter() as live:
         pl.Trainer(max_steps=1, enable_checkpointing=False, **QUIET).fit(model, rows)
     return live.peak
 
 
 def test_fit_needs_no_more_memory_with_preflight(tmp_path):
-    # 0.07% more was measured, and 0.08% at 512: the latents that are compared.
-    assert peak(tmp_path, 128, True) <= 1.002 * peak(tmp_path, 128, False)
+    assert peak(tmp_path, 128, True) <= peak(tmp_path, 128, False)
