@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+FUSED_AT_ONCE = 2**20
+"""Values of a weight that are summed at once: some float32 copies of them are held meanwhile."""
+
+
 def load_base_pipeline(
     hyper: dict[str, Any],
     *,
@@ -50,7 +54,10 @@ def fuse_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
         denoiser = denoisers(pipe)[component]
         for name, factors in weights.items():
             weight = denoiser.get_submodule(name).weight
-            weight.copy_(weight.float().add_(factors.delta().to(weight.device)))
+            rows = max(1, FUSED_AT_ONCE // weight[0].numel())
+            for part, up in zip(weight.split(rows), factors.up.split(rows), strict=True):
+                delta = factors._replace(up=up).delta().to(weight.device)
+                part.copy_(part.float().add_(delta))
 
 
 def extract_lora(pipe: DiffusionPipeline, adapter: str | None = None) -> LoRA:

@@ -108,6 +108,7 @@ def export_student(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint, mmap=True)
+    content = content | {"state_dict": dict(content["state_dict"])}  # weights are taken out of it
     format = _supported_format(format, content["hyper_parameters"])
     out_dir = Path(out_dir)
     check_replaceable(out_dir)
@@ -176,6 +177,7 @@ class _Export:
         self.device = device
         base_dtype: str = self.hparams["torch_dtype"]
         self.dtype = DTYPES[dtype or (base_dtype if format == "merged" else "float32")]
+        self.has_other_dtype = self.dtype != DTYPES[base_dtype]
         # Readers cast a LoRA to the data type of the base model.
         self.tolerance = max(TOLERANCES[self.dtype], TOLERANCES[DTYPES[base_dtype]])
         self.steps = step_names(self.hparams.get("lora_per_step") or 0)
@@ -210,7 +212,10 @@ class _Export:
         """Sample the student, write it, and free its pipeline."""
         base, digest = load_checked_base(self.content)
         original = dict(base.scheduler.config)
-        student = add_student(base, self.content).to(self.device)
+        content = self.content
+        if self.has_other_dtype:  # the weights are needed once more
+            content = content | {"state_dict": dict(content["state_dict"])}
+        student = add_student(base, content).to(self.device)
         self.scheduler = student.scheduler
         changed = dict(self.scheduler.config) != original
         config = json.loads(self.scheduler.to_json_string()) if changed else {}
@@ -237,8 +242,7 @@ class _Export:
             self._write_merged(self._pipeline_to_merge(student), max_shard_size)
 
     def _sample(self, pipe: DiffusionPipeline) -> list[tuple[Tensor, Image.Image]]:
-        call_kwargs = self.facts.call_kwargs
-        return [sample_example(pipe, example, **call_kwargs) for example in self.facts.examples]
+        return [sample_example(pipe, e, **self.facts.call_kwargs) for e in self.facts.examples]
 
     def _with_teachers(self, lora: LoRA, student: DiffusionPipeline) -> LoRA:
         """Return the student's LoRA plus its teacher's, which the plain base model lacks."""
@@ -247,11 +251,8 @@ class _Export:
         return lora
 
     def _pipeline_to_merge(self, student: DiffusionPipeline) -> DiffusionPipeline:
-        """Return the pipeline without adapters, on the CPU, in the data type to write.
-
-        In the data type of training that is the student's own.
-        """
-        if self.dtype == DTYPES[self.hparams["torch_dtype"]]:
+        """Return the student's pipeline without adapters, on the CPU, in the data type to write."""
+        if not self.has_other_dtype:
             place(student, torch.device("cpu"))
             remove_adapters(student)
             return student

@@ -116,7 +116,8 @@ def add_student(
 
     Args:
         pipe: The base model, changed in place.
-        content: Content of the checkpoint.
+        content: Content of the checkpoint. Its weights are taken out, so that those in another
+            data type are freed once they are converted.
         where: Name of the checkpoint in error messages.
 
     Raises:
@@ -135,8 +136,10 @@ def add_student(
     parameters = {f"{STATE_PREFIX}{name}": p for name, p in trained_parameters(pipe).items()}
     check_state(state, parameters, where)
     for key, parameter in parameters.items():
+        device, dtype = parameter.device, parameter.dtype
         # Not copied, so that a fully trained denoiser is not in memory beside the pretrained one.
-        parameter.requires_grad_(False).data = state[key].to(parameter.device, parameter.dtype)
+        parameter.requires_grad_(False).data = state.pop(key)
+        parameter.data = parameter.data.to(device, dtype)
     return pipe
 
 
