@@ -12,8 +12,8 @@ random prompts, in bfloat16 and in every checkpointing mode. For each it reports
 
 The largest ratio of reserved to planned memory is what the plan's margin has to cover. With
 ``--device cpu`` it makes the same comparison on a CPU at a small size, where the peak is counted
-tensor by tensor, so it checks the script and the plan, not a card. With a checkout of
-DiffSynth-Studio it runs `step.py --reference` with the same sizes afterwards. Writes
+tensor by tensor, without compiled blocks, so it checks the script and the plan, not a card. With a
+checkout of DiffSynth-Studio it runs `step.py --reference` with the same sizes afterwards. Writes
 results/gpu.json.
 """
 
@@ -58,7 +58,11 @@ def jobs(device: str) -> dict[str, tuple[Any, TrainingSettings]]:
     side = 64 if cpu else 1328
     wide = TrainingSettings(height=side, width=side, prompt_tokens=16 if cpu else 256, **common)
     tiny = TrainingSettings(height=32, width=32, batch_size=8, prompt_tokens=16, **common)
-    return {"qwen-image, 8 layers": (SMALL if cpu else QWEN, wide), "tiny-digits": (None, tiny)}
+    config = SMALL if cpu else QWEN
+    return {
+        f"qwen-image, {config['num_layers']} layers": (config, wide),
+        "tiny-digits": (None, tiny),
+    }
 
 
 class Step:
@@ -194,6 +198,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu checks the plan without one")
+    if options.device == "cpu" and options.compile:
+        parser.error("memory is counted operation by operation on a CPU, not in compiled code")
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     rows = compare(options)
     result = {"device": device, "torch": torch.__version__, "margin": MARGIN, "rows": rows}

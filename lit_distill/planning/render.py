@@ -16,29 +16,36 @@ _COLUMNS = "".join(f"{name:>8}" for name in ("weights", "trained", "activ.", "te
 
 def render(plan: Plan) -> str:
     """Return the table of a plan, its recommendation and how long the training takes."""
+    unit, size = _unit(plan)
     lines = [
         f"{plan.model}, {plan.size[0]}x{plan.size[1]}, batch size {plan.settings.batch_size}, "
         f"{plan.settings.num_inference_steps} steps",
         f"on {plan.devices} x {plan.card.name} ({plan.card.memory / GIB:.1f} GiB, "
         f"{plan.card.flops / 1e12:.0f} TFLOPS at {plan.mfu:.0%})",
         "",
-        f"{'GiB, peak':12}{_COLUMNS}  fits",
+        f"{f'{unit}, peak':12}{_COLUMNS}  fits",
     ]
     for stage in plan.stages:
         fits = stage.place if stage.place == "host" else _fits(plan, stage.memory)
-        lines.append(f"{stage.name:12}{_sizes(stage.memory)}  {fits}")
+        lines.append(f"{stage.name:12}{_sizes(stage.memory, size)}  {fits}")
     lines += ["", f"{'fit':12}{_COLUMNS}  fits{'PFLOP':>8}{'again':>6}{'s/batch':>8}"]
     for mode, step in plan.fit.items():
         cost = f"{step.flops / 1e15:8.3f}{step.recomputed:6.0%}{plan.seconds[mode]:8.2f}"
         fits = _fits(plan, step.memory) + ("*" if mode == plan.configured else "")
-        lines.append(f"  {mode:10}{_sizes(step.memory)}  {fits:4}{cost}")
+        lines.append(f"  {mode:10}{_sizes(step.memory, size)}  {fits:4}{cost}")
     lines += ["", *(line for note in _notes(plan) for line in textwrap.wrap(note, 79))]
     return "\n".join([*lines, "", recommendation(plan)])
 
 
-def _sizes(memory: Memory) -> str:
+def _unit(plan: Plan) -> tuple[str, int]:
+    """Return the unit of the table, and its bytes: MiB if no stage needs a GiB."""
+    peaks = [each.memory.total for each in (*plan.stages, *plan.fit.values())]
+    return ("MiB", 2**20) if max(peaks) < GIB else ("GiB", GIB)
+
+
+def _sizes(memory: Memory, unit: int) -> str:
     parts = (memory.weights, memory.trained, memory.activations, memory.temporaries, memory.total)
-    return "".join(f"{part / GIB:8.2f}" for part in parts)
+    return "".join(f"{part / unit:8.2f}" for part in parts)
 
 
 def _fits(plan: Plan, memory: Memory) -> str:
@@ -70,8 +77,9 @@ def recommendation(plan: Plan) -> str:
             f"of {plan.usable / GIB:.1f} GiB.\n# Try {remedies}, or trainer.strategy fsdp2 on "
             "several cards."
         )
+    unit, size = _unit(plan)
     lines = [
-        f"# Recommended: {best.memory.total / GIB:.1f} GiB at the peak, "
+        f"# Recommended: {best.memory.total / size:.1f} {unit} at the peak, "
         f"{plan.seconds[best.mode]:.2f} s a batch.",
         _duration(plan, best.mode),
         *(

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
 SET = torch.ops.aten.set_.source_Storage_storage_offset
 """With it torch.load makes a tensor of a storage."""
 

@@ -36,6 +36,8 @@ def test_every_stage_and_mode_is_planned(planned):
     text = render(planned)
     for name in (*planned.fit, *(stage.name for stage in planned.stages)):
         assert name in text
+    assert "MiB, peak" in text  # it would be 0.00 GiB
+    assert f"{planned.fit['none'].memory.total / 2**20:8.2f}  yes" in text
     assert yaml.safe_load(recommendation(planned)) == {
         "model": {"checkpointing": "none"},
         "data": {"batch_size": 1},
