@@ -58,8 +58,9 @@ LAYERS: dict[str, dict[str, dict[str, Any]]] = {
 PROMPTS = ("a red seven on a blue background", "a photo of a cat that sleeps on a green sofa")
 
 STAGES = (
-    *("preflight", "generate", "generate --offload model", "check", "fit"),
-    *("test", "test --offload model", "export", "export --format merged", "plain diffusers"),
+    *("preflight", "generate", "generate --offload model", "check"),
+    *("fit --model.preflight false", "fit", "test", "test --offload model"),
+    *("export", "export --format merged", "plain diffusers"),
 )
 
 
@@ -207,16 +208,17 @@ def commands(model: Path, work: Path, side: int) -> dict[str, list[str]]:
     if (model / "text_encoder_2").is_dir() and off == "true_cfg_scale":  # FLUX.1's is no guidance
         call["guidance_scale"] = 3.5
     call[off] = 1.0
+    fit = ["fit", *base, *cpu, "--model.lora", "{r: 8}", "--trainer.max_steps", "1"]
+    fit += ["--data.metadata_path", table, "--data.val_metadata_path", table]
+    fit += ["--data.num_workers", "0", "--trainer.default_root_dir", str(work / "runs"), *sides]
     return {
         "preflight": ["preflight", *base, *cpu, *size, "--model.lora", "{r: 8}"]
         + ["--num_inference_steps", "2"],
         "generate": [*generate, "--out", str(work / "pairs")],
         "generate --offload model": [*generate, "--out", str(work / "staged"), *offload],
         "check": ["check", *base, *cpu, "--data.metadata_path", table, "--pairing", "1"],
-        "fit": ["fit", *base, *cpu, "--model.lora", "{r: 8}", "--trainer.max_steps", "1"]
-        + ["--data.metadata_path", table, "--data.val_metadata_path", table]
-        + ["--data.num_workers", "0", "--trainer.default_root_dir", str(work / "runs"), *sides]
-        + save,
+        "fit --model.preflight false": [*fit, "--model.preflight", "false"],
+        "fit": [*fit, *save],
         "test": [*test, "--out", out["report"]],
         "test --offload model": [*test, "--out", out["offloaded"], *offload],
         "export": ["export", "--ckpt_path", checkpoint, *cpu, "--out", out["lora"]],

@@ -55,7 +55,9 @@ def fuse_lora(pipe: DiffusionPipeline, lora: LoRA) -> None:
         for name, factors in weights.items():
             weight = denoiser.get_submodule(name).weight
             rows = max(1, FUSED_AT_ONCE // weight[0].numel())
-            for part, up in zip(weight.split(rows), factors.up.split(rows), strict=True):
+            for part, up in zip(
+                torch.split(weight, rows), torch.split(factors.up, rows), strict=True
+            ):
                 delta = factors._replace(up=up).delta().to(weight.device)
                 part.copy_(part.float().add_(delta))
 

@@ -39,8 +39,9 @@ def render(plan: Plan) -> str:
 
 def _unit(plan: Plan) -> tuple[str, int]:
     """Return the unit of the table, and its bytes: MiB if no stage needs a GiB."""
-    peaks = [each.memory.total for each in (*plan.stages, *plan.fit.values())]
-    return ("MiB", 2**20) if max(peaks) < GIB else ("GiB", GIB)
+    stages = [stage.memory.total for stage in plan.stages]
+    peak = max(*stages, *(step.memory.total for step in plan.fit.values()))
+    return ("MiB", 2**20) if peak < GIB else ("GiB", GIB)
 
 
 def _sizes(memory: Memory, unit: int) -> str:
