@@ -2,7 +2,7 @@
 
     python benchmarks/grad_steps.py PAIRS
 
-PAIRS is a folder with train/ and heldout/ from `make demo`, such as runs/demo. The whole denoiser
+PAIRS is a folder with train/ and heldout/, such as runs/digits (README.md). The whole denoiser
 of the embedded pipeline is trained as in configs/tiny_full.yaml with 4 steps, once for each number
 of back-propagated steps and each of two schedules. The errors are those on the held-out rows.
 Seconds are the CPU time of training, without validation.
@@ -102,7 +102,7 @@ def main() -> None:
             found["x time of all"] = round(ratio, 3)
             print(name, grad_steps, found, flush=True)
     result = {
-        "command": f"python benchmarks/grad_steps.py runs/demo --steps {options.steps}",
+        "command": f"python benchmarks/grad_steps.py runs/digits --steps {options.steps}",
         "num_inference_steps": 4,
         "optimizer_steps": options.steps,
         "seed": options.seed,

@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py PAIRS [--steps 60]
 
-PAIRS is a folder from `lit-distill generate`, such as runs/demo/train. Each kind of target is
+PAIRS is a folder from `lit-distill generate`, such as runs/digits/train. Each kind of target is
 trained on in turn, three times over. Medians are reported.
 """
 

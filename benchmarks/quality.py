@@ -29,7 +29,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pandas as pd
 import torch
-from candidates import Adversarial, Consistency, Frequency, Perceptual, Pixel, Sum
+from candidates import Frequency, Perceptual, Pixel, Sum
 
 from lit_distill import DirectDistill, DistillDataModule
 from lit_distill.cli import main as command
@@ -68,7 +68,6 @@ class Run:
         inference_steps: num_inference_steps of the rows. Each row is repeated for each of them.
         pairs: Number of pairs.
         max_steps: Optimizer steps.
-        make: Makes the module.
         objective: Makes the objective.
         loss: Makes the loss.
         callbacks: Makes callbacks.
@@ -80,7 +79,6 @@ class Run:
     inference_steps: tuple[int, ...] = (4,)
     pairs: int = 4096
     max_steps: int = STEPS
-    make: Callable[..., DirectDistill] = DirectDistill
     objective: Callable[[], Objective] = Regression
     loss: Callable[[], Any] = LatentMSE
     callbacks: Callable[[], list[pl.Callback]] = field(default=list)
@@ -122,10 +120,7 @@ RUNS = {
     "pixel": Run(FULL, loss=_with(Pixel, 1.0)),
     "perceptual": Run(FULL, loss=_with(Perceptual, 0.1)),
     "frequency": Run(FULL, loss=Frequency),
-    "LoRA, consistency": Run(LORA, make=Consistency, max_steps=2 * STEPS),
-    "LoRA, adversarial": Run(LORA, make=Adversarial, max_steps=STEPS // 2),
 }
-"""By name; consistency and adversarial make as many steps as take about the default's time."""
 
 
 def make_pairs(work: Path) -> None:
@@ -173,7 +168,7 @@ def train(run: Run, seed: int, work: Path) -> dict[str, float]:
     """Train a student and return its metrics on the held-out rows."""
     pl.seed_everything(seed, verbose=False)
     lr = run.lr or (1e-3 if run.settings["lora"] is None else 3e-3)
-    module = run.make(
+    module = DirectDistill(
         pretrained_model_name_or_path="tiny-digits",
         torch_dtype="float32",
         checkpointing="none",
@@ -213,13 +208,20 @@ def train(run: Run, seed: int, work: Path) -> dict[str, float]:
     return values | {"seconds": clock.seconds}
 
 
-def one(name: str, seed: int, work: Path) -> None:
-    """Train one student and store its result."""
+def one(name: str, seed: int, work: Path) -> dict[str, float]:
+    """Train one student and return its result."""
+    return train(RUNS.get(name) or Run(FULL, max_steps=0), seed, work)
+
+
+def quiet() -> None:
+    """Silence what a process of one student would print."""
     warnings.simplefilter("ignore")
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    run = RUNS.get(name) or Run(FULL, max_steps=0)
-    values = train(run, seed, work)
+
+
+def save_result(work: Path, name: str, seed: int, values: dict[str, Any]) -> None:
+    """Store a student's result, whole or not at all."""
     path = result_path(work, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -229,20 +231,22 @@ def one(name: str, seed: int, work: Path) -> None:
 
 def result_path(work: Path, name: str, seed: int) -> Path:
     """Return the path of a student's result."""
-    return work / "results" / f"{name}, seed {seed}.json"
+    return work / "results" / f"{name.replace('/', ' over ')}, seed {seed}.json"
 
 
-def train_all(jobs: list[tuple[str, int]], options: argparse.Namespace) -> None:
-    """Train students, each in its own process, several at a time, and print the results."""
+def train_all(
+    jobs: list[tuple[str, int]], options: argparse.Namespace, script: str, shown: str
+) -> None:
+    """Train students, each in its own process, several at a time, and print one metric of each."""
 
     def do(job: tuple[str, int]) -> None:
         name, seed = job
         path = result_path(options.work, name, seed)
         if not path.is_file():
-            own = [sys.executable, __file__, "--one", name, str(seed), "--work", str(options.work)]
+            own = [sys.executable, script, "--one", name, str(seed), "--work", str(options.work)]
             subprocess.run(own, check=True, capture_output=True)
         values = json.loads(path.read_text())
-        print(f"{name}, seed {seed}: latent MSE {values['latent_mse']:.4f}", flush=True)
+        print(f"{name}, seed {seed}: {shown} {values[shown]:.4f}", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(do, jobs))
@@ -310,11 +314,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        one(options.one[0], int(options.one[1]), options.work)
+        quiet()
+        name, seed = options.one[0], int(options.one[1])
+        save_result(options.work, name, seed, one(name, seed, options.work))
         return
     make_pairs(options.work)
     runs = [(name, seed) for seed in range(options.seeds) for name in options.only]
-    train_all([(UNDISTILLED, 0), *runs], options)
+    train_all([(UNDISTILLED, 0), *runs], options, __file__, "latent_mse")
     result = summary(options.work, options.only)
     names = ("torch", "diffusers", "lightning", "peft")
     result |= {"versions": {name: version(name) for name in names}}

@@ -1,4 +1,4 @@
-"""The whole workflow on the embedded pipeline: pairs, training, evaluation, export (`make demo`).
+"""The whole workflow on `tiny-words`: pairs, training, evaluation, export (`make demo`).
 
 Every stage is a command of `lit-distill`, which is printed before it runs. A second run reuses
 finished stages.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
-from importlib.resources import files
 from pathlib import Path
 
 from lit_distill.cli import main
 from lit_distill.commands import console
 from lit_distill.commands.next_step import command_line, print_next
+from lit_distill.pipelines.loading import pipeline_source
 
+WORDS = "tiny-words"
+PROMPTS = Path(os.path.relpath(pipeline_source(WORDS)))
 OUT = Path("runs/demo")
 CHECKPOINT = OUT / "student.ckpt"
 
@@ -31,37 +34,39 @@ def stage(title: str, arguments: list[str]) -> None:
         print(printed.getvalue().partition("\nNext:")[0].rstrip())
 
 
-def pairs(prompts: str, out: Path, *options: str) -> list[str]:
-    """Return the command that generates the teacher's pairs, 50 steps with guidance 4, in `out`."""
-    prompts_file = str(files("lit_distill").joinpath("assets", "tiny", prompts))
-    model = ["--model.pretrained_model_name_or_path", "tiny-digits"]
+def pairs(pipeline: str, prompts: Path, out: Path, *options: str) -> list[str]:
+    """Return the command that generates pairs with an embedded pipeline, 50 steps, in `out`."""
+    model = ["--model.pretrained_model_name_or_path", pipeline]
     model += ["--model.torch_dtype", "float32", "--trainer.accelerator", "cpu"]
-    where = ["--prompts", prompts_file, "--out", str(out), "--batch_size", "32"]
-    teacher = ["--num_inference_steps", "50", "--cfg_scale", "4"]
-    return ["generate", *model, *where, *teacher, *options]
+    where = ["--prompts", str(prompts), "--out", str(out), "--batch_size", "32"]
+    return ["generate", *model, *where, "--num_inference_steps", "50", *options]
+
+
+def heldout_prompts(count: int) -> Path:
+    """Return a file with the first `count` of the held-out prompts."""
+    lines = (PROMPTS / "prompts_heldout.txt").read_text(encoding="utf-8").splitlines()
+    path = OUT / "heldout.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
+    return path
 
 
 if __name__ == "__main__":
+    teacher = ["--cfg_scale", "3", "--height", "32", "--width", "64"]
     stage(
         "Generate 512 pairs with the teacher",
-        pairs("prompts_train.txt", OUT / "train", "--seeds_per_prompt", "2", "--limit", "512"),
+        pairs(WORDS, PROMPTS / "prompts_train.txt", OUT / "train", *teacher, "--limit", "512"),
     )
+    two_seeds = ["--seeds_per_prompt", "2", "--first_seed", "1000000"]
     stage(
-        "Generate 148 held-out pairs: 74 prompts that the student never sees, two seeds each",
-        pairs(
-            "prompts_heldout.txt",
-            OUT / "heldout",
-            "--seeds_per_prompt",
-            "2",
-            "--first_seed",
-            "1000000",
-        ),
+        "Generate 128 held-out pairs: 64 words that the student never sees, two seeds each",
+        pairs(WORDS, heldout_prompts(64), OUT / "heldout", *teacher, *two_seeds),
     )
     if not CHECKPOINT.is_file():
         shutil.rmtree(OUT / "fit", ignore_errors=True)  # logs of an interrupted run
         logger = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", str(OUT)]
         logger += ["--trainer.logger.name", "fit", "--trainer.logger.version", "0"]
-        stage("Train a LoRA", ["fit", "--config", "configs/tiny_lora.yaml", *logger])
+        stage("Train a LoRA", ["fit", "--config", "configs/words_lora.yaml", *logger])
         shutil.copy(OUT / "fit/version_0/checkpoints/last.ckpt", CHECKPOINT)
     stage(
         "Export for plain diffusers",

@@ -7,6 +7,7 @@ repository root: python scripts/style.py
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from lit_distill.adapters.weights import extract_lora
 from lit_distill.data.latents_file import LATENTS_KEY
 from lit_distill.data.metadata import read_metadata
 from lit_distill.pipelines.latent_codec import LatentCodec
+from lit_distill.pipelines.loading import pipeline_source
 
+DIGITS = "tiny-digits"
+PROMPTS = Path(os.path.relpath(pipeline_source(DIGITS)))
 OUT = Path("runs/style")
 STYLE = OUT / "style"
 STEPS, BATCH = 2000, 64
@@ -32,7 +36,7 @@ STEPS, BATCH = 2000, 64
 def train_style(base: Path) -> None:
     """Train a LoRA on inverted pictures of the base pairs, by flow matching as the base was."""
     torch.manual_seed(0)
-    pipe = load_pipeline("tiny-digits")
+    pipe = load_pipeline(DIGITS)
     make_trainable(pipe, {"r": 16})
     codec = LatentCodec(pipe, height=32, width=32)
     paths = sorted((base / "latents").glob("*.safetensors"))
@@ -72,9 +76,11 @@ def train_style(base: Path) -> None:
 
 
 if __name__ == "__main__":
+    twice = ["--seeds_per_prompt", "2", "--limit", "512"]
+    heldout_rows = ["--limit", "64", "--first_seed", "1000000"]
     stage(
         "512 pairs of the plain teacher, to train the style on",
-        pairs("prompts_train.txt", OUT / "plain", "--seeds_per_prompt", "2", "--limit", "512"),
+        pairs(DIGITS, PROMPTS / "prompts_train.txt", OUT / "plain", *twice),
     )
     if not STYLE.is_dir():
         print("\n== training the style LoRA", flush=True)
@@ -82,21 +88,11 @@ if __name__ == "__main__":
     styled = ["--model.teacher_lora", str(STYLE)]
     stage(
         "512 pairs of the styled teacher",
-        pairs(
-            "prompts_train.txt", OUT / "train", "--seeds_per_prompt", "2", "--limit", "512", *styled
-        ),
+        pairs(DIGITS, PROMPTS / "prompts_train.txt", OUT / "train", *twice, *styled),
     )
     stage(
         "64 held-out pairs of the styled teacher",
-        pairs(
-            "prompts_heldout.txt",
-            OUT / "heldout",
-            "--limit",
-            "64",
-            "--first_seed",
-            "1000000",
-            *styled,
-        ),
+        pairs(DIGITS, PROMPTS / "prompts_heldout.txt", OUT / "heldout", *heldout_rows, *styled),
     )
     shutil.rmtree(OUT / "fit", ignore_errors=True)
     logger = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", str(OUT)]

@@ -67,18 +67,8 @@ class Trial:
         Returns:
             The final packed latents, and the pictures in [-1, 1].
         """
-        pipe, count = self.pipe, len(self.prompts)
-        latents = pipe(
-            self.prompts,
-            negative_prompt=[NEGATIVE_PROMPT] * count if cfg > 1 else None,
-            true_cfg_scale=cfg,
-            height=HEIGHT,
-            width=WIDTH,
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
-            output_type="latent",
-        ).images
-        return latents, decode(pipe, latents)
+        latents = draw(self.pipe, self.prompts, steps, cfg)
+        return latents, decode(self.pipe, latents)
 
     def read(self, pictures: Tensor) -> str:
         """Returns the shares of letters and words read right, and the sharpness."""
@@ -92,13 +82,36 @@ class Trial:
         )
 
 
-def decode(pipe: QwenImagePipeline, latents: Tensor) -> Tensor:
-    """Returns the pictures in [-1, 1] of final packed latents."""
+def draw(
+    pipe: QwenImagePipeline, prompts: list[str], steps: int, cfg: float, first_seed: int = 0
+) -> Tensor:
+    """Returns the final packed latents of one picture per prompt, each with a seed of its own."""
+    latents: Tensor = pipe(
+        prompts,
+        negative_prompt=[NEGATIVE_PROMPT] * len(prompts) if cfg > 1 else None,
+        true_cfg_scale=cfg,
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=steps,
+        generator=[torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))],
+        output_type="latent",
+    ).images
+    return latents
+
+
+def unpack(pipe: QwenImagePipeline, latents: Tensor) -> Tensor:
+    """Returns packed latents as the VAE decodes them, (B, C, 1, height, width)."""
     config, shape = pipe.vae.config, (1, -1, 1, 1, 1)
     z = pipe._unpack_latents(latents, HEIGHT, WIDTH, pipe.vae_scale_factor)
     z = z * torch.tensor(config.latents_std).view(shape)
+    unpacked: Tensor = z + torch.tensor(config.latents_mean).view(shape)
+    return unpacked
+
+
+def decode(pipe: QwenImagePipeline, latents: Tensor) -> Tensor:
+    """Returns the pictures in [-1, 1] of final packed latents."""
     with torch.no_grad():
-        decoded: Tensor = pipe.vae.decode(z + torch.tensor(config.latents_mean).view(shape)).sample
+        decoded: Tensor = pipe.vae.decode(unpack(pipe, latents)).sample
     return decoded[:, :, 0]
 
 
@@ -219,6 +232,11 @@ def measure(
 
 
 README = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
 # tiny-words
 
 A real `diffusers.QwenImagePipeline` (in fp16) that draws 32x64 pictures of four-letter words from

@@ -17,17 +17,16 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from diffusers import QwenImagePipeline
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from tiny_words import WordPictures, prompt_of
-from tiny_words_export import Trial, autoencoder_report, export
+from tiny_words_autoencoder import finish_autoencoder, train_decoder, train_vae
+from tiny_words_export import TEACHER_CFG, Trial, draw, export, unpack
 from tiny_words_parts import (
     NEGATIVE_PROMPT,
     TOKEN_COLUMNS,
     TOKEN_ROWS,
     build_pipeline,
-    build_vae,
-    drop_dead_channels,
 )
 from tiny_words_stages import Stage, save_atomically
 from torch import Tensor, nn
@@ -60,73 +59,18 @@ def train_reader(pictures: WordPictures, path: Path, minutes: float) -> WordRead
     return reader.requires_grad_(False)
 
 
-def autoencoder_loss(
-    vae: AutoencoderKLQwenImage,
-    batch: Tensor,
-    generator: torch.Generator,
-    cycle: float,
-    off: float = 0.15,
-) -> Tensor:
-    """Returns the loss of reconstructing a batch and, weighted, of encoding what was decoded.
-
-    The second makes what a latent holds visible in the picture, also a little off the latents of
-    real pictures, where generated ones lie: up to `off` of their standard deviation.
-    """
-    posterior = vae.encode(batch).latent_dist
-    spread = posterior.mean.detach().std(dim=(0, 2, 3, 4), keepdim=True)
-    noise = torch.randn(posterior.mean.shape, generator=generator)
-    level = off * torch.rand(len(batch), 1, 1, 1, 1, generator=generator) * spread
-    latents = posterior.mean + noise * (posterior.std.square() + level.square()).sqrt()
-    decoded = vae.decode(latents).sample
-    error = decoded - batch
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    loss: Tensor = error.abs().mean() + 0.5 * error.square().mean() + 1e-4 * kl
-    if cycle:
-        again = vae.encode(decoded).latent_dist.mean
-        loss = loss + cycle * ((again - latents) / spread).square().mean()
-    return loss
-
-
-def train_vae(pictures: WordPictures, path: Path, minutes: float) -> AutoencoderKLQwenImage:
-    """Trains the autoencoder, and takes out channels that it doesn't use."""
-    torch.manual_seed(0)
-    vae = build_vae()
-    fresh = pictures.sample(256, torch.Generator().manual_seed(1), held_out=True)[0].unsqueeze(2)
-
-    def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        batch = pictures.sample(16, generator)[0].unsqueeze(2)
-        # The pictures come first, or latents of no use are the easiest to repeat.
-        return autoencoder_loss(vae, batch, generator, cycle=0.3 if step >= 1_200 else 0)
-
-    optimizer = torch.optim.AdamW(vae.parameters(), 4e-3)
-    stage = Stage(path, vae, [optimizer], minutes, seed=2)
-    stage.run(loss_of, lambda average: autoencoder_report(average, fresh))
-    with torch.no_grad():
-        return drop_dead_channels(vae, vae.encode(fresh).latent_dist.mode().squeeze(2))
-
-
-def train_decoder(
-    vae: AutoencoderKLQwenImage, pictures: WordPictures, path: Path, minutes: float
-) -> None:
-    """Trains the decoder on, against the encoder as it is.
-
-    Pictures become crisper, and are encoded again as the latents that they were decoded from.
-    """
-    vae.requires_grad_(False)
-    parts = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
-    fresh = pictures.sample(256, torch.Generator().manual_seed(1), held_out=True)[0].unsqueeze(2)
-
-    def loss_of(_: int, generator: torch.Generator) -> Tensor:
-        batch = pictures.sample(16, generator)[0].unsqueeze(2)
-        return autoencoder_loss(vae, batch, generator, cycle=2, off=0.3)
-
-    def report(average: nn.ModuleList) -> str:
-        with mock.patch.multiple(vae, post_quant_conv=average[0], decoder=average[1]):
-            return autoencoder_report(vae, fresh)
-
-    optimizer = torch.optim.AdamW(parts.parameters(), 2e-3)
-    Stage(path, parts, [optimizer], minutes, seed=3).run(loss_of, report)
-    vae.requires_grad_(False)
+def generate_bank(pipe: QwenImagePipeline, pictures: WordPictures, path: Path) -> Tensor:
+    """Returns 2,048 latents (N, C, 1, height, width) that the pipeline generates."""
+    if not path.exists():
+        labels = pictures.labels(2_048, False, torch.Generator().manual_seed(9)).tolist()
+        prompts = [prompt_of(label) for label in labels]
+        parts = [
+            unpack(pipe, draw(pipe, prompts[i : i + 64], 16, TEACHER_CFG, 10_000 + i))
+            for i in range(0, len(prompts), 64)
+        ]
+        save_atomically({"latents": torch.cat(parts)}, path)
+    latents: Tensor = torch.load(path, weights_only=True)["latents"]
+    return latents
 
 
 def encode_bank(
@@ -246,6 +190,9 @@ def main() -> None:
     parser.add_argument(
         "--teacher_minutes", type=float, default=9, help="and of the denoiser on small ones"
     )
+    parser.add_argument(
+        "--finish_minutes", type=float, default=12, help="of the VAE on generated latents"
+    )
     parser.add_argument("--bank", type=int, default=20, help="4,000s of pictures it is trained on")
     parser.add_argument("--out", type=Path, help="folder to export the pipeline to, and measure it")
     arguments = parser.parse_args()
@@ -272,6 +219,8 @@ def main() -> None:
             return f"12 steps, cfg 3: {trial.read(many)}; 4: {trial.read(few)}"
 
         train_transformer(pipe, bank, run / "teacher.pt", arguments.teacher_minutes, report)
+        generated = generate_bank(pipe, pictures, run / "generated.pt")
+        finish_autoencoder(vae, pictures, run / "finish.pt", arguments.finish_minutes, generated)
         if arguments.out:
             export(pipe, reader, pictures, arguments.out, run / "preview.png")
 

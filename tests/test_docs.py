@@ -110,7 +110,7 @@ def finished(pairs, tmp_path_factory):
         if (ROOT / name).exists():
             (place / name).symlink_to(ROOT / name)
     shutil.copytree(pairs, place / "data")
-    shutil.copytree(pairs, place / "runs/demo")
+    shutil.copytree(pairs, place / "runs/digits")
     (place / "prompts.txt").write_text("a red handwritten seven on a blue background\n" * 4)
     config = yaml.safe_load((ROOT / "configs/tiny_lora.yaml").read_text())
     config["data"] |= {"metadata_path": "data/train/metadata.csv"}

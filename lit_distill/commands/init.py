@@ -20,8 +20,8 @@ CONFIGS = next(
 )
 """Folder of the configurations: in an installed package inside it, in a clone beside it."""
 
-NAME = re.compile(r"(.*?)_(?:(\d+)x)?(\d+|(?<=tiny_)lora)$")
-"""Their names: model, number of GPUs, memory of each in GB. tiny_lora needs no GPU."""
+NAME = re.compile(r"(.*?)_(?:(\d+)x)?(\d+|(?<=tiny_)lora|(?<=words_)lora)$")
+"""Their names: model, number of GPUs, memory of each in GB. tiny_lora, words_lora need no GPU."""
 
 
 def init(
@@ -39,7 +39,7 @@ def init(
     It is one of those in configs/, whose memory lit-distill plan has computed.
 
     Args:
-        model: flux, qwen-image, sdxl, wan, z-image, or tiny for the embedded pipeline.
+        model: flux, qwen-image, sdxl, wan, z-image, or tiny or words for an embedded pipeline.
         gpu_memory: Memory of a GPU in GB.
         devices: Number of GPUs: 1 trains a LoRA, 8 all weights.
         metadata_path: Table of the training pairs, to be written into it.

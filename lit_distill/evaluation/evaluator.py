@@ -164,9 +164,18 @@ class Evaluation:
             values |= {f"{name}_{steps}_steps": value for name, value in _compute(group).items()}
         return values
 
-    def fresh(self) -> Evaluation:
-        """Return an evaluation with the same metrics and no rows."""
-        other = Evaluation(self._metrics)
+    def fresh(self, without_comparison: bool = False) -> Evaluation:
+        """Return an evaluation with the same metrics and no rows.
+
+        Args:
+            without_comparison: Only with the metrics that need nothing but images and prompts: the
+                teacher itself has values of these, too.
+        """
+        alone = {name for name, field in IMAGES.items() if field == "preds"} | {"prompt"}
+        metrics = self._metrics.items()
+        other = Evaluation(
+            {n: m for n, m in metrics if not without_comparison or set(arguments(m)) <= alone}
+        )
         other.reset()
         return other
 

@@ -23,7 +23,9 @@ MAX_RAW_POINTS = 60
 
 DEFAULT_METRICS = ["train_loss", "val_gap_closed", "val_latent_mse", "val_psnr", "val_ssim"]
 
-DEFAULT_METRICS += ["val_sharpness", "val_diversity", "val_frechet", "val_lpips", "val_clip_score"]
+DEFAULT_METRICS += ["val_letters", "val_words", "val_sharpness", "val_diversity", "val_frechet"]
+
+DEFAULT_METRICS += ["val_lpips", "val_clip_score"]
 
 
 def find_logs(run: str | Path) -> Path:

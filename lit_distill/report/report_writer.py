@@ -186,11 +186,16 @@ class ReportWriter(Callback):
     ) -> list[dict[str, Any]]:
         """Sample the rows, fill in the result, save the images, and return a record of each row."""
         records: list[dict[str, Any]] = []
-        if result.contender.kind == "teacher":  # its images are stored
+        taught = result.contender.kind == "teacher"
+        evaluation = module.validator.evaluation.fresh(without_comparison=taught)
+        if taught:  # its images are stored
             for rows in self.held_out:
-                records += _record(result, rows, None, to_pil(rows.target.float() / 255), out)
+                pixels = rows.target.to(module.device).float() / 255
+                taken = EvaluationBatch(rows.batch["prompt"], preds=pixels).select(rows.new)
+                evaluation.update(taken, rows.batch["num_inference_steps"])
+                records += _record(result, rows, None, to_pil(pixels), out)
+            result.values = evaluation.compute()
             return records
-        evaluation = module.validator.evaluation.fresh()
         precision = trainer.precision_plugin.forward_context
         for rows, samples, images in sample_held_out(result, module, self.held_out, precision):
             evaluation.update(samples.select(rows.new), rows.batch["num_inference_steps"])

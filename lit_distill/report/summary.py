@@ -36,12 +36,7 @@ COLUMNS = {
         "is that of a denoiser call of the undistilled pipeline, times its calls.",
     ),
     "speed_up": Column("speed-up", "", "the teacher's seconds per image divided by these."),
-    "latent_mse": Column(
-        "latent MSE",
-        "↓",
-        "mean squared error to the teacher's final latents. The teacher's own value comes from "
-        "sampling some rows again; it is near 0 if this teacher made the pairs.",
-    ),
+    "latent_mse": Column("latent MSE", "↓", "mean squared error to the teacher's final latents."),
     "gap_closed": Column(
         "gap closed",
         "↑",
@@ -61,6 +56,8 @@ COLUMNS = {
     "frechet": Column(
         "Frechet", "↓", "Frechet distance to the teacher's images, on a network's features."
     ),
+    "letters": Column("letters", "↑", "share that a classifier reads as prompted."),
+    "words": Column("words", "↑", "share whose letters are all read as prompted."),
     "clip_score": Column("CLIP score", "↑", "100 times the cosine similarity of image and prompt."),
     "lpips": Column("LPIPS", "↓", "learned perceptual distance to the teacher's images."),
 }
@@ -80,6 +77,8 @@ def summarise(results: list[ContenderResult], rows: pd.DataFrame) -> pd.DataFram
     """Return one line per contender: its cost, then its metrics."""
     teacher_seconds = results[0].seconds_per_image
     evaluations = rows.groupby("way")["evaluations"].mean()
+    # In the student's order: it has all metrics.
+    order = next(result.values for result in results if result.contender.kind == "student")
     return pd.DataFrame(
         [
             {
@@ -89,6 +88,7 @@ def summarise(results: list[ContenderResult], rows: pd.DataFrame) -> pd.DataFram
                 "evaluations": float(evaluations[result.label]),
                 "seconds_an_image": result.seconds_per_image,
                 "speed_up": teacher_seconds / result.seconds_per_image,
+                **dict.fromkeys(order, math.nan),
                 **result.values,
             }
             for result in results
@@ -114,6 +114,10 @@ def headline(summary: pd.DataFrame) -> list[dict[str, str]]:
         facts.insert(0, (shown, "of the gap to the teacher closed"))
     if not math.isnan(student.get("sharpness", math.nan)):
         facts.append((f"{student['sharpness']:.2f}", "of the teacher's sharpness"))
+    for name in _names(summary)[1:]:
+        if name not in COSTS and not math.isnan(teacher[name]):  # it compares with nothing
+            label = f"{_column(name).title} (teacher: {_text(name, teacher[name])})"
+            facts.append((_text(name, student[name]), label))
     return [{"value": value, "label": label} for value, label in facts]
 
 

@@ -3,12 +3,14 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, generate
 from PIL import Image
 
 from lit_distill.cli import build_cli, main
+from lit_distill.pipelines.loading import pipeline_source
 from lit_distill.training.checkpoint_io import read_checkpoint
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -70,6 +72,31 @@ def test_fit_test_predict_and_export_by_command(config, pairs, tmp_path, capsys)
     main(["export", "--ckpt_path", checkpoint, "--out", str(tmp_path / "export")])
     name = "pytorch_lora_weights.safetensors" if config == "tiny_lora" else "model_index.json"
     assert (tmp_path / "export" / name).is_file()
+
+
+def test_the_report_of_a_student_of_words_has_the_letters_of_teacher_and_student(tmp_path):
+    words = ["--model.pretrained_model_name_or_path", "tiny-words", "--cfg_scale", "3"]
+    words += ["--height", "32", "--width", "64"]
+    prompts = Path(pipeline_source("tiny-words")) / "prompts_heldout.txt"
+    generate(tmp_path / "pairs", prompts, 8, 0, *words)
+    table = str(tmp_path / "pairs/metadata.csv")
+    config = str(ROOT / "configs/words_lora.yaml")
+    data = ["--data.metadata_path", table, "--data.val_metadata_path", "null"]
+    place = ["--trainer.default_root_dir", str(tmp_path)]
+    main(
+        ["fit", "--config", config, *data, *place, "--data.val_fraction", "0.5"]
+        + ["--data.batch_size", "4", "--trainer.max_steps", "1"]
+    )
+    checkpoint = str(next(tmp_path.rglob("last.ckpt")))
+    main(
+        ["test", "--ckpt_path", checkpoint, "--data.val_metadata_path", table, *place]
+        + ["--trainer.accelerator", "cpu", "--undistilled", "[[4, 3.0]]"]
+    )
+    ways = json.loads((tmp_path / "report/metrics.json").read_text())["ways"]
+    teacher, *_, student = ways
+    assert teacher["letters"] > 0.9 and teacher["words"] <= teacher["letters"]
+    assert teacher["sharpness"] is None and 0 < student["sharpness"] < 1
+    assert student["letters"] < teacher["letters"]
 
 
 def test_fit_does_not_let_a_checkpoint_override_the_command_line(pairs, tmp_path):

@@ -15,6 +15,7 @@ from lit_distill.errors import InputError
         ("qwen-image", 141, 8, "qwen_image_8x80"),
         ("sdxl", 32, 1, "sdxl_24"),
         ("tiny", 0, 1, "tiny_lora"),
+        ("words", 0, 1, "words_lora"),
     ],
 )
 def test_the_configuration_of_the_largest_gpu_that_is_not_larger(model, memory, devices, name):

@@ -19,6 +19,7 @@ from lit_distill.evaluation.metrics import (
     CLIPScore,
     Diversity,
     FrechetDistance,
+    RowMean,
     Sharpness,
     default_metrics,
 )
@@ -150,6 +151,19 @@ def test_copies_of_a_metric_share_its_network():
     assert evaluation.fresh()._metrics["frechet"].inception is metric.inception
     evaluation.update(samples(pictures(4), pictures(4, 1)), 4)
     assert metric.fake_features_num_samples == 0
+
+
+class Brightness(RowMean):
+    def update(self, preds):
+        self.add(preds.mean((1, 2, 3)))
+
+
+def test_the_teacher_has_values_of_metrics_that_compare_with_nothing():
+    evaluation = Evaluation(default_metrics() | {"brightness": Brightness()})
+    taught = evaluation.fresh(without_comparison=True)
+    images = pictures(4)
+    taught.update(EvaluationBatch(["a prompt"] * 4, preds=images), 4)
+    assert taught.compute() == {"brightness": pytest.approx(images.mean().item())}
 
 
 def test_values_of_every_number_of_steps_where_rows_differ():

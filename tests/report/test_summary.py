@@ -12,6 +12,9 @@ from lit_distill.report.summary import COLUMNS, headline, page_tables, terminal_
 def line(name, kind, gap):
     metrics = {"latent_mse": 0.0952, "gap_closed": gap, "psnr": 22.4, "ssim": 0.79}
     metrics |= {"sharpness": 0.889, "diversity": 1.0, "frechet": 0.513}
+    if kind == "teacher":
+        metrics = dict.fromkeys(metrics, math.nan)
+    metrics["letters"] = 0.98 if kind == "teacher" else 0.9
     costs = {"evaluations": 100.0, "seconds_an_image": 0.00573, "speed_up": 11.0}
     return {"way": name, "kind": kind, "key": kind, **costs, **metrics}
 
@@ -47,6 +50,11 @@ def test_no_gap_is_shown_as_zero(summary):
     summary.loc[2, "gap_closed"] = -0.001
     assert headline(summary)[0]["value"] == "0%"
     assert page_tables(summary)["table"][2]["cells"][5] == "-0.001"
+
+
+def test_what_the_teacher_has_a_value_of_is_in_the_headline(summary):
+    assert {"value": "0.9", "label": "letters (teacher: 0.98)"} in headline(summary)
+    assert not any("PSNR" in fact["label"] for fact in headline(summary))
 
 
 def test_settings_that_are_not_set_are_left_out():

@@ -296,13 +296,13 @@ def test_the_heads_see_the_gap_and_r1_lowers_their_slope():
     torch.testing.assert_close(values[1] - values[0], expected)
 
 
-def test_a_sum_is_the_sum_of_its_terms_from_their_start_on():
+def test_a_sum_is_the_sum_of_its_terms_from_their_start_to_their_stop():
     class Counted(Objective):
         def losses(self, models, batch):
             difference = models.student_rollout(batch) - models.teacher_target(batch)
             return Losses(difference.square().flatten(1).mean(1))
 
-    sums = [Term(lit_distill.Regression(), 1.0), Term(Counted(), 3.0, start=5)]
+    sums = [Term(lit_distill.Regression(), 1.0, stop=6), Term(Counted(), 3.0, start=5)]
     model = student("QwenImage", WeightedSum(sums))
     model.configure_model()
     calls, original = [], model.student.rollout
@@ -310,8 +310,10 @@ def test_a_sum_is_the_sum_of_its_terms_from_their_start_on():
     early = model.losses(batch_of("QwenImage")).student
     model.models._steps = lambda: 5
     late = model.losses(batch_of("QwenImage")).student
-    torch.testing.assert_close(late, 4 * early)
     assert len(calls) == 2  # one rollout for both terms
+    model.models._steps = lambda: 6
+    last = model.losses(batch_of("QwenImage")).student
+    torch.testing.assert_close((late, last), (4 * early, 3 * early))
 
 
 @pytest.mark.parametrize("kind", ["distribution matching", "adversarial", "consistency"])
@@ -327,7 +329,8 @@ def test_what_needs_the_frozen_weights_refuses_full_training(kind):
         (lambda: lit_distill.DistributionMatching(updates=0), "shift must be > 0 and updates"),
         (lambda: Consistency(segments=[0]), "segments, steps_per_stage and teacher_steps"),
         (lambda: lit_distill.Adversarial(layers=0), "layers and width must be >= 1"),
-        (lambda: WeightedSum([Term(lit_distill.Regression(), start=1)]), "must have start 0"),
+        (lambda: WeightedSum([Term(lit_distill.Regression(), start=1)]), "take part in every step"),
+        (lambda: WeightedSum([Term(lit_distill.Regression(), stop=9)]), "take part in every step"),
         (
             lambda: WeightedSum([Term(lit_distill.DistributionMatching()) for _ in range(2)]),
             "there is one companion adapter",

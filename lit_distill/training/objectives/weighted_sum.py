@@ -1,4 +1,4 @@
-"""A weighted sum of objectives, each from a step on."""
+"""A weighted sum of objectives, each for a part of the training."""
 
 from __future__ import annotations
 
@@ -25,30 +25,38 @@ class Term:
         objective: The objective.
         weight: Factor of its student's loss, > 0; what it trains beside the student has no weight.
         start: Optimizer steps before it takes part.
+        stop: Optimizer step from which it takes part no longer; None: it stays to the end.
     """
 
     objective: Objective
     weight: float = 1.0
     start: int = 0
+    stop: int | None = None
+
+    def active(self, step: int) -> bool:
+        """Return whether it takes part in an optimizer step, counted from 0."""
+        return self.start <= step and (self.stop is None or step < self.stop)
 
 
 class WeightedSum(Objective):
     """The weighted sum of objectives, which share the student's samples of a step.
 
     Args:
-        terms: The objectives, each with weight and start.
+        terms: The objectives, each with weight, start and stop.
     """
 
     def __init__(self, terms: list[Term]) -> None:
         super().__init__()
-        if all(term.start > 0 for term in terms) or any(term.weight <= 0 for term in terms):
+        edges = {0, *(t.start for t in terms), *(t.stop for t in terms if t.stop is not None)}
+        idle = [edge for edge in sorted(edges) if not any(term.active(edge) for term in terms)]
+        if idle or any(term.weight <= 0 for term in terms):
+            found = [(type(t.objective).__name__, t.weight, t.start, t.stop) for t in terms]
             raise InputError(
-                "WeightedSum: one of its terms must have start 0, and every weight must be > 0, "
-                f"got {[(type(t.objective).__name__, t.weight, t.start) for t in terms]}"
+                "WeightedSum: one of its terms must take part in every step, from step 0 to the "
+                f"end, and every weight must be > 0, got (objective, weight, start, stop) {found}"
             )
+        self.terms = terms
         self.objectives = nn.ModuleList(term.objective for term in terms)
-        self.weights = [term.weight for term in terms]
-        self.starts = [term.start for term in terms]
         self.needs_base = any(each.needs_base for each in self._objectives())
         self.needs_companion = any(each.needs_companion for each in self._objectives())
         self.needs_target = any(each.needs_target for each in self._objectives())
@@ -77,15 +85,15 @@ class WeightedSum(Objective):
         return [group for each in self._objectives() for group in each.groups(companion)]
 
     def losses(self, models: Models, batch: Batch) -> Losses:
-        """Return the weighted sum of the terms that have started."""
+        """Return the weighted sum of the terms that take part in this step."""
         shared: Any = _Shared(models)
         students, companions, complete = [], [], True
-        for each, weight, start in zip(self._objectives(), self.weights, self.starts, strict=True):
-            if models.step < start:
+        for term in self.terms:
+            if not term.active(models.step):
                 complete = False
                 continue
-            found = each.losses(shared, batch)
-            students.append(weight * found.student)
+            found = term.objective.losses(shared, batch)
+            students.append(term.weight * found.student)
             companions += [] if found.companion is None else [found.companion]
             complete = complete and found.complete
         return Losses(_total(students), _total(companions) if companions else None, complete)
