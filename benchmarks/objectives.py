@@ -18,23 +18,21 @@ benchmarks/results/objectives.json, and the pictures beside it. The columns:
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pandas as pd
+import students
 import torch
 from objectives_report import SIZE, decode, draw, plot, print_table, render, score, stored, summary
-from quality import Clock, quiet, result_path, save_result, train_all
+from students import result_path
 
 from lit_distill import (
     Adversarial,
@@ -280,21 +278,8 @@ def train(run: Run, seed: int, work: Path, max_steps: int) -> tuple[Any, float]:
         **settings,
     )
     data = DistillDataModule(str(table(work, run)), batch_size=BATCH_SIZE, seed=seed, **SIZE)
-    clock = Clock()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        precision="bf16-mixed",
-        max_steps=max_steps,
-        max_epochs=-1,
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    clock = students.Clock()
+    trainer = students.trainer(max_steps, [clock], precision="bf16-mixed")
     trainer.fit(module, datamodule=data)
     return module.pipe, clock.seconds
 
@@ -332,20 +317,9 @@ def one(name: str, seed: int, work: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train what is missing, and write the table and the pictures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--work", type=Path, default=Path("runs/objectives"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/objectives.json"))
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = students.parse(arguments, "objectives", __doc__, "--parts", list(PARTS))
     if options.one:
-        quiet()
-        name, seed = options.one[0], int(options.one[1])
-        save_result(options.work, name, seed, one(name, seed, options.work))
+        students.run_one(options, one)
         return
     make_pairs(options.work)
     wanted = [name for part in options.parts for name in PARTS[part]]
@@ -356,19 +330,12 @@ def main(arguments: list[str] | None = None) -> None:
         for name in wanted
         if not (seed and name in ONE_SEED)
     ]
-    train_all(jobs, options, __file__, "letters")
+    students.train_all(jobs, options, __file__, "letters")
     done = [name for name in RUNS if result_path(options.work, name, 0).is_file()]
     names = [RENDERED, *REFERENCES, *done]
     rows = summary(options.work, names)
     print_table(rows)
-    result = {
-        "runs": rows,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "lightning", "peft")},
-        "threads": torch.get_num_threads(),
-        "command": "python benchmarks/objectives.py",
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    students.write(options.out, {"runs": rows})
     shown = [name for name in SHOWN if name in names]
     plot(options.work, shown, options.out.with_suffix(".png"))
 

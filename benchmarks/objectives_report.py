@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from quality import result_path
 from safetensors.torch import load_file
+from students import result_path
 from torch import Tensor
 
 from lit_distill import (

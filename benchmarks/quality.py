@@ -10,24 +10,18 @@ benchmarks/results/quality.json and .png.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import statistics
-import subprocess
-import sys
 import time
-import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pandas as pd
+import students
 import torch
 from candidates import Frequency, Perceptual, Pixel, Sum
 
@@ -150,20 +144,6 @@ def table(work: Path, source: str, rows: int, inference_steps: tuple[int, ...]) 
     return path
 
 
-class Clock(pl.Callback):
-    """Measures the CPU seconds of training."""
-
-    seconds = 0.0
-
-    def on_train_start(self, *args: Any) -> None:  # noqa: ANN401
-        """Start."""
-        self.started = time.process_time()
-
-    def on_train_end(self, *args: Any) -> None:  # noqa: ANN401
-        """Stop."""
-        self.seconds = time.process_time() - self.started
-
-
 def train(run: Run, seed: int, work: Path) -> dict[str, float]:
     """Train a student and return its metrics on the held-out rows."""
     pl.seed_everything(seed, verbose=False)
@@ -187,20 +167,8 @@ def train(run: Run, seed: int, work: Path) -> dict[str, float]:
         batch_size=BATCH_SIZE,
         seed=seed,
     )
-    clock = Clock()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=run.max_steps,
-        max_epochs=-1,
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        callbacks=[clock, *run.callbacks()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    clock = students.Clock()
+    trainer = students.trainer(run.max_steps, [clock, *run.callbacks()])
     trainer.fit(module, datamodule=data)
     trainer.limit_val_batches = 1.0
     found = trainer.validate(module, datamodule=data, verbose=False)[0]
@@ -213,51 +181,12 @@ def one(name: str, seed: int, work: Path) -> dict[str, float]:
     return train(RUNS.get(name) or Run(FULL, max_steps=0), seed, work)
 
 
-def quiet() -> None:
-    """Silence what a process of one student would print."""
-    warnings.simplefilter("ignore")
-    for logger in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-
-
-def save_result(work: Path, name: str, seed: int, values: dict[str, Any]) -> None:
-    """Store a student's result, whole or not at all."""
-    path = result_path(work, name, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values))
-    temporary.replace(path)
-
-
-def result_path(work: Path, name: str, seed: int) -> Path:
-    """Return the path of a student's result."""
-    return work / "results" / f"{name.replace('/', ' over ')}, seed {seed}.json"
-
-
-def train_all(
-    jobs: list[tuple[str, int]], options: argparse.Namespace, script: str, shown: str
-) -> None:
-    """Train students, each in its own process, several at a time, and print one metric of each."""
-
-    def do(job: tuple[str, int]) -> None:
-        name, seed = job
-        path = result_path(options.work, name, seed)
-        if not path.is_file():
-            own = [sys.executable, script, "--one", name, str(seed), "--work", str(options.work)]
-            subprocess.run(own, check=True, capture_output=True)
-        values = json.loads(path.read_text())
-        print(f"{name}, seed {seed}: {shown} {values[shown]:.4f}", flush=True)
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(do, jobs))
-
-
 def summary(work: Path, names: list[str]) -> dict[str, Any]:
     """Return mean and half the range over seeds of all metrics, errors relative to UNDISTILLED."""
-    base = json.loads(result_path(work, UNDISTILLED, 0).read_text())
+    base = json.loads(students.result_path(work, UNDISTILLED, 0).read_text())
     rows: dict[str, Any] = {}
     for name in names:
-        files = sorted(result_path(work, name, 0).parent.glob(f"{name}, seed *.json"))
+        files = sorted(students.result_path(work, name, 0).parent.glob(f"{name}, seed *.json"))
         found = [json.loads(file.read_text()) for file in files]
         rows[name] = {"seeds": [len(found), 0]}
         for key in found[0]:
@@ -303,31 +232,16 @@ def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train what is missing, and write table and plot."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--work", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = students.parse(arguments, "quality", __doc__, "--only", list(RUNS))
     if options.one:
-        quiet()
-        name, seed = options.one[0], int(options.one[1])
-        save_result(options.work, name, seed, one(name, seed, options.work))
+        students.run_one(options, one)
         return
     make_pairs(options.work)
     runs = [(name, seed) for seed in range(options.seeds) for name in options.only]
-    train_all([(UNDISTILLED, 0), *runs], options, __file__, "latent_mse")
+    students.train_all([(UNDISTILLED, 0), *runs], options, __file__, "latent_mse")
     result = summary(options.work, options.only)
-    names = ("torch", "diffusers", "lightning", "peft")
-    result |= {"versions": {name: version(name) for name in names}}
-    result |= {"threads": torch.get_num_threads(), "command": "python benchmarks/quality.py"}
     print_table(result["runs"])
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    students.write(options.out, result)
     if "default" in result["runs"]:
         plot(result["runs"], options.out.with_suffix(".png"))
 
